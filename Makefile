@@ -1,0 +1,40 @@
+# make demo: from clone to a better student.  make test: everything, tested.  make dev: the Dagster UI.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export DAGSTER_DISABLE_TELEMETRY = yes
+
+.PHONY: demo run test dev lint clean
+
+demo: .venv/installed
+	$(BIN)/nbg demo
+
+run: .venv/installed
+	$(BIN)/nbg run
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+dev: .venv/installed
+	$(BIN)/nbg dev
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf data/lake data/checkpoints data/work data/dagster_home
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# Plain pip: it takes the build of torch that is right for this machine's configuration (README, "Versions").
+.venv/installed: pyproject.toml .venv/python
+	@echo "installing into .venv (2 to 4 minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

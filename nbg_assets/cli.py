@@ -1,0 +1,194 @@
+"""The `nbg` command: run what is stale, see what is there, ask the lake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import duckdb
+import polars as pl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nbg_core import accuracy, lineage
+from nbg_core.config import Profile, ProfileError, load_profile
+from nbg_core.lake import Lake, LakeError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+Slices = Annotated[list[str] | None, typer.Option("--slice", "-s", help="Only this slice (repeatable).")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend end in one line and exit code 1."""
+    try:
+        app()
+    except (ProfileError, LakeError, LookupError, FileNotFoundError, PermissionError) as e:
+        console.print(f"[red]error:[/red] {e}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _open() -> tuple[Profile, Lake]:
+    profile = load_profile()
+    return profile, Lake.of(profile)
+
+
+@app.command()
+def run(slice: Slices = None) -> None:
+    """Materialise everything that is missing or stale, through Dagster; say what was already done."""
+    from nbg_assets.driver import dagster_instance, materialise_stale
+
+    profile, _ = _open()
+    console.print(f"profile [bold]{profile.name}[/bold], slices: {', '.join(slice or lineage.slices(profile))}")
+    with dagster_instance(profile) as instance:
+        results = materialise_stale(instance, profile, slices=slice, on_line=_say)
+    ran = [r for r in results if r.ran]
+    failed = [r for r in ran if not r.success]
+    for r in failed:
+        console.print(f"[red]failed:[/red] {r.name}: {r.message}", soft_wrap=True)
+    fresh = sum(not r.ran for r in results)
+    console.print(f"{len(ran) - len(failed)} materialised, {fresh} already up to date, {len(failed)} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo() -> None:
+    """The whole pipeline on every slice, then the accuracy table and what to try next."""
+    run()
+    report()
+    console.print("\nNext:")
+    console.print("  make dev                                            the Dagster UI at http://127.0.0.1:3000")
+    console.print('  .venv/bin/nbg sql "SELECT reason, count(*) AS n FROM rejections GROUP BY ALL ORDER BY n DESC"')
+    console.print("  cp my_queries.jsonl data/queries/ && .venv/bin/nbg run     a slice of your own", markup=False)
+
+
+@app.command()
+def report() -> None:
+    """Held-out accuracy per slice: before, after, teacher, with 95% intervals."""
+    profile, lake = _open()
+    checkpoint, summary = accuracy.latest_summary(lake, profile)
+    table = Table("slice", "queries", "before", "after", "teacher", "after - before")
+    for r in summary.iter_rows(named=True):
+        cell = {k: f"{r[k]:.1%} [{r[k + '_low']:.1%}, {r[k + '_high']:.1%}]" for k in ("before", "after", "teacher")}
+        gain = (
+            f"{100 * r['difference']:+.1f} [{100 * r['difference_low']:+.1f}, {100 * r['difference_high']:+.1f}] points"
+        )
+        table.add_row(r["slice"], str(r["n"]), *cell.values(), gain, style="bold" if r["slice"] == "overall" else None)
+    console.print(f"\ncheckpoint {checkpoint}")
+    console.print(table)
+
+
+@app.command()
+def status(slice: Slices = None) -> None:
+    """What is fresh, stale or missing, and why."""
+    profile, lake = _open()
+    table = Table("asset", "slice", "state", "why")
+    for s in lineage.status(lake, profile, slice):
+        table.add_row(s.asset, s.slice or "", s.state, s.why)
+    console.print(table)
+
+
+@app.command()
+def sql(
+    query: str,
+    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="For people, or for programs.")] = "table",
+    snapshot: Annotated[int | None, typer.Option(help="Read the lake as it was at this snapshot.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows shown in a table (json and csv give all).")] = 40,
+) -> None:
+    """Ask the lake a read-only question; safe while a run is going on."""
+    _, lake = _open()
+    try:
+        df = lake.sql(query, snapshot=snapshot)
+    except duckdb.Error as e:
+        raise LookupError(f"{e}") from e
+    if format == "csv":
+        nested = [c for c, t in df.schema.items() if t.is_nested()]
+        df = df.with_columns(pl.col(c).map_elements(lambda v: json.dumps(list(v)), pl.String) for c in nested)
+        sys.stdout.write(df.write_csv())
+    elif format == "json":
+        sys.stdout.write(json.dumps(df.to_dicts(), default=str, ensure_ascii=False) + "\n")
+    else:
+        table = Table(*df.columns)
+        for row in df.head(rows).iter_rows():
+            table.add_row(*(_short(v) for v in row))
+        console.print(table)
+        console.print(f"{df.height} rows" + (f", first {rows} shown" if df.height > rows else ""))
+
+
+def _short(value: object, width: int = 60) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("\n", "\\n")
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    return text.replace("[", r"\[")
+
+
+@app.command()
+def tables() -> None:
+    """Every table and column of the lake, with what it means and how many rows there are."""
+    from nbg_core.schemas import TABLES, sql_type
+
+    _, lake = _open()
+    for name, schema in TABLES.items():
+        n = lake.sql(f"SELECT count(*) AS n FROM {name}")["n"][0]
+        table = Table("column", "type", "meaning", title=f"{name}: {n} rows", title_justify="left")
+        for column, spec in schema.columns().items():
+            table.add_row(column, sql_type(spec.dtype).replace("[", r"\["), spec.description or "")
+        console.print(table)
+
+
+@app.command()
+def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or query id, or its beginning.")]) -> None:
+    """Follow an id up and down: checkpoint, pairs, samples, queries."""
+    _, lake = _open()
+    for name, df in lineage.trace(lake, id).items():
+        table = Table(*df.columns[:8], title=f"{name}: {df.height}", title_justify="left")
+        for row in df.head(8).iter_rows():
+            table.add_row(*(_short(v, 34) for v in row[:8]))
+        console.print(table)
+
+
+@app.command()
+def promote(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning.")],
+    reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
+) -> None:
+    """Make a checkpoint the policy that the next round samples from."""
+    profile, lake = _open()
+    accuracy.promote(lake, profile, checkpoint, reason)
+    console.print(f"policy is now {lineage.current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")
+
+
+@app.command("profile")
+def show_profile(which: Annotated[str | None, typer.Argument(help="Name or path.")] = None) -> None:
+    """Validate a profile and print every setting of it."""
+    import yaml
+
+    profile = load_profile(which)
+    console.print(yaml.safe_dump(json.loads(profile.model_dump_json()), sort_keys=False), markup=False)
+
+
+@app.command()
+def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
+    """The Dagster UI and daemon (webserver, schedules, sensors) on this project."""
+    from nbg_assets.driver import dagster_instance
+    from nbg_assets.partitions import sync_partitions
+
+    profile, _ = _open()
+    with dagster_instance(profile) as instance:
+        sync_partitions(instance)
+    root = Path(__file__).resolve().parent.parent
+    os.chdir(root)
+    command = [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Profile: one YAML file = one way to run the pipeline.
+
+A profile is chosen by `NBG_PROFILE` (a name in profiles/ or a path), default `embedded`. Every field is declared
+here with its unit and meaning; an unknown key is refused with the nearest known one. Relative paths are resolved
+against the project root: `NBG_ROOT`, else the folder above `profiles/` that the file came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nbg_core.ids import digest
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used: names the file, the key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def settings_id(self, *more: Any) -> str:
+        """Hash of this section (and `more`), the part of lineage that says 'made with other settings'."""
+        return digest(self.model_dump(mode="json"), *more)
+
+
+class Paths(Section):
+    queries: Path = Path("data/queries")
+    """Folder of the query files; each file is a slice."""
+    checkpoints: Path = Path("data/checkpoints")
+    """Folder of trained students, one sub-folder per checkpoint id."""
+    work: Path = Path("data/work")
+    """Folder of what a run needs while it runs: requests, logs, resumable training states."""
+
+
+class LakeSettings(Section):
+    catalog: str = "sqlite:data/lake/catalog.sqlite"
+    """`sqlite:PATH` on one machine, `postgres:CONNECTION STRING` for many."""
+    data_path: str = "data/lake/files"
+    """Folder or object-store prefix of the Parquet files."""
+    author: str = "nbg"
+    """Author written into each snapshot."""
+
+
+class Models(Section):
+    student: Path
+    """Folder of the SFT student (NBG4-3B-SFT), the policy until a checkpoint is promoted."""
+    teacher: Path
+    """Folder of the teacher (NBG3.5-Pro); same tokenizer as the student."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype models are loaded in for sampling and scoring."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model folder. Leave off unless you wrote that code."""
+
+
+class QuerySettings(Section):
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of each slice held out for evaluation, chosen by query id; a row's own `split` field wins."""
+    shingle_words: Annotated[int, Field(ge=1)] = 5
+    """Words per shingle for near-duplicate detection."""
+    near_duplicate_jaccard: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Queries whose shingle sets overlap by this Jaccard similarity or more are near duplicates."""
+    contamination_words: Annotated[int, Field(ge=1)] = 13
+    """A training query sharing a run of this many words with a held-out query is dropped."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 192
+    """Longest prompt, in tokens, chat template applied."""
+
+
+class SamplingSettings(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Sampler: `transformers` in a subprocess, or a vLLM server."""
+    n_student: Annotated[int, Field(ge=0)] = 8
+    """Responses per query from the current policy."""
+    n_teacher: Annotated[int, Field(ge=0)] = 0
+    """Responses per query from the teacher (the paper takes its positives from there)."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus probability mass."""
+    max_tokens: Annotated[int, Field(ge=1)] = 48
+    """Longest response, in tokens, end-of-turn included."""
+    seed: int = 0
+    """Base seed; each response's own seed is derived from it and the response's id."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Responses generated at once."""
+    chunk_queries: Annotated[int, Field(ge=1)] = 128
+    """Queries per commit: what a crash can lose."""
+
+    @model_validator(mode="after")
+    def _enough_responses(self):
+        if self.n_student + self.n_teacher < 2:
+            raise ValueError("n_student + n_teacher must be at least 2: a pair needs two responses")
+        return self
+
+    def sampling_id(self) -> str:
+        """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
+        return digest("sampling", self.backend, self.temperature, self.top_p, self.max_tokens, self.seed)
+
+
+class PreferenceSettings(Section):
+    weights: dict[Literal["verifier", "teacher_loglik"], float] = {"verifier": 1.0, "teacher_loglik": 0.0}
+    """Weight of each scorer in the combined score; weight 0 scores nothing."""
+    min_margin: Annotated[float, Field(gt=0)] = 0.5
+    """Smallest chosen - rejected combined score: positive >> negative."""
+    max_pairs_per_query: Annotated[int, Field(ge=1)] = 2
+    """At most this many pairs of one query, widest margins first, no response twice."""
+    truncated_positive: bool = False
+    """Let a truncated response (finish reason `length`) be a positive."""
+
+
+class TeacherSettings(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher's forward passes."""
+    k_head: Annotated[int, Field(ge=1)] = 16
+    """Most probable entries kept exactly, at most."""
+    m_tail: Annotated[int, Field(ge=0)] = 16
+    """Entries sampled from the mass outside the head; 0 stores the bucket only."""
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    """The head is the smallest that leaves at most this mass outside; then no tail is sampled."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the stored distribution; the student is compared at the same one."""
+    seed: int = 0
+    """Base seed of the tail samples."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Tokens per forward pass, padding included."""
+    chunk_samples: Annotated[int, Field(ge=1)] = 512
+    """Responses per commit: what a crash can lose."""
+
+    def storage_id(self) -> str:
+        """Hash of what changes the stored rows."""
+        return digest("teacher", self.engine, self.k_head, self.m_tail, self.epsilon, self.temperature, self.seed)
+
+
+class LossConfig(Section):
+    w_dpo: float = 1.0
+    """Weight of the sequence-level DPO term."""
+    w_pos: float = 1.0
+    """Weight of the token-level divergence on the chosen."""
+    w_neg: float = 1.0
+    """Weight of the token-level divergence on the rejected."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """DPO inverse temperature."""
+    dpo_variant: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"] = "sigmoid"
+    """DPO loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of flipped preferences (conservative DPO)."""
+    nll_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen's negative log-likelihood (RPO anchor)."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """Token-level divergence between teacher and student."""
+    estimator: Literal["sampled_tail", "bucket"] = "sampled_tail"
+    """`sampled_tail`: unbiased forward KL; `bucket`: everything outside the head is one outcome."""
+    jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Teacher's weight in the generalised Jensen-Shannon mixture."""
+    scale_by_temperature_squared: bool = True
+    """Multiply the divergence by temperature^2, so that its gradient keeps its size (Hinton et al. 2015)."""
+
+
+class TrainingSettings(Section):
+    loss: LossConfig = LossConfig()
+    """The joint loss."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the pairs."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps."""
+    global_batch_pairs: Annotated[int, Field(ge=1)] = 64
+    """Pairs per optimizer step, over all ranks and accumulation."""
+    micro_batch_pairs: Annotated[int, Field(ge=1)] = 64
+    """Pairs per forward pass on one rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps with linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the training weights (bf16 keeps fp32 master weights)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    n_processes: Annotated[int, Field(ge=1)] = 1
+    """Ranks on this machine (or per node with a hostfile)."""
+    hostfile: Path | None = None
+    """DeepSpeed hostfile; none trains on this machine alone."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    save_every: Annotated[int, Field(ge=1)] = 20
+    """Optimizer steps between resumable states: what a crash can lose."""
+    seed: int = 0
+    """Seed of the data order."""
+
+
+class EvaluationSettings(Section):
+    max_tokens: Annotated[int, Field(ge=1)] = 48
+    """Longest answer, in tokens."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Answers generated at once (greedy)."""
+    auto_promote: bool = False
+    """Let the refresh job promote a checkpoint that passes the gate."""
+
+
+class RefreshSettings(Section):
+    cron: str = "0 3 * * *"
+    """When the refresh schedule runs (cron, `timezone`)."""
+    timezone: str = "UTC"
+    """Time zone of `cron`."""
+
+
+class Profile(Section):
+    name: str
+    """Shown in every run's metadata."""
+    root: Path = PROJECT_ROOT
+    """Folder that relative paths start from; set by `load_profile`."""
+    models: Models
+    """Teacher and student."""
+    paths: Paths = Paths()
+    """Where files live."""
+    lake: LakeSettings = LakeSettings()
+    """Where tables live."""
+    queries: QuerySettings = QuerySettings()
+    """Ingest."""
+    sampling: SamplingSettings = SamplingSettings()
+    """Student (and teacher) responses."""
+    preference: PreferenceSettings = PreferenceSettings()
+    """Pair selection."""
+    teacher: TeacherSettings = TeacherSettings()
+    """Teacher logits."""
+    training: TrainingSettings = TrainingSettings()
+    """DeepSpeed training."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Held-out evaluation and the promotion gate."""
+    refresh: RefreshSettings = RefreshSettings()
+    """The refresh schedule."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads per worker process; none leaves it to torch."""
+
+    def resolve(self, path: Path | str) -> Path:
+        """`path` below the project root, unless it is absolute."""
+        return (self.root / path).resolve()
+
+
+def load_profile(which: str | Path | None = None) -> Profile:
+    """The profile named or at the path `which`, else `NBG_PROFILE`, else `embedded`.
+
+    Raises ProfileError for a missing file, bad YAML, an unknown key or a bad value."""
+    which = str(which or os.environ.get("NBG_PROFILE") or "embedded")
+    path = Path(which) if which.endswith((".yaml", ".yml")) else PROJECT_ROOT / "profiles" / f"{which}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
+        raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise ProfileError(f"{path}: not valid YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise ProfileError(f"{path}: a profile is a mapping of keys, got {type(data).__name__}")
+    root = Path(os.environ.get("NBG_ROOT") or PROJECT_ROOT)
+    data = {"root": root, "name": path.stem, **data}
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as e:
+        raise ProfileError(f"{path}: " + "; ".join(_explain(err, Profile) for err in e.errors())) from e
+
+
+def _explain(error: dict, model: type[BaseModel]) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        for part in error["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        near = difflib.get_close_matches(str(error["loc"][-1]), model.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
+        return f"unknown key {where!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {where!r}"
+    return f"{where or 'profile'} = {error['input']!r}: {error['msg']}"

@@ -1,0 +1,76 @@
+"""Content-addressed ids: the same content has the same id on every machine, so a second run finds its own work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+
+
+def digest(*parts: Any) -> str:
+    """128-bit hex hash of JSON-able parts; dict order does not matter, part boundaries do."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def query_id(messages: list[dict[str, str]]) -> str:
+    return digest("query", [{"role": m["role"], "content": m["content"]} for m in messages])
+
+
+def sample_id(query: str, model: str, sampling: str, index: int) -> str:
+    return digest("sample", query, model, sampling, index)
+
+
+def pair_id(chosen: str, rejected: str) -> str:
+    return digest("pair", chosen, rejected)
+
+
+def seed_from(*parts: Any) -> int:
+    """A seed in [0, 2^63) derived from content, so that no draw depends on batch composition or order."""
+    return int(digest("seed", *parts)[:16], 16) >> 1
+
+
+def content_version(ids: list[str]) -> str:
+    """Data version of a set of rows: a digest of their ids, order-free."""
+    return digest("content", sorted(ids))
+
+
+def model_id(path: Path | str) -> str:
+    """Hash of a model folder's weights, config and tokenizer (not its path or card).
+
+    Each file is hashed once per process, remembered by size and modification time.
+    Raises FileNotFoundError naming the folder when it holds no safetensors weights."""
+    folder = Path(path)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not weights:
+        raise FileNotFoundError(
+            f"no model at {folder}: expected a folder with config.json, *.safetensors and tokenizer files; "
+            "check `models` in the profile"
+        )
+    files = [
+        folder / "config.json",
+        *(folder / n for n in TOKENIZER_FILES if (folder / n).exists()),
+        *weights,
+    ]
+    return digest("model", [[f.name, _file_hash(f)] for f in files])
+
+
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def _file_hash(path: Path) -> str:
+    stat = os.stat(path)
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        with open(path, "rb") as f:
+            _hashes[key] = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return _hashes[key]

@@ -1,0 +1,319 @@
+"""The one door to the lake: DuckLake tables that change only together with their lineage.
+
+`Lake.sql` reads, now or at a snapshot; `Lake.commit` writes rows and their `lineage.materialisations` row in one
+transaction, whose snapshot carries the Dagster run id in its commit message. A commit that meets another writer is
+retried whole. Readers never block writers.
+
+From plain DuckDB: `ATTACH 'ducklake:sqlite:data/lake/catalog.sqlite' AS lake (READ_ONLY)`.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import duckdb
+import polars as pl
+from duckdb_extensions import import_extension
+from filelock import FileLock
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from nbg_core import schemas
+from nbg_core.config import Profile
+
+CODE_VERSION = "1"
+"""Raised when the same settings and inputs would give other rows: everything made before is then stale."""
+
+RETRY_SECONDS = 120
+
+VIEWS = {
+    "teacher_entries": """
+        WITH p AS (
+          SELECT sample_id, model_id, settings_id, slice, unnest(range(len(head_counts))) AS position, head_counts,
+                 tail_counts, tail_logmass, entry_ids, entry_logprobs
+          FROM {lake}.teacher_logits),
+        o AS (
+          SELECT *, head_counts[position + 1] AS n_head, tail_counts[position + 1] AS n_tail,
+                 coalesce(list_sum(list_concat(head_counts[:position], tail_counts[:position])), 0)::BIGINT AS start
+          FROM p),
+        e AS (SELECT *, unnest(range(n_head + n_tail)) AS entry FROM o)
+        SELECT sample_id, model_id, settings_id, slice, position, entry < n_head AS is_head,
+               entry_ids[start + entry + 1] AS token_id, entry_logprobs[start + entry + 1] AS logprob,
+               CASE WHEN entry < n_head THEN exp(entry_logprobs[start + entry + 1])
+                    ELSE exp(tail_logmass[position + 1]) / n_tail END AS weight
+        FROM e""",
+    "lineage.commits": """
+        SELECT m.*, s.snapshot_id, s.snapshot_time
+        FROM {lake}.lineage.materialisations m
+        LEFT JOIN ducklake_snapshots('{lake}') s
+          ON json_extract_string(s.commit_extra_info, '$.materialisation_id') = m.materialisation_id""",
+}
+
+
+class LakeError(RuntimeError):
+    """The lake cannot be opened or written: names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a materialisation read: an upstream partition's content and the snapshot it was read at."""
+
+    asset: str
+    slice: str | None
+    data_version: str
+    snapshot: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """The lineage of one commit. `settings` are those that matter to the asset, nothing else."""
+
+    asset: str
+    slice: str | None
+    run_id: str
+    profile: str
+    status: str = "complete"
+    settings: dict = field(default_factory=dict)
+    settings_id: str = "none"
+    inputs: Sequence[Input] = ()
+    data_version: str | None = None
+    materialisation_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Write:
+    """Rows for one table, without `materialisation_id` (the commit adds it).
+
+    Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
+    (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
+    it, for tables with large arrays."""
+
+    table: str
+    rows: pl.DataFrame
+    replace: str | None = None
+    params: tuple = ()
+    as_file: bool = False
+
+
+@dataclass(frozen=True)
+class Commit:
+    materialisation_id: str
+    snapshot: int
+    n_rows: int
+
+
+class Lake:
+    def __init__(self, catalog: str, data_path: str, author: str = "nbg"):
+        self.catalog, self.data_path, self.author = catalog, data_path, author
+
+    @classmethod
+    def of(cls, profile: Profile) -> Lake:
+        """The lake of a profile, created if it is not there yet."""
+        kind, _, where = profile.lake.catalog.partition(":")
+        if kind == "sqlite":
+            where = str(profile.resolve(where))
+        data_path = profile.lake.data_path
+        if "://" not in data_path:
+            data_path = str(profile.resolve(data_path))
+        lake = cls(f"{kind}:{where}", data_path, profile.lake.author)
+        lake._create()
+        return lake
+
+    def connect(self, *, read_only: bool = True, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
+        """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`."""
+        _import_extensions(self.catalog.partition(":")[0])
+        con = duckdb.connect()
+        for extension in _extensions(self.catalog.partition(":")[0]):
+            con.load_extension(extension)
+        options = [f"DATA_PATH '{_quoted(self.data_path)}'"]
+        if self.catalog.startswith("sqlite:"):
+            options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
+        if read_only:
+            options.append("READ_ONLY")
+        if snapshot is not None:
+            options.append(f"SNAPSHOT_VERSION {int(snapshot)}")
+        con.execute(f"ATTACH 'ducklake:{_quoted(self.catalog)}' AS lake ({', '.join(options)})")
+        con.execute("USE lake")
+        con.execute("SET TimeZone = 'UTC'")
+        return con
+
+    def sql(self, query: str, params: Sequence = (), *, snapshot: int | None = None) -> pl.DataFrame:
+        """The rows of a read-only query, at `snapshot` if given. Lists and structs come as polars types."""
+        with self._connection(read_only=True, snapshot=snapshot) as con:
+            return con.execute(query, list(params)).pl()
+
+    def snapshot(self) -> int:
+        """The newest snapshot id."""
+        with self._connection(read_only=True) as con:
+            return con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchone()[0]
+
+    def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
+        """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
+
+        Raises dataframely's ValidationError before anything is written if a frame breaks its contract."""
+        ready = []
+        for write in writes:
+            rows = write.rows.with_columns(pl.lit(record.materialisation_id).alias("materialisation_id"))
+            ready.append((write, schemas.validate(write.table, rows)))
+        return self._commit(record, ready)
+
+    def _commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
+        attempt = retry(
+            retry=retry_if_exception(_is_contention),
+            wait=wait_random_exponential(multiplier=0.05, max=5),
+            stop=stop_after_delay(RETRY_SECONDS),
+            reraise=True,
+        )(self._try_commit)
+        return attempt(record, ready)
+
+    def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
+        files: list[Path] = []
+        with self._connection(read_only=False) as con:
+            con.execute("BEGIN")
+            try:
+                n_rows = 0
+                for write, rows in ready:
+                    if write.replace is not None:
+                        con.execute(f"DELETE FROM {write.table} WHERE {write.replace}", list(write.params))
+                    else:
+                        rows = _without_present(con, write.table, rows)
+                    n_rows += self._insert(con, write, rows, record, files)
+                row = self._lineage_row(record, n_rows)  # noqa: F841  (DuckDB reads it by name)
+                con.execute("INSERT INTO lineage.materialisations BY NAME SELECT * FROM row")
+                extra = json.dumps({"materialisation_id": record.materialisation_id, "run_id": record.run_id})
+                what = record.asset + (f"[{record.slice}]" if record.slice else "")
+                con.execute(
+                    "CALL lake.set_commit_message(?, ?, extra_info => ?)",
+                    [self.author, f"{what} {record.status}, run {record.run_id}", extra],
+                )
+                con.execute("COMMIT")
+            except BaseException:
+                _quietly_rollback(con)
+                for path in files:
+                    path.unlink(missing_ok=True)
+                raise
+            snapshot = con.execute(
+                "SELECT max(snapshot_id) FROM ducklake_snapshots('lake') "
+                "WHERE json_extract_string(commit_extra_info, '$.materialisation_id') = ?",
+                [record.materialisation_id],
+            ).fetchone()[0]
+        return Commit(record.materialisation_id, snapshot, n_rows)
+
+    def _insert(self, con, write: Write, rows: pl.DataFrame, record: Record, files: list[Path]) -> int:
+        if rows.is_empty():
+            return 0
+        if write.as_file and "://" not in self.data_path:
+            path = (
+                Path(self.data_path)
+                / "registered"
+                / write.table
+                / f"{record.materialisation_id}-{uuid.uuid4().hex}.parquet"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            rows.write_parquet(temporary, compression="zstd")
+            temporary.rename(path)
+            files.append(path)
+            con.execute("CALL ducklake_add_data_files('lake', ?, ?)", [write.table, str(path)])
+        else:
+            con.execute(f"INSERT INTO {write.table} BY NAME SELECT * FROM rows")
+        return rows.height
+
+    @staticmethod
+    def _lineage_row(record: Record, n_rows: int) -> pl.DataFrame:
+        return schemas.frame("lineage.materialisations", [{
+            "materialisation_id": record.materialisation_id, "asset": record.asset, "slice": record.slice,
+            "run_id": record.run_id, "status": record.status, "n_rows": n_rows, "data_version": record.data_version,
+            "settings_id": record.settings_id, "settings": json.dumps(record.settings, sort_keys=True, default=str),
+            "inputs": json.dumps([vars(i) for i in record.inputs]), "profile": record.profile,
+            "code_version": CODE_VERSION, "created_at": datetime.now(UTC),
+        }])  # fmt: skip
+
+    @contextmanager
+    def _connection(self, **kwargs):
+        con = self.connect(**kwargs)
+        try:
+            yield con
+        finally:
+            con.close()
+
+    def _create(self) -> None:
+        """Make catalog, tables and views where they are missing; one process at a time."""
+        kind, _, where = self.catalog.partition(":")
+        try:
+            if "://" not in self.data_path:
+                Path(self.data_path).mkdir(parents=True, exist_ok=True)
+            lock = None
+            if kind == "sqlite":
+                path = Path(where)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.with_suffix(".ready").exists() and path.exists():
+                    return
+                lock = FileLock(path.with_suffix(".lock"))
+        except OSError as e:
+            raise LakeError(
+                f"the lake at {self.catalog} cannot be created: {e}; make the folder writable or set `lake`"
+            ) from e
+        if lock is None:
+            self._create_tables()
+            return
+        with lock:
+            self._create_tables()
+            Path(where).with_suffix(".ready").touch()
+
+    def _create_tables(self) -> None:
+        with self._connection(read_only=False) as con:
+            con.execute("BEGIN")
+            con.execute("CREATE SCHEMA IF NOT EXISTS lineage")
+            for table in schemas.TABLES:
+                columns = ", ".join(f"{n} {schemas.sql_type(t)}" for n, t in schemas.polars_schema(table).items())
+                con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+            for name, body in VIEWS.items():
+                con.execute(f"CREATE VIEW IF NOT EXISTS {name} AS {body.format(lake='lake')}")
+            con.execute("COMMIT")
+
+
+def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """`rows` whose primary key is not in the table yet."""
+    key = schemas.TABLES[table].primary_key()
+    if not key or rows.is_empty():
+        return rows
+    keys = rows.select(key)  # noqa: F841  (DuckDB reads it by name)
+    present = con.execute(f"SELECT DISTINCT {', '.join(key)} FROM {table} SEMI JOIN keys USING ({', '.join(key)})").pl()
+    return rows.join(present, on=key, how="anti", maintain_order="left")
+
+
+def _is_contention(error: BaseException) -> bool:
+    """Whether another writer was in the way and the transaction can simply be tried again."""
+    text = str(error).lower()
+    return isinstance(error, duckdb.Error) and ("lock" in text or "conflict" in text or "busy" in text)
+
+
+def _quietly_rollback(con) -> None:
+    try:
+        con.execute("ROLLBACK")
+    except duckdb.Error:  # a failed COMMIT has already ended the transaction
+        pass
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")
+
+
+def _extensions(kind: str) -> list[str]:
+    metadata = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}
+    if kind not in metadata:
+        raise LakeError(f"lake.catalog starts with {kind!r}; use 'sqlite:PATH' or 'postgres:CONNECTION STRING'")
+    return ["ducklake", metadata[kind]]
+
+
+@cache
+def _import_extensions(kind: str) -> None:
+    for extension in _extensions(kind):
+        import_extension(extension)

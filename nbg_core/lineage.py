@@ -1,0 +1,239 @@
+"""What made what: settings and inputs of every asset, staleness, tracing, and the current policy.
+
+A partition is *fresh* when it has a complete materialisation made with today's settings from its upstreams' present
+content. Content is compared by data version (a digest of ids), so an upstream that ran again without changing
+anything makes nothing stale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from nbg_core.config import Profile
+from nbg_core.ids import content_version, digest, model_id
+from nbg_core.lake import CODE_VERSION, Input, Lake
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "queries": (),
+    "student_samples": ("queries",),
+    "filtered_pairs": ("queries", "student_samples"),
+    "teacher_logits": ("filtered_pairs",),
+    "reference_logprobs": ("filtered_pairs",),
+    "student_checkpoint": ("filtered_pairs", "teacher_logits", "reference_logprobs"),
+    "student_eval": ("queries", "student_checkpoint"),
+}
+"""The asset graph, in an order that respects it."""
+
+UNPARTITIONED = ("student_checkpoint", "student_eval")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that samples and that training starts from."""
+
+    model_id: str
+    path: Path
+    promoted: bool
+
+
+def current_policy(lake: Lake, profile: Profile) -> Policy:
+    """The newest promoted checkpoint, or the SFT student before the first promotion.
+
+    Raises FileNotFoundError when its folder is gone."""
+    rows = lake.sql("SELECT model_id, path FROM promotions ORDER BY promoted_at DESC LIMIT 1")
+    if rows.is_empty():
+        path = profile.resolve(profile.models.student)
+        return Policy(model_id(path), path, False)
+    row = rows.row(0, named=True)
+    path = profile.resolve(profile.paths.checkpoints) / row["path"]
+    if model_id(path) != row["model_id"]:
+        raise ValueError(
+            f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"
+        )
+    return Policy(row["model_id"], path, True)
+
+
+def slices(profile: Profile) -> list[str]:
+    """The slices: names of the query files, sorted."""
+    folder = profile.resolve(profile.paths.queries)
+    return sorted({p.stem for p in folder.glob("*") if p.suffix in (".jsonl", ".parquet")})
+
+
+def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None) -> dict:
+    """The settings that decide an asset's content; a change in any makes it stale.
+
+    Raises FileNotFoundError for a missing query file or model folder."""
+
+    def teacher() -> str:
+        return model_id(profile.resolve(profile.models.teacher))
+
+    match asset:
+        case "queries":
+            file = query_file(profile, slice)
+            stat = digest("file", file.name, file.read_bytes().hex() if file.stat().st_size < 1 << 24 else
+                          [file.stat().st_size, file.stat().st_mtime_ns])  # fmt: skip
+            return {**profile.queries.model_dump(), "file": stat}
+        case "student_samples":
+            s = profile.sampling
+            return {"sampling_id": s.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,
+                    "student": policy.model_id, "teacher": teacher() if s.n_teacher else None}  # fmt: skip
+        case "filtered_pairs":
+            p = profile.preference
+            uses_teacher = bool(p.weights.get("teacher_loglik"))
+            return {**p.model_dump(), "teacher": teacher() if uses_teacher else None}
+        case "teacher_logits":
+            return {"storage_id": profile.teacher.storage_id(), "teacher": teacher()}
+        case "reference_logprobs":
+            return {"reference": policy.model_id}
+        case "student_checkpoint":
+            t = profile.training.model_dump(mode="json", exclude={"hostfile", "save_every"})
+            return {
+                **t,
+                "initial": policy.model_id,
+                "teacher": teacher(),
+                "storage_id": profile.teacher.storage_id(),
+            }
+        case "student_eval":
+            e = profile.evaluation
+            return {"max_tokens": e.max_tokens, "teacher": teacher()}
+    raise KeyError(asset)
+
+
+def settings_id(settings: dict) -> str:
+    return digest("settings", json.loads(json.dumps(settings, default=str)))
+
+
+def query_file(profile: Profile, slice: str) -> Path:
+    """The file of a slice. Raises FileNotFoundError naming the folder and the slices that exist."""
+    folder = profile.resolve(profile.paths.queries)
+    for suffix in (".jsonl", ".parquet"):
+        if (path := folder / f"{slice}{suffix}").is_file():
+            return path
+    known = ", ".join(slices(profile)) or "none"
+    raise FileNotFoundError(f"no {slice}.jsonl or {slice}.parquet in {folder}; slices there: {known}")
+
+
+def latest(lake: Lake, asset: str, slice: str | None) -> dict | None:
+    """The newest complete materialisation of a partition, with its snapshot id, or None."""
+    rows = lake.sql(
+        "SELECT * FROM lineage.commits WHERE asset = ? AND slice IS NOT DISTINCT FROM ? AND status = 'complete' "
+        "ORDER BY snapshot_id DESC LIMIT 1",
+        [asset, slice],
+    )
+    return None if rows.is_empty() else rows.row(0, named=True)
+
+
+def input_of(lake: Lake, asset: str, slice: str | None, snapshot: int) -> Input:
+    """The input record for reading a partition at `snapshot`. Raises LookupError if it was never materialised."""
+    row = latest(lake, asset, slice)
+    if row is None:
+        where = asset + (f"[{slice}]" if slice else "")
+        raise LookupError(f"{where} has not been materialised; materialise it first (nbg run, or the UI)")
+    return Input(asset, slice, row["data_version"], snapshot)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a partition is up to date; `why` is empty when fresh."""
+
+    asset: str
+    slice: str | None
+    state: str  # 'fresh', 'stale' or 'missing'
+    why: str
+
+
+def status(lake: Lake, profile: Profile, which: Sequence[str] | None = None) -> list[Status]:
+    """The state of every partition, in an order in which they can be materialised.
+
+    `which` limits the slices. A partition below a stale one is stale too. A query file that is broken today shows
+    as stale `queries`; the error itself comes when it is materialised."""
+    policy = current_policy(lake, profile)
+    rows = lake.sql(
+        "SELECT asset, slice, data_version, settings_id, inputs, code_version FROM lineage.commits "
+        "WHERE status = 'complete' QUALIFY row_number() OVER (PARTITION BY asset, slice ORDER BY snapshot_id DESC) = 1"
+    )
+    done = {(r["asset"], r["slice"]): r for r in rows.iter_rows(named=True)}
+    names = list(slices(profile) if which is None else which)
+    result: dict[tuple[str, str | None], Status] = {}
+    for asset, upstream in UPSTREAM.items():
+        for slice in [None] if asset in UNPARTITIONED else names:
+            inputs = [
+                (a, s)
+                for a in upstream
+                for s in ([None] if a in UNPARTITIONED else names if slice is None else [slice])
+            ]
+            wanted = settings_id(settings_of(asset, profile, policy, slice))
+            state, why = _state(done.get((asset, slice)), inputs, done, result, wanted)
+            result[asset, slice] = Status(asset, slice, state, why)
+    return list(result.values())
+
+
+def _state(row: dict | None, inputs: list, done: dict, result: dict, wanted: str) -> tuple[str, str]:
+    if row is None:
+        return "missing", "never materialised"
+    if row["code_version"] != CODE_VERSION:
+        return "stale", "made by another version of the code"
+    if row["settings_id"] != wanted:
+        return "stale", "settings, policy or file changed"
+    read = {(i["asset"], i["slice"]): i["data_version"] for i in json.loads(row["inputs"])}
+    for key in inputs:
+        name = key[0] + (f"[{key[1]}]" if key[1] else "")
+        if key not in read:
+            return "stale", f"{name} is new"
+        if key in result and result[key].state != "fresh":
+            return "stale", f"{name} is {result[key].state}"
+        if key in done and done[key]["data_version"] != read[key]:
+            return "stale", f"{name} changed"
+    gone = [k for k in read if k not in inputs]
+    if gone:
+        return "stale", f"{gone[0][0]}[{gone[0][1]}] is gone"
+    return "fresh", ""
+
+
+def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
+    """Everything connected to an id, up and down: a checkpoint, pair, sample or query id (a unique prefix will do).
+
+    Returns frames by name: queries, samples, pairs, checkpoints. Checkpoints are followed at the snapshot their
+    training set was read at, so that pairs replaced since then are found. Raises LookupError for an unknown id."""
+    like = [id + "%"]
+    checkpoints = lake.sql("SELECT * FROM checkpoints WHERE checkpoint_id LIKE ? OR training_id LIKE ?", like * 2)
+    if checkpoints.height:
+        snapshot = checkpoints["input_snapshot"][-1]
+        used = lake.sql(
+            "SELECT DISTINCT pair_id FROM checkpoint_pairs WHERE training_id = ?",
+            [checkpoints["training_id"][-1]],
+        )
+        pairs = lake.sql("SELECT * FROM pairs ORDER BY pair_id", snapshot=snapshot).filter(
+            pl.col("pair_id").is_in(used["pair_id"].implode())
+        )
+    else:
+        snapshot = None
+        pairs = lake.sql(
+            "SELECT * FROM pairs WHERE pair_id LIKE ? OR chosen_id LIKE ? OR rejected_id LIKE ? OR query_id LIKE ? "
+            "ORDER BY pair_id", like * 4)  # fmt: skip
+    members = pairs["chosen_id"].to_list() + pairs["rejected_id"].to_list()
+    samples = lake.sql(
+        "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?)) OR sample_id LIKE ? OR query_id LIKE ? "
+        "ORDER BY sample_id",
+        [members or [""], *like * 2], snapshot=snapshot)  # fmt: skip
+    queries = lake.sql(
+        "SELECT * FROM queries WHERE query_id IN (SELECT unnest(?)) OR query_id LIKE ? ORDER BY query_id",
+        [samples["query_id"].to_list() or [""], *like], snapshot=snapshot)  # fmt: skip
+    if not checkpoints.height:
+        checkpoints = lake.sql(
+            "SELECT * FROM checkpoints WHERE training_id IN "
+            "(SELECT training_id FROM checkpoint_pairs WHERE pair_id IN (SELECT unnest(?)))",
+            [pairs["pair_id"].to_list() or [""]])  # fmt: skip
+    found = {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
+    if not any(df.height for df in found.values()):
+        raise LookupError(f"no checkpoint, pair, sample or query has an id that starts with {id!r}")
+    return found
+
+
+__all__ = ["UPSTREAM", "UNPARTITIONED", "Policy", "Status", "content_version", "current_policy", "input_of", "latest",
+           "query_file", "settings_id", "settings_of", "slices", "status", "trace"]  # fmt: skip

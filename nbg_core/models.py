@@ -1,0 +1,108 @@
+"""Loading models and tokenizers, and the one forward pass that scores responses.
+
+Every score in the project (teacher logits, reference log-probs, the trainer's own) comes from `response_logits`: the
+same rows, the same columns, float32. Shapes: N sequences, L padded length, T response positions of all sequences
+together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model folder. Raises ValueError if it has no chat template or end-of-turn token."""
+    tokenizer = AutoTokenizer.from_pretrained(_folder(path), trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {path} needs a chat template and an end-of-turn (eos) token")
+    return tokenizer
+
+
+def load_model(path: Path | str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model in a folder, for inference, on the GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(
+        _folder(path), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _folder(path: Path | str) -> Path:
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model at {path}: expected a folder with config.json; check `models` in the profile"
+        )
+    return Path(path)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, ready for the assistant's turn."""
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a response: the generation config's, and the tokenizer's end-of-turn."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def context_length(path: Path | str) -> int | None:
+    """Longest sequence the model in a folder takes, in tokens; None if its config does not say."""
+    config = json.loads((_folder(path) / "config.json").read_text())
+    return config.get("max_position_embeddings")
+
+
+def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remote_code: bool = False) -> int:
+    """The number of token ids both models share.
+
+    Compared by content (vocabulary and special ids), not by name: a teacher's distribution means nothing over
+    another vocabulary. Raises ValueError naming the first difference."""
+    a = load_tokenizer(student, trust_remote_code=trust_remote_code)
+    b = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    one, two = a.get_vocab(), b.get_vocab()
+    differences = sorted(t for t in one.keys() | two.keys() if one.get(t) != two.get(t))
+    if differences:
+        t = differences[0]
+        raise ValueError(
+            f"teacher {teacher} and student {student} have different tokenizers: {len(differences)} tokens differ, "
+            f"first {t!r} (student id {one.get(t)}, teacher id {two.get(t)}); use a teacher of the student's family"
+        )
+    if a.eos_token_id != b.eos_token_id:
+        raise ValueError(
+            f"teacher {teacher} ends a turn with token {b.eos_token_id}, student {student} with {a.eos_token_id}; "
+            "use models with the same special tokens"
+        )
+    return len(a)
+
+
+def pad(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids [N, L], attention mask [N, L], and the flat rows [T] (into N*L) that predict response tokens.
+
+    Position p - 1 + r predicts response token r of a sequence with p prompt tokens; rows are in order of sequence,
+    then position."""
+    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), length), dtype=torch.long)
+    rows = []
+    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        n = len(p) + len(r)
+        ids[i, :n] = torch.tensor([*p, *r])
+        mask[i, :n] = 1
+        rows.append(torch.arange(i * length + len(p) - 1, i * length + n - 1))
+    return ids, mask, torch.cat(rows)
+
+
+def response_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, vocab: int) -> Tensor:
+    """Logits [T, V] in float32 at `rows`; row t predicts response token t (already shifted).
+
+    Only response positions reach the output matrix. Columns past `vocab` (padding of the matrix) are cut off."""
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return model.get_output_embeddings()(hidden.flatten(0, 1)[rows])[:, :vocab].float()

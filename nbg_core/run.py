@@ -1,0 +1,73 @@
+"""What a stage gets to work with: profile, lake, run id, and a way to say how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from nbg_core import lineage
+from nbg_core.config import Profile
+from nbg_core.lake import Commit, Input, Lake, Record, Write
+
+
+@dataclass
+class Run:
+    profile: Profile
+    lake: Lake
+    run_id: str = "local"
+    log: Callable[[str], None] = print
+    policy: lineage.Policy = field(init=False)
+
+    def __post_init__(self):
+        self.policy = lineage.current_policy(self.lake, self.profile)
+
+    def settings(self, asset: str, slice: str | None) -> dict:
+        return lineage.settings_of(asset, self.profile, self.policy, slice)
+
+    def read(self, *assets: str, slice: str | None) -> tuple[int, list[Input]]:
+        """The snapshot to read at, and the input records of the upstream partitions as of it.
+
+        Raises LookupError if one was never materialised."""
+        snapshot = self.lake.snapshot()
+        return snapshot, [lineage.input_of(self.lake, asset, slice, snapshot) for asset in assets]
+
+    def commit(
+        self,
+        asset: str,
+        slice: str | None,
+        writes: Iterable[Write] = (),
+        *,
+        inputs: Iterable[Input] = (),
+        data_version: str | None = None,
+    ) -> Commit:
+        """Commit `writes` with their lineage. With a `data_version` the partition is complete; without, it is a
+        chunk: work that a later run finds and does not do again."""
+        settings = self.settings(asset, slice)
+        record = Record(
+            asset=asset, slice=slice, run_id=self.run_id, profile=self.profile.name,
+            status="chunk" if data_version is None else "complete", settings=settings,
+            settings_id=lineage.settings_id(settings), inputs=list(inputs), data_version=data_version,
+        )  # fmt: skip
+        return self.lake.commit(record, list(writes))
+
+    def progress(self, what: str, total: int) -> Progress:
+        return Progress(what, total, self.log)
+
+
+class Progress:
+    """Says `what: done/total, rate, time left` at most once a second, and always at the end."""
+
+    def __init__(self, what: str, total: int, log: Callable[[str], None]):
+        self.what, self.total, self.done, self._log = what, total, 0, log
+        self._start = self._last = time.monotonic()
+
+    def advance(self, n: int, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self._last < 1 and self.done < self.total:
+            return
+        self._last = now
+        rate = self.done / max(now - self._start, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        self._log(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s{left}{', ' + note if note else ''}")

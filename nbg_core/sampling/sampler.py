@@ -1,0 +1,49 @@
+"""What a sampler is: prompts as token ids in, responses as token ids with log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """`len(seeds)` responses to one prompt, each drawn with its own seed."""
+
+    prompt_token_ids: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response. `logprobs` are of the model's own distribution (temperature 1, nothing cut), in nats."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str  # 'stop' or 'length'
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Sampling parameters; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+class Sampler(Protocol):
+    """A served model."""
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
+        """The responses to each request, in its order of seeds. A seed decides its response, whatever the batch."""
+        ...
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a chat, ready for the assistant's turn."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a response, without special tokens."""
+        ...

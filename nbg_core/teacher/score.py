@@ -1,0 +1,62 @@
+"""`teacher_logits`: the teacher's distribution at every position of every response in a pair."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from nbg_core.ids import content_version, model_id
+from nbg_core.lake import Write
+from nbg_core.models import check_same_tokenizer
+from nbg_core.run import Run
+from nbg_core.teacher.forward import Scorer, samples_of_pairs
+from nbg_core.teacher.store import compress
+
+ASSET = "teacher_logits"
+
+
+def materialise(run: Run, slice: str) -> dict:
+    """Score the responses that have no row for this teacher and these settings yet; a chunk per commit.
+
+    Raises ValueError when the teacher has another tokenizer than the student."""
+    settings = run.profile.teacher
+    if settings.engine != "transformers":
+        raise ValueError(
+            f"teacher.engine {settings.engine!r} is not in this version; set it to 'transformers' in the profile"
+        )
+    path = run.profile.resolve(run.profile.models.teacher)
+    check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
+    teacher, storage = model_id(path), settings.storage_id()
+    snapshot, inputs = run.read("filtered_pairs", slice=slice)
+    wanted = samples_of_pairs(run, slice, snapshot)
+    done = run.lake.sql(
+        "SELECT sample_id FROM teacher_logits WHERE model_id = ? AND settings_id = ? AND slice = ?",
+        [teacher, storage, slice],
+    )
+    missing = wanted.join(done, on="sample_id", how="anti", maintain_order="left")
+    run.log(f"{ASSET}[{slice}]: {wanted.height - missing.height} of {wanted.height} responses already scored")
+    new_rows = _score_missing(run, slice, missing, inputs, path, teacher, storage)
+    version = content_version([f"{s}:{teacher}:{storage}" for s in wanted["sample_id"]])
+    commit = run.commit(ASSET, slice, inputs=inputs, data_version=version)
+    return {
+        "asset": ASSET, "slice": slice, "snapshot": commit.snapshot, "data_version": version, "rows": wanted.height,
+        "new_rows": new_rows, "teacher_model_id": teacher, "storage_id": storage,
+    }  # fmt: skip
+
+
+def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, teacher: str, storage: str) -> int:
+    if missing.is_empty():
+        return 0
+    scorer = Scorer(run, path)
+    progress = run.progress(f"{ASSET}[{slice}]", missing.height)
+    new_rows = 0
+    for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
+        frames = []
+        for scored in scorer.score(chunk):
+            ids = scored.samples["sample_id"].to_list()
+            frames.append(compress(scored.logits, scored.token_ids, scored.lengths, ids, run.profile.teacher))
+            progress.advance(len(ids))
+        rows = pl.concat(frames).with_columns(
+            pl.lit(slice).alias("slice"), pl.lit(teacher).alias("model_id"), pl.lit(storage).alias("settings_id")
+        )
+        new_rows += run.commit(ASSET, slice, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
+    return new_rows

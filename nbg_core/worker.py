@@ -1,0 +1,94 @@
+"""The process a stage runs in: `python -m nbg_core.worker ASSET [--slice S] [--run-id R] [--report FILE]`.
+
+Prints progress lines, writes one JSON report (result, or the error in one sentence), exits 0 or 1. One worker per
+partition at a time; the lock goes with the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nbg_core.config import Profile, load_profile
+from nbg_core.lake import Lake
+from nbg_core.lineage import UNPARTITIONED, UPSTREAM
+from nbg_core.run import Run
+
+STAGES = {
+    "queries": "nbg_core.queries.ingest",
+    "student_samples": "nbg_core.sampling.sample",
+    "filtered_pairs": "nbg_core.preference.select",
+    "teacher_logits": "nbg_core.teacher.score",
+    "reference_logprobs": "nbg_core.teacher.reference",
+    "student_checkpoint": "nbg_core.training.launch",
+    "student_eval": "nbg_core.evaluation",
+}
+"""Module of each asset; its `materialise(run, slice)` does the work and returns the report."""
+
+
+@contextmanager
+def only_worker(profile: Profile, asset: str, slice: str | None, run_id: str):
+    """Hold the lock of a partition. Raises RuntimeError naming the run that holds it."""
+    folder = profile.resolve(profile.paths.work) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = asset + (f"[{slice}]" if slice else "")
+    holder = folder / f"{name}.holder"
+    try:
+        with FileLock(folder / f"{name}.lock", timeout=0):
+            holder.write_text(f"run {run_id}, process {os.getpid()}")
+            yield
+    except Timeout as e:
+        who = holder.read_text() if holder.exists() else "another run"
+        raise RuntimeError(f"{name} is being materialised by {who}; wait for it or terminate it, then run again") from e
+
+
+def materialise(asset: str, slice: str | None, run_id: str = "local", profile: Profile | None = None) -> dict:
+    """Materialise one partition in this process and return its report."""
+    if asset not in UPSTREAM:
+        raise ValueError(f"unknown asset {asset!r}; known: {', '.join(UPSTREAM)}")
+    if (slice is None) != (asset in UNPARTITIONED):
+        raise ValueError(
+            f"{asset} is {'not ' if asset in UNPARTITIONED else ''}partitioned by slice, got slice={slice!r}"
+        )
+    profile = profile or load_profile()
+    with only_worker(profile, asset, slice, run_id):
+        run = Run(profile, Lake.of(profile), run_id, log=lambda line: print(line, flush=True))
+        return importlib.import_module(STAGES[asset]).materialise(run, slice)
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, default=str))
+    temporary.rename(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("asset", choices=STAGES)
+    parser.add_argument("--slice")
+    parser.add_argument("--run-id", default="local")
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+    try:
+        report = materialise(args.asset, args.slice, args.run_id)
+    except Exception as e:  # whatever went wrong is reported in one sentence; the log has the traceback
+        traceback.print_exc()
+        report = {"error": f"{e}" if str(e) else type(e).__name__, "error_type": type(e).__name__}
+    if args.report:
+        write_json(args.report, report)
+    else:
+        print(json.dumps(report, indent=2, default=str))
+    return 1 if "error" in report else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

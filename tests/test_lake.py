@@ -1,0 +1,149 @@
+"""The lake: data and lineage in one transaction, snapshots, idempotence, contention."""
+
+import json
+import multiprocessing
+import time
+
+import dataframely as dy
+import duckdb
+import polars as pl
+import pytest
+from nbg_core import schemas
+from nbg_core.lake import Lake, Record, Write
+
+
+@pytest.fixture
+def lake(tmp_path):
+    lake = Lake(f"sqlite:{tmp_path}/catalog.sqlite", str(tmp_path / "files"))
+    lake._create()
+    return lake
+
+
+def score(sample: str, value: float = 1.0, slice: str = "a") -> dict:
+    return {"slice": slice, "sample_id": sample, "scorer": "verifier", "scorer_id": "v", "score": value}
+
+
+def record(run_id: str = "run-1", **kwargs) -> Record:
+    return Record("filtered_pairs", "a", run_id, "test", **kwargs)
+
+
+def test_data_and_lineage_are_one_snapshot_that_names_the_run(lake):
+    before = lake.snapshot()
+    commit = lake.commit(record("run-7"), [Write("scores", pl.DataFrame([score("s1"), score("s2")]))])
+    assert (commit.n_rows, commit.snapshot) == (2, before + 1)
+    row = lake.sql("SELECT * FROM lineage.commits").row(0, named=True)
+    assert (row["run_id"], row["n_rows"], row["snapshot_id"]) == ("run-7", 2, commit.snapshot)
+    assert lake.sql("SELECT DISTINCT materialisation_id FROM scores").item() == row["materialisation_id"]
+    with lake.connect() as con:
+        extra = con.execute(
+            "SELECT commit_extra_info FROM ducklake_snapshots('lake') WHERE snapshot_id = ?", [commit.snapshot]
+        ).fetchone()[0]
+    assert json.loads(extra)["run_id"] == "run-7"
+
+
+def test_a_commit_that_fails_halfway_changes_nothing(lake):
+    before = lake.snapshot()
+    good = Write("scores", pl.DataFrame([score("s1")]))
+    bad = Write("scores", pl.DataFrame([score("s2")]), replace="no_such_column = 1")
+    with pytest.raises(duckdb.Error, match="no_such_column"):
+        lake.commit(record(), [good, bad])
+    assert lake.snapshot() == before
+    assert lake.sql("SELECT * FROM scores").is_empty()
+    assert lake.sql("SELECT * FROM lineage.materialisations").is_empty()
+
+
+def test_a_frame_that_breaks_its_contract_is_refused_before_anything_is_written(lake):
+    with pytest.raises(dy.exc.ValidationError, match="sample_id"):
+        lake.commit(record(), [Write("scores", pl.DataFrame([score("")]))])
+    assert lake.sql("SELECT * FROM lineage.materialisations").is_empty()
+
+
+def test_rows_already_there_are_left_alone(lake):
+    lake.commit(record("first"), [Write("scores", pl.DataFrame([score("s1", 0.25)]))])
+    again = lake.commit(record("second"), [Write("scores", pl.DataFrame([score("s1", 0.75), score("s2", 0.5)]))])
+    assert again.n_rows == 1
+    assert dict(lake.sql("SELECT sample_id, score FROM scores").iter_rows()) == {"s1": 0.25, "s2": 0.5}
+
+
+def test_replace_swaps_a_partition_and_a_snapshot_still_has_the_old_one(lake):
+    other = Write("scores", pl.DataFrame([score("o", slice="b")]))
+    old = lake.commit(record(), [Write("scores", pl.DataFrame([score("s1"), score("s2")])), other])
+    lake.commit(record(), [Write("scores", pl.DataFrame([score("s3")]), replace="slice = ?", params=("a",))])
+    assert lake.sql("SELECT sample_id FROM scores ORDER BY ALL")["sample_id"].to_list() == ["o", "s3"]
+    past = lake.sql("SELECT sample_id FROM scores ORDER BY ALL", snapshot=old.snapshot)
+    assert past["sample_id"].to_list() == ["o", "s1", "s2"]
+
+
+def teacher_row(sample: str) -> dict:
+    return {
+        "slice": "a", "sample_id": sample, "model_id": "m", "settings_id": "x",
+        "token_logprobs": [-0.5, -0.1], "tail_logmass": [-5.0, float("-inf")], "head_counts": [2, 1],
+        "tail_counts": [2, 0], "entry_ids": [1, 2, 7, 9, 4], "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
+    }  # fmt: skip
+
+
+def test_registered_files_are_rows_like_any_other_and_expand_in_sql(lake, tmp_path):
+    rows = pl.DataFrame([teacher_row("s1"), teacher_row("s2")])
+    assert lake.commit(record(), [Write("teacher_logits", rows, as_file=True)]).n_rows == 2
+    again = pl.DataFrame([teacher_row("s2"), teacher_row("s3")])
+    assert lake.commit(record(), [Write("teacher_logits", again, as_file=True)]).n_rows == 1
+    assert len(list((tmp_path / "files" / "registered").rglob("*.parquet"))) == 2
+    entries = lake.sql("SELECT * FROM teacher_entries WHERE sample_id = 's3' ORDER BY position, is_head DESC, token_id")
+    assert entries["position"].to_list() == [0, 0, 0, 0, 1]
+    assert entries["token_id"].to_list() == [1, 2, 7, 9, 4]
+    expected = [2.718281828**-0.5, 2.718281828**-1, 2.718281828**-5 / 2, 2.718281828**-5 / 2, 1.0]
+    assert entries["weight"].to_list() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_failed_commit_leaves_no_file(lake, tmp_path):
+    file = Write("teacher_logits", pl.DataFrame([teacher_row("s1")]), as_file=True)
+    bad = Write("scores", pl.DataFrame([score("s2")]), replace="no_such_column = 1")
+    with pytest.raises(duckdb.Error):
+        lake.commit(record(), [file, bad])
+    assert not list((tmp_path / "files").rglob("*.parquet"))
+
+
+def _commit_many(catalog: str, data_path: str, who: int, n: int, start) -> None:
+    lake = Lake(catalog, data_path)
+    start.wait()
+    for i in range(n):
+        rows = pl.DataFrame([score(f"{who}-{i}", slice=f"w{who}")])
+        lake.commit(record(f"{who}"), [Write("scores", rows, replace="sample_id = ?", params=(f"{who}-{i}",))])
+
+
+def test_four_processes_committing_at_once_lose_nothing(lake):
+    context = multiprocessing.get_context("spawn")
+    start, n = context.Barrier(4), 6
+    workers = [
+        context.Process(target=_commit_many, args=(lake.catalog, lake.data_path, who, n, start)) for who in range(4)
+    ]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(180)
+    assert [w.exitcode for w in workers] == [0] * 4
+    found = set(lake.sql("SELECT sample_id FROM scores")["sample_id"])
+    assert found == {f"{who}-{i}" for who in range(4) for i in range(n)}
+    assert lake.sql("SELECT count(*) FROM lineage.materialisations").item() == 4 * n
+
+
+def test_a_reader_is_not_blocked_by_an_open_write_transaction(lake):
+    lake.commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
+    with lake.connect(read_only=False) as con:
+        con.execute("BEGIN")
+        con.execute("DELETE FROM scores")
+        began = time.monotonic()
+        assert lake.sql("SELECT count(*) FROM scores").item() == 1
+        assert time.monotonic() - began < 5
+        con.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("table", schemas.TABLES)
+def test_every_table_takes_an_empty_frame_and_describes_its_columns(lake, table):
+    assert schemas.validate(table, pl.DataFrame(schema=schemas.polars_schema(table))).is_empty()
+    columns = lake.sql(f"DESCRIBE {table}")
+    described = dict(zip(columns["column_name"], columns["column_type"], strict=True))
+    for name, column in schemas.TABLES[table].columns().items():
+        assert column.description, f"{table}.{name} says nothing"
+        wanted = schemas.sql_type(column.dtype).replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE").replace("STRUCT", "")
+        assert described[name].replace('"', "").replace("STRUCT", "") == wanted
