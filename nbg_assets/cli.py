@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nbg_core import accuracy, lineage
+from nbg_core import accuracy, config, lineage
 from nbg_core.config import Profile, ProfileError, load_profile
 from nbg_core.lake import Lake, LakeError
 
@@ -167,9 +167,16 @@ def promote(
 
 
 @app.command("profile")
-def show_profile(which: Annotated[str | None, typer.Argument(help="Name or path.")] = None) -> None:
+def show_profile(
+    which: Annotated[str | None, typer.Argument(help="Name or path.")] = None,
+    reference: Annotated[bool, typer.Option(help="Print every setting with default and meaning instead.")] = False,
+) -> None:
     """Validate a profile and print every setting of it."""
     import yaml
+
+    if reference:
+        print(config.reference(), end="")
+        return
 
     profile = load_profile(which)
     console.print(yaml.safe_dump(json.loads(profile.model_dump_json()), sort_keys=False), markup=False)

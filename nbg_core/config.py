@@ -163,6 +163,12 @@ class LossConfig(Section):
     scale_by_temperature_squared: bool = True
     """Multiply the divergence by temperature^2, so that its gradient keeps its size (Hinton et al. 2015)."""
 
+    @model_validator(mode="after")
+    def _estimator_fits(self):
+        if self.estimator == "sampled_tail" and self.divergence != "forward":
+            raise ValueError(f"divergence {self.divergence!r} needs estimator 'bucket'")
+        return self
+
 
 class TrainingSettings(Section):
     loss: LossConfig = LossConfig()
@@ -288,3 +294,21 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"missing key {where!r}"
     return f"{where or 'profile'} = {error['input']!r}: {error['msg']}"
+
+
+def reference() -> str:
+    """Every setting of a profile as a Markdown table: key, default, meaning."""
+
+    def rows(model: type[BaseModel], prefix: str):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from rows(field.annotation, f"{prefix}{name}.")
+            elif prefix + name != "root":
+                default = "required" if field.is_required() else f"`{_plain(field.default)}`"
+                yield f"| `{prefix}{name}` | {default} | {field.description} |"
+
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(Profile, "")]) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

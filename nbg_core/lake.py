@@ -111,6 +111,7 @@ class Commit:
 class Lake:
     def __init__(self, catalog: str, data_path: str, author: str = "nbg"):
         self.catalog, self.data_path, self.author = catalog, data_path, author
+        self._attached: dict[tuple[bool, int | None], duckdb.DuckDBPyConnection] = {}
 
     @classmethod
     def of(cls, profile: Profile) -> Lake:
@@ -126,21 +127,34 @@ class Lake:
         return lake
 
     def connect(self, *, read_only: bool = True, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
-        """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`."""
-        _import_extensions(self.catalog.partition(":")[0])
+        """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`; close it after use.
+
+        Attaching costs 0.1 s, so a process attaches once per mode and hands out connections to that."""
+        key = (read_only, snapshot)
+        if key not in self._attached:
+            if snapshot is not None:  # one past snapshot is enough to keep
+                for old in [k for k in self._attached if k[1] is not None]:
+                    self._attached.pop(old).close()
+            self._attached[key] = self._attach(read_only, snapshot)
+        con = self._attached[key].cursor()
+        con.execute("USE lake")
+        con.execute("SET TimeZone = 'UTC'")
+        return con
+
+    def _attach(self, read_only: bool, snapshot: int | None) -> duckdb.DuckDBPyConnection:
+        kind = self.catalog.partition(":")[0]
+        _import_extensions(kind)
         con = duckdb.connect()
-        for extension in _extensions(self.catalog.partition(":")[0]):
+        for extension in _extensions(kind):
             con.load_extension(extension)
         options = [f"DATA_PATH '{_quoted(self.data_path)}'"]
-        if self.catalog.startswith("sqlite:"):
+        if kind == "sqlite":
             options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
         if read_only:
             options.append("READ_ONLY")
         if snapshot is not None:
             options.append(f"SNAPSHOT_VERSION {int(snapshot)}")
         con.execute(f"ATTACH 'ducklake:{_quoted(self.catalog)}' AS lake ({', '.join(options)})")
-        con.execute("USE lake")
-        con.execute("SET TimeZone = 'UTC'")
         return con
 
     def sql(self, query: str, params: Sequence = (), *, snapshot: int | None = None) -> pl.DataFrame:

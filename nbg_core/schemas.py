@@ -104,7 +104,7 @@ class TeacherLogits(Produced):
     sample_id = _id("response scored", primary_key=True)
     model_id = _id("teacher", primary_key=True)
     settings_id = _id("hash of the storage settings", primary_key=True)
-    token_logprobs = _floats("teacher log-probability of the response token itself, nats")
+    token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
     tail_logmass = _floats("log of the exact mass outside the head; -inf when none", allow_inf=True)
     head_counts = _ints("entries kept exactly, per position")
     tail_counts = _ints("entries sampled from the tail, per position")

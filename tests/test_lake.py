@@ -8,6 +8,7 @@ import dataframely as dy
 import duckdb
 import polars as pl
 import pytest
+
 from nbg_core import schemas
 from nbg_core.lake import Lake, Record, Write
 
@@ -125,6 +126,17 @@ def test_four_processes_committing_at_once_lose_nothing(lake):
     found = set(lake.sql("SELECT sample_id FROM scores")["sample_id"])
     assert found == {f"{who}-{i}" for who in range(4) for i in range(n)}
     assert lake.sql("SELECT count(*) FROM lineage.materialisations").item() == 4 * n
+
+
+def test_a_reader_sees_what_others_commit_after_it_opened(lake):
+    assert lake.sql("SELECT * FROM scores").is_empty()
+    Lake(lake.catalog, lake.data_path).commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
+    assert lake.sql("SELECT count(*) FROM scores").item() == 1
+
+
+def test_sql_for_people_cannot_write(lake):
+    with pytest.raises(duckdb.Error, match="read-only"):
+        lake.sql("DELETE FROM scores")
 
 
 def test_a_reader_is_not_blocked_by_an_open_write_transaction(lake):

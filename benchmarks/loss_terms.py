@@ -1,0 +1,68 @@
+"""Held-out accuracy after DPO alone, KL alone and the joint loss: `.venv/bin/python benchmarks/loss_terms.py`.
+
+For each seed the embedded pipeline samples, filters and scores once in a lake of its own; the three losses then train
+on the same pairs. Writes benchmarks/results/loss_terms.json and prints the table for benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import polars as pl
+
+from nbg_core import accuracy, lineage
+from nbg_core.config import Profile, load_profile
+from nbg_core.lake import Lake
+from nbg_core.worker import materialise
+
+TERMS = {
+    "DPO alone": {"w_dpo": 1.0, "w_pos": 0.0, "w_neg": 0.0},
+    "KL alone": {"w_dpo": 0.0, "w_pos": 1.0, "w_neg": 1.0},
+    "joint": {"w_dpo": 1.0, "w_pos": 1.0, "w_neg": 1.0},
+}
+RESULTS = Path(__file__).parent / "results" / "loss_terms.json"
+
+
+def profile_for(seed: int, terms: dict[str, float], folder: Path) -> Profile:
+    base = load_profile("embedded").model_dump(mode="json")
+    base["sampling"]["seed"] = base["training"]["seed"] = seed
+    base["training"]["loss"] |= terms
+    base["paths"] |= {"checkpoints": str(folder / "checkpoints"), "work": str(folder / "work")}
+    base["lake"] |= {"catalog": f"sqlite:{folder}/catalog.sqlite", "data_path": str(folder / "files")}
+    return Profile.model_validate(base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, terms in TERMS.items():
+                profile = profile_for(seed, terms, Path(folder))
+                for status in lineage.status(Lake.of(profile), profile):
+                    if status.state != "fresh":
+                        materialise(status.asset, status.slice, "benchmark", profile)
+                _, summary = accuracy.latest_summary(Lake.of(profile), profile)
+                rows += [{"seed": seed, "terms": name, **row} for row in summary.to_dicts()]
+                RESULTS.write_text(json.dumps(rows, indent=1))
+    print(table(pl.DataFrame(rows)))
+
+
+def table(rows: pl.DataFrame) -> str:
+    """Markdown: mean accuracy over seeds and the range, per slice."""
+    lines = ["| terms | slice | before | after: mean (lowest to highest seed) |", "|---|---|---|---|"]
+    for (terms, name), g in rows.group_by("terms", "slice", maintain_order=True):
+        after = g["after"]
+        lines.append(
+            f"| {terms} | {name} | {g['before'].mean():.1%} | {after.mean():.1%} ({after.min():.1%} to {after.max():.1%}) |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

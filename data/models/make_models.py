@@ -1,0 +1,306 @@
+"""Make the embedded models and queries: `data/queries/<slice>.jsonl`, `data/models/teacher`, `data/models/student_sft`.
+
+Run it from anywhere: `python data/models/make_models.py`. A model folder that exists is kept (`--force` remakes it);
+the queries are rewritten each time, to the same bytes. Everything is seeded; another torch build or CPU may round
+differently and so land on slightly different scores.
+
+Three slices of short tasks, scored by the reasoning-gym scorer named in each row. Those scorers give 1 for a right
+answer and (nearly always) 0 for a wrong one; `spell_backward` and `word_sorting` would pay near misses, so they are
+not used. `number_sorting` forgives an error of 1 per number: numbers in one list therefore differ by 3 or more, so
+that no skipped, repeated or swapped number passes. Each slice mixes difficulties, because a tiny model learns one
+difficulty abruptly.
+
+Both models are byte-level Llamas trained on freshly drawn tasks, never on a prompt of the query files. Every
+so many steps each slice is measured (greedy, on validation prompts that are in neither set), and its share of
+the next batches follows its distance from the target. The teacher's target is 100%. The student's is 50%: a slice
+that reaches it rests, and training stops once all three are inside the band. So the student is undertrained, not too
+small, and distillation has something to teach. It is selected on validation prompts, not on the queries it is
+scored on below.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+
+import reasoning_gym
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+DATA = Path(__file__).resolve().parents[1]
+SCORER = {"addition": "chain_sum", "reversal": "word_sequence_reversal", "sorting": "number_sorting"}
+SPECIAL = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+N_QUERIES, N_VALIDATION, BATCH, MAX_NEW = 1000, 256, 128, 32
+MODELS = {
+    "teacher": dict(hidden=128, layers=4, seed=1, lr=2e-3, steps=3000, every=100, target=1.0, band=(0.995, 1.0)),
+    "student_sft": dict(hidden=96, layers=2, seed=2, lr=1e-3, steps=3000, every=20, target=0.5, band=(0.46, 0.54)),
+}
+
+
+def draw(task: str, rng: random.Random) -> dict:
+    """One task as a row of a query file, before its verifier is added."""
+    if task == "addition":
+        digits = rng.choice([(1, 2), (2, 1), (2, 2), (2, 2), (2, 3), (3, 2), (3, 3)])
+        a, b = (rng.randint(10 ** (d - 1), 10**d - 1) for d in digits)
+        return {"prompt": f"Add: {a} + {b}", "answer": str(a + b), "metadata": {"expression": f"{a} + {b}"}}
+    if task == "reversal":
+        letters = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 8))
+        return {
+            "prompt": f"Reverse: {' '.join(letters)}",
+            "answer": " ".join(reversed(letters)),
+            "metadata": {"num_words": len(letters)},
+        }
+    size = rng.randint(2, 5)
+    numbers = [v + 2 * i for i, v in enumerate(sorted(rng.sample(range(1, 98 - 2 * size), size)))]
+    answer = json.dumps(numbers)
+    rng.shuffle(numbers)
+    return {
+        "prompt": f"Sort: {' '.join(map(str, numbers))}",
+        "answer": answer,
+        "metadata": {"direction": "ascending", "numbers": size},
+    }
+
+
+def draw_many(task: str, n: int, seed: str, taken: set[str]) -> list[dict]:
+    """`n` distinct tasks, none with a prompt in `taken`; their prompts are added to it."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < n:
+        row = draw(task, rng)
+        if row["prompt"] not in taken:
+            taken.add(row["prompt"])
+            args = {"dataset": SCORER[task], "metadata": row.pop("metadata")}
+            rows.append({**row, "verifier": "reasoning_gym", "verifier_args": args})
+    return rows
+
+
+@cache
+def scorer_of(dataset: str):
+    return reasoning_gym.factory.get_score_answer_fn(dataset)  # slow: some scorers read a book first
+
+
+def score(text: str, row: dict) -> float:
+    scorer = scorer_of(row["verifier_args"]["dataset"])
+    metadata = row["verifier_args"]["metadata"]
+    return scorer(text, {"answer": row["answer"], "question": row["prompt"], "metadata": metadata})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte b is id b; the special tokens follow. No merges: every text can be encoded."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's visible characters for bytes
+    others = [b for b in range(256) if b not in printable]
+    visible = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    assert set(visible.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={visible[b]: b for b in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[3],
+        additional_special_tokens=SPECIAL[1:3],
+        chat_template=TEMPLATE,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(spec: dict, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(spec["seed"])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec["hidden"],
+        intermediate_size=spec["hidden"] * 3,
+        num_hidden_layers=spec["layers"],
+        num_attention_heads=spec["hidden"] // 32,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+@torch.inference_mode()
+def respond(model, tokenizer, rows: list[dict], *, n: int = 1, temperature: float = 0.0) -> list[list[str]]:
+    """`n` responses to each row; greedy at temperature 0. Left-padded batches."""
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    model.eval()
+    texts: list[list[str]] = []
+    for start in range(0, len(rows), 1024 // n):
+        prompts = [encode(tokenizer, r["prompt"]) for r in rows[start : start + 1024 // n]]
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        out = model.generate(**batch, max_new_tokens=MAX_NEW, num_return_sequences=n, **({"do_sample": False} | how))
+        decoded = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += [decoded[i : i + n] for i in range(0, len(decoded), n)]
+    model.train()
+    return texts
+
+
+def accuracy(model, tokenizer, rows: list[dict]) -> float:
+    return sum(score(t[0], r) >= 1 for t, r in zip(respond(model, tokenizer, rows), rows, strict=True)) / len(rows)
+
+
+def sft_loss(model, tokenizer, rows: list[dict]) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers and their end token; prompts carry no loss."""
+    prompts = [encode(tokenizer, r["prompt"]) for r in rows]
+    answers = [[*tokenizer.encode(r["answer"]), tokenizer.eos_token_id] for r in rows]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), length), -100)
+    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
+        labels[i, len(p) - 1 : len(p) + len(a) - 1] = torch.tensor(a)  # position t predicts token t + 1
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # pads are on the right: causality suffices
+    where = labels != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[where]), labels[where])
+
+
+def train(name: str, spec: dict, tokenizer, validation: dict[str, list[dict]], held_out: set[str]):
+    """Train until every slice's validation accuracy is in the band, or for `steps`. Returns model and steps taken."""
+    model, rng = make_model(spec, tokenizer), random.Random(f"sft-{spec['seed']}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    low, high = spec["band"]
+    weights, began = dict.fromkeys(SCORER, 1.0), time.time()
+    for step in range(1, spec["steps"] + 1):
+        decay = 0.05 + 0.95 * (1 + math.cos(math.pi * step / spec["steps"])) / 2
+        optimizer.param_groups[0]["lr"] = spec["lr"] * min(1, step / 50) * decay
+        rows = []
+        while len(rows) < BATCH:
+            row = draw(rng.choices(list(weights), list(weights.values()))[0], rng)
+            if row["prompt"] not in held_out:
+                rows.append(row)
+        assert held_out.isdisjoint(r["prompt"] for r in rows)
+        loss = sft_loss(model, tokenizer, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % spec["every"] == 0:
+            now = {task: accuracy(model, tokenizer, v) for task, v in validation.items()}
+            weights = {task: max(spec["target"] - a, 0.0) + 0.02 for task, a in now.items()}
+            seen = ", ".join(f"{task} {a:.1%}" for task, a in now.items())
+            print(f"{name} step {step}: loss {loss.item():.3f}; {seen}; {time.time() - began:.0f} s", flush=True)
+            if all(low <= a <= high for a in now.values()):
+                break
+    return model.eval(), step
+
+
+def measure(model, tokenizer, queries: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    """Per slice: greedy accuracy, pass rate of 8 samples at temperature 1, share of queries with both outcomes."""
+    scores = {}
+    for task, rows in queries.items():
+        torch.manual_seed(0)
+        sampled = respond(model, tokenizer, rows, n=8, temperature=1.0)
+        right = [sum(score(t, row) >= 1 for t in texts) for texts, row in zip(sampled, rows, strict=True)]
+        scores[task] = {
+            "greedy": accuracy(model, tokenizer, rows),
+            "sampled": sum(right) / (8 * len(rows)),
+            "mixed": sum(0 < r < 8 for r in right) / len(rows),
+        }
+    return scores
+
+
+def card(name: str, spec: dict, model, steps: int, scores: dict) -> str:
+    rows = [f"| {t} | {s['greedy']:.1%} | {s['sampled']:.1%} | {s['mixed']:.1%} |" for t, s in scores.items()]
+    low, high = spec["band"]
+    goal = "an undertrained student, stopped" if spec["target"] < 1 else "a teacher, trained"
+    return f"""# {name}
+
+A toy: {goal} when greedy accuracy on validation prompts lay between {low:.1%} and {high:.1%} in every slice.
+
+- Made by `data/models/make_models.py`, seed {spec["seed"]}, from random weights.
+- {model.num_parameters():,} parameters: Llama, hidden {spec["hidden"]}, {spec["layers"]} layers, head size 32, tied
+  embeddings, context 256, float32. Bytes are tokens (256, no merges), plus {", ".join(f"`{s}`" for s in SPECIAL)}.
+- Data: tasks drawn at random while training (sums of 1 to 3 digits, 3 to 8 letters to reverse, 2 to 5 numbers to
+  sort), never a prompt of `data/queries`. The mix of tasks follows validation accuracy.
+- Training: {steps:,} steps of {BATCH}, AdamW, peak learning rate {spec["lr"]:g}, loss on answers only.
+- Greedy accuracy, pass rate of 8 samples at temperature 1, and share of queries whose 8 samples are both right and
+  wrong, on the {N_QUERIES} held-out queries of each slice, scored by reasoning-gym:
+
+| slice | greedy | sampled | mixed |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+Limits: it knows these three prompt formats and nothing else; no language, no system prompt, no second turn, no
+larger numbers or longer lists. The scorer of `sorting` forgives an error of 1 per number.
+"""
+
+
+def save(folder: Path, write) -> None:
+    """Let `write` fill a temporary folder, then put it in `folder`'s place: a reader never sees half of one."""
+    fresh, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write(fresh)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(folder: Path, model, tokenizer, text: str) -> None:
+    def write(fresh: Path) -> None:
+        model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        (fresh / "README.md").write_text(text)
+
+    save(folder, write)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that gets models/ and queries/")
+    parser.add_argument("--only", choices=MODELS, help="make this model alone")
+    parser.add_argument("--force", action="store_true", help="remake a model that exists")
+    parser.add_argument("--steps", type=int, help="at most this many steps: a quick, worse model")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    began, taken = time.time(), set()
+    queries = {task: draw_many(task, N_QUERIES, f"queries-{task}", taken) for task in SCORER}
+    validation = {task: draw_many(task, N_VALIDATION, f"validation-{task}", taken) for task in SCORER}
+    for task, rows in queries.items():
+        assert all(score(r["answer"], r) == 1 for r in rows)
+        lines = "".join(json.dumps(r) + "\n" for r in rows)
+        path = args.data / "queries" / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(lines)
+        os.replace(path.with_suffix(".tmp"), path)
+    tokenizer = make_tokenizer()
+    for name, spec in MODELS.items():
+        folder = args.data / "models" / name
+        if args.only not in (None, name) or (folder.exists() and not args.force):
+            continue
+        spec = spec | ({"steps": args.steps} if args.steps else {})
+        model, steps = train(name, spec, tokenizer, validation, held_out=taken)
+        scores = measure(model, tokenizer, queries)
+        print(name, json.dumps(scores, indent=1), flush=True)
+        save_model(folder, model, tokenizer, card(name, spec, model, steps, scores))
+        loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert encode(loaded[1], "é\n Sort: 1") == encode(tokenizer, "é\n Sort: 1")
+        assert respond(*loaded, queries["sorting"][:8]) == respond(model, tokenizer, queries["sorting"][:8])
+    print(f"done in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Materialise what is stale, from the command line, as ordinary Dagster runs: the UI shows them afterwards.
+
+Runs go one after the other in this process; their steps still start workers of their own (pipes.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import psutil
+from dagster import DagsterRunStatus, RunsFilter
+
+from nbg_assets import pipes
+from nbg_assets.partitions import find_slices, sync_partitions
+from nbg_assets.stale import stale_slices, stale_student
+from nbg_core import lineage
+from nbg_core.config import PROJECT_ROOT, Profile
+from nbg_core.lake import Lake
+
+PROCESS_TAG = "nbg/process"
+"""Host and pid of the command that holds a run, so that the next one can tell a run that was killed."""
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one partition: `ran` is false for what was fresh already, `message` is why a run failed."""
+
+    asset: str
+    slice: str | None
+    ran: bool
+    success: bool = True
+    message: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.asset + (f"[{self.slice}]" if self.slice else "")
+
+
+@contextmanager
+def dagster_instance(profile: Profile) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance at DAGSTER_HOME; without one, at data/dagster_home, which is then set and made.
+
+    Its dagster.yaml links to the project's."""
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(profile.resolve("data/dagster_home"))))
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "dagster.yaml").exists():
+        (home / "dagster.yaml").symlink_to(PROJECT_ROOT / "dagster.yaml")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        yield instance
+
+
+def materialise_stale(
+    instance: dg.DagsterInstance,
+    profile: Profile,
+    slices: Sequence[str] | None = None,
+    on_line: Callable[[str], None] = print,
+) -> list[Result]:
+    """Materialise what is missing or stale, slice by slice, then training and evaluation once every slice is fresh.
+
+    `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
+    of a failure or a slice that is not fresh is said on `on_line`. Raises LookupError for an unknown slice, ValueError
+    for one whose name cannot be a partition."""
+    from nbg_assets.definitions import defs
+
+    lake = Lake.of(profile)
+    good, refused = find_slices(profile)
+    for name in slices or ():
+        if name in refused:
+            raise ValueError(refused[name])
+        if name not in good:
+            raise LookupError(f"no slice {name!r}; slices: {', '.join(good) or 'none'}")
+    for reason in refused.values():
+        on_line(f"left out: {reason}")
+    sync_partitions(instance, profile)
+    _end_killed_runs(instance)
+    chosen = list(slices or good)
+    states = lineage.status(lake, profile, chosen)
+    results = [Result(s.asset, s.slice, ran=False) for s in states if s.slice and s.state == "fresh"]
+    with _lines_to(on_line):
+        for slice, assets in stale_slices(states).items():
+            results += _run(defs, instance, "refresh_slice", assets, slice, on_line)
+        states = lineage.status(lake, profile)
+        waiting = stale_slices(states)
+        due = stale_student(states)
+        results += [Result(s.asset, None, ran=False) for s in states if s.slice is None and s.asset not in due]
+        if due and waiting:
+            on_line(f"{', '.join(due)} not started: these slices are not fresh: {', '.join(waiting)}")
+        elif due:
+            results += _run(defs, instance, "train", due, None, on_line)
+    return results
+
+
+def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str | None, on_line) -> list[Result]:
+    """One Dagster run of some assets of a job."""
+    where = f"[{slice}]" if slice else ""
+    on_line(f"run {', '.join(assets)} {where}".rstrip())
+    outcome = defs.resolve_job_def(job).execute_in_process(
+        instance=instance,
+        partition_key=slice,
+        asset_selection=[dg.AssetKey(a) for a in assets],
+        run_config=QUIET,
+        tags={PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
+        raise_on_error=False,
+    )
+    made = {e.asset_key.path[-1] for e in outcome.get_asset_materialization_events()}
+    failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
+    results = []
+    for asset in assets:
+        if asset in failures:
+            results.append(Result(asset, slice, ran=True, success=False, message=failures[asset]))
+        elif asset in made:
+            results.append(Result(asset, slice, ran=True))
+        else:
+            on_line(f"{asset}{where} not started: what it reads failed")
+    for check in outcome.get_asset_check_evaluations():
+        if not check.passed:
+            on_line(f"check {check.asset_key.path[-1]}:{check.check_name} {where} {check.description}")
+    if not outcome.success and not failures:
+        raise RuntimeError(f"run {outcome.run_id} of {job}{where} failed outside its steps; see it in the Dagster UI")
+    return results
+
+
+def _sentence(event: dg.DagsterEvent) -> str:
+    """Why a step failed: the description of its dagster.Failure, else the innermost error's message."""
+    data = event.step_failure_data
+    if data.user_failure_data:
+        return data.user_failure_data.description or ""
+    error = data.error
+    while error.cause:
+        error = error.cause
+    return error.message.strip()
+
+
+@contextmanager
+def _lines_to(on_line: Callable[[str], None]) -> Iterator[None]:
+    """Give every worker line to `on_line`, and keep Dagster's own loggers quiet."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            on_line(record.getMessage())
+
+    handler = Lines()
+    pipes.progress.addHandler(handler)
+    try:
+        yield
+    finally:
+        pipes.progress.removeHandler(handler)
+
+
+def _end_killed_runs(instance: dg.DagsterInstance) -> None:
+    """Fail runs whose command was killed on this machine, and free their place in the pool: no daemon may be there."""
+    for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.NOT_STARTED])):
+        host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
+        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+            instance.report_run_failed(run, "the command that ran this was killed")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

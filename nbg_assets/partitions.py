@@ -1,0 +1,38 @@
+"""The partitions: one `slice` per query file, kept in the Dagster instance and never removed by us.
+
+A slice whose file is gone keeps its partition (its rows and runs are still there to look at); staleness and training
+follow the files, not the partitions.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from nbg_core import lineage
+from nbg_core.config import Profile, load_profile
+
+slices = dg.DynamicPartitionsDefinition(name="slice")
+
+
+def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
+    """Names of the query files that can be partitions, and the reason for each that cannot."""
+    from nbg_core.queries.readers import check_slice_name
+
+    good, refused = [], {}
+    for name in lineage.slices(profile):
+        try:
+            check_slice_name(name)
+            good.append(name)
+        except ValueError as e:
+            refused[name] = str(e)
+    return good, refused
+
+
+def sync_partitions(instance: dg.DagsterInstance, profile: Profile | None = None) -> list[str]:
+    """Make a partition of every query file that has none; return those added."""
+    good, _ = find_slices(profile or load_profile())
+    present = set(instance.get_dynamic_partitions(slices.name))
+    added = [name for name in good if name not in present]
+    if added:
+        instance.add_dynamic_partitions(slices.name, added)
+    return added

@@ -1,0 +1,23 @@
+"""What an asset needs from outside: the profile, chosen by one setting, and the lake it names."""
+
+from __future__ import annotations
+
+import dagster as dg
+from pydantic import Field
+
+from nbg_core.config import Profile, load_profile
+from nbg_core.lake import Lake
+
+
+class NbgResource(dg.ConfigurableResource):
+    """The profile and its lake, opened when asked for."""
+
+    profile: str = Field(description="Profile to run with: a name in profiles/ or a path (NBG_PROFILE sets it).")
+
+    def load(self) -> Profile:
+        """The profile. Raises ProfileError naming the file, the key and the remedy."""
+        return load_profile(self.profile)
+
+    def lake(self) -> Lake:
+        """The lake of the profile, created if it is not there yet."""
+        return Lake.of(self.load())

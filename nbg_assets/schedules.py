@@ -1,0 +1,64 @@
+"""The refresh schedule: one run per stale slice, only of what is stale; training follows by its sensor."""
+
+from __future__ import annotations
+
+import dagster as dg
+from dagster import DagsterRunStatus, RunsFilter
+
+from nbg_assets.jobs import refresh_slice
+from nbg_assets.resources import NbgResource
+from nbg_assets.stale import stale_slices
+from nbg_core import lineage
+from nbg_core.config import Profile
+
+UNFINISHED = [
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+
+
+def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
+    """The schedule at the profile's time; off until it is switched on in the UI."""
+
+    @dg.schedule(
+        name="refresh_all_slices",
+        job=refresh_slice,
+        cron_schedule=profile.refresh.cron,
+        execution_timezone=profile.refresh.timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="One run per stale slice, of its stale assets only; skips when everything is fresh.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext, nbg: NbgResource):
+        present = set(context.instance.get_dynamic_partitions("slice"))
+        stale = stale_slices(lineage.status(nbg.lake(), nbg.load()))
+        busy = busy_slices(context.instance)
+        due = {slice: assets for slice, assets in stale.items() if slice in present and slice not in busy}
+        if not due:
+            waiting = f"; already running: {', '.join(sorted(busy & set(stale)))}" if busy & set(stale) else ""
+            return dg.SkipReason(f"no slice is stale{waiting}" if not stale else f"no stale slice can start{waiting}")
+        return [
+            dg.RunRequest(
+                run_key=f"{context.scheduled_execution_time.isoformat()}:{slice}",
+                partition_key=slice,
+                asset_selection=[dg.AssetKey(a) for a in assets],
+            )
+            for slice, assets in due.items()
+        ]
+
+    return schedule
+
+
+def busy_slices(instance: dg.DagsterInstance) -> set[str]:
+    """Slices with a run that has not ended."""
+    runs = instance.get_runs(RunsFilter(statuses=UNFINISHED))
+    return {key for r in runs if (key := r.tags.get("dagster/partition"))}
+
+
+def training_is_running(instance: dg.DagsterInstance) -> bool:
+    """Whether a run of training or evaluation has not ended."""
+    wanted = {dg.AssetKey(a) for a in lineage.UNPARTITIONED}
+    runs = instance.get_runs(RunsFilter(statuses=UNFINISHED))
+    return any(r.job_name == "train" or wanted & set(r.asset_selection or ()) for r in runs)

@@ -1,0 +1,63 @@
+"""Two sensors: a new query file becomes a partition with a run; training starts once all slices are fresh."""
+
+from __future__ import annotations
+
+import time
+
+import dagster as dg
+
+from nbg_assets.jobs import refresh_slice, train
+from nbg_assets.partitions import find_slices, slices
+from nbg_assets.resources import NbgResource
+from nbg_assets.schedules import training_is_running
+from nbg_assets.stale import stale_slices, stale_student, training_key
+from nbg_core import lineage
+
+SETTLE_SECONDS = 3
+"""A file younger than this may still be being copied: it waits for the next tick."""
+
+
+@dg.sensor(
+    job=refresh_slice,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Makes a partition of every new file in the queries folder and starts its run.",
+)
+def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
+    profile = nbg.load()
+    good, refused = find_slices(profile)
+    for reason in refused.values():
+        context.log.warning(reason)
+    present = set(context.instance.get_dynamic_partitions(slices.name))
+    files = {name: lineage.query_file(profile, name).stat().st_mtime for name in good if name not in present}
+    settled = [name for name, changed in files.items() if time.time() - changed >= SETTLE_SECONDS]
+    if not settled:
+        return dg.SkipReason("; ".join(["no new query file that is complete", *refused.values()]))
+    context.log.info(f"new slices: {', '.join(settled)}")
+    return dg.SensorResult(
+        run_requests=[dg.RunRequest(run_key=f"{name}:{files[name]}", partition_key=name) for name in settled],
+        dynamic_partitions_requests=[slices.build_add_request(settled)],
+    )
+
+
+@dg.sensor(
+    job=train,
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description="Trains and evaluates when every slice is fresh and the checkpoint or its evaluation is not; once per "
+    "state of the slices, settings and policy.",
+)
+def train_when_slices_fresh(context: dg.SensorEvaluationContext, nbg: NbgResource):
+    profile, lake = nbg.load(), nbg.lake()
+    states = lineage.status(lake, profile)
+    waiting = stale_slices(states)
+    if waiting:
+        return dg.SkipReason(f"slices are not fresh: {', '.join(waiting)}")
+    if not any(s.slice for s in states):
+        return dg.SkipReason(f"no query file in {profile.resolve(profile.paths.queries)}")
+    due = stale_student(states)
+    if not due:
+        return dg.SkipReason("the checkpoint and its evaluation are fresh")
+    if training_is_running(context.instance):
+        return dg.SkipReason("training is running")
+    return dg.RunRequest(run_key=training_key(lake, profile), asset_selection=[dg.AssetKey(a) for a in due])

@@ -1,0 +1,237 @@
+"""Run a command so that nothing of it outlives the caller.
+
+`run_process` starts `python -m nbg_core.processes -- COMMAND`: a supervisor in a session of its own that runs the
+command and collects its orphans. The whole tree ends when the command ends, when the caller raises (an interrupt, a
+Dagster termination), and when the caller disappears, even by SIGKILL: on Linux the kernel tells the supervisor
+(PR_SET_PDEATHSIG) and hands it every orphaned descendant (PR_SET_CHILD_SUBREAPER), also those that opened a session
+of their own; elsewhere the supervisor looks at its parent twice a second. Ending is SIGTERM, a grace, SIGKILL.
+
+`run_worker` runs one stage (nbg_core.worker) like this; Dagster and the command line both go through it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class WorkerFailed(RuntimeError):
+    """A worker that reported an error or died; the message is its sentence, then the end of its log."""
+
+    def __init__(self, error: str, tail: Sequence[str], log_path: Path):
+        self.error, self.tail, self.log_path = error, list(tail), log_path
+        super().__init__(f"{error}\n\nend of {log_path}:\n" + "\n".join(tail))
+
+
+def run_process(
+    command: Sequence[str],
+    *,
+    on_line: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log_path: Path | None = None,
+    grace: float = GRACE_SECONDS,
+) -> int:
+    """Run `command`, give each line of its output (both streams, in order, secrets blanked) to `on_line` and append it
+    to `log_path`, and return its exit code: -N when signal N ended it.
+
+    If anything is raised meanwhile, by `on_line` or into this thread, the command's whole tree is ended first."""
+    supervisor = [sys.executable, "-m", "nbg_core.processes", str(os.getpid()), str(grace), "--", *command]
+    process = subprocess.Popen(
+        supervisor, env=_importable(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
+    )  # fmt: skip
+    try:
+        if log_path is not None:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_path or os.devnull, "a", buffering=1) as log:
+            for line in process.stdout:
+                line = redact(line.rstrip("\n"))
+                log.write(line + "\n")
+                on_line(line)
+        return process.wait()
+    except BaseException:
+        _end_supervisor(process, grace)
+        raise
+    finally:
+        process.stdout.close()
+
+
+def run_worker(
+    asset: str,
+    slice: str | None,
+    run_id: str,
+    *,
+    profile: str | Path | None = None,
+    on_line: Callable[[str], None] = print,
+) -> dict:
+    """Materialise one partition in a worker process and return its report.
+
+    `profile` is a name or path as in NBG_PROFILE. The worker's output goes to `on_line` and to a log below
+    `paths.work`. Raises WorkerFailed, with the worker's own sentence, when it failed or died."""
+    from nbg_core.config import load_profile
+
+    loaded = load_profile(profile)
+    what = asset + (f"[{slice}]" if slice else "")
+    log_path = loaded.resolve(loaded.paths.work) / "logs" / run_id / f"{what}.log"
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if profile:
+        env["NBG_PROFILE"] = str(profile)
+    tail: deque[str] = deque(maxlen=20)
+
+    def each(line: str) -> None:
+        tail.append(line)
+        on_line(line)
+
+    with tempfile.TemporaryDirectory(prefix="nbg-report-") as folder:
+        report_path = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "nbg_core.worker", asset, "--run-id", run_id, "--report", str(report_path)]
+        if slice is not None:
+            command += ["--slice", slice]
+        code = run_process(command, env=env, on_line=each, log_path=log_path)
+        report = json.loads(report_path.read_text()) if report_path.exists() else {}
+    if code == 0 and report and "error" not in report:
+        return report
+    raise WorkerFailed(redact(report.get("error") or f"the worker of {what} {_ending(code)}"), tail, log_path)
+
+
+def redact(text: str) -> str:
+    """`text` without passwords of connection strings and values of secret-looking environment variables."""
+    text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s;'\"]+)", r"\1***", text)
+    text = re.sub(r"(\w+://[^\s:/@]+:)[^\s@/]+@", r"\1***@", text)
+    for value in _secret_values():
+        text = text.replace(value, "***")
+    return text
+
+
+def _secret_values() -> list[str]:
+    names = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
+    return [v for k, v in os.environ.items() if names.search(k) and len(v) >= 8]
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} and no report"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}" + ("; the machine may have run out of memory" if name == "SIGKILL" else "")
+
+
+def _importable(env: Mapping[str, str] | None) -> dict[str, str]:
+    """`env` with this package importable wherever the command runs."""
+    env = dict(os.environ if env is None else env)
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def _end_supervisor(process: subprocess.Popen, grace: float) -> None:
+    """Ask the supervisor to end its tree; end its group ourselves if it does not, or if we are interrupted again."""
+    try:
+        process.terminate()
+        process.wait(grace + 2)
+    except BaseException:  # also a second interrupt: nothing may survive it, and the first one is raised on
+        pass
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def supervise(command: Sequence[str], parent: int, grace: float) -> int:
+    """Run `command` until it ends, `parent` is gone or a signal comes; end what is left of the tree.
+
+    Returns the exit code, -N for signal N, 127 for a command that does not start."""
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda n, _frame: stop.append(n))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        main = subprocess.Popen(command)
+    except OSError as e:
+        print(f"{command[0]} cannot be started: {e}", flush=True)
+        return 127
+    while main.poll() is None and not stop and os.getppid() == parent:
+        _reap_orphans(main.pid)
+        time.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + grace
+    if left := _living():
+        _signal_all(signal.SIGTERM)
+    while left:
+        if time.monotonic() > deadline:
+            _signal_all(signal.SIGKILL)
+        main.poll()
+        _reap_orphans(main.pid)
+        time.sleep(_POLL_SECONDS)
+        left = _living()
+    return main.wait()
+
+
+def _living() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if _status(p) != psutil.STATUS_ZOMBIE]
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_ZOMBIE
+
+
+def _signal_all(number: int) -> None:
+    for process in _living():
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass
+
+
+def _reap_orphans(main: int) -> None:
+    """Collect ended descendants that were handed to us (Linux); `main` is left to its Popen."""
+    if sys.platform != "linux":
+        return
+    try:
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != main:
+            os.waitpid(ended.si_pid, 0)
+    except ChildProcessError:  # none left
+        pass
+
+
+def main() -> None:
+    parent, grace, _, *command = sys.argv[1:]
+    code = supervise(command, int(parent), float(grace))
+    if code < 0:  # end as the command did, so that the caller sees the signal
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

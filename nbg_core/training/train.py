@@ -1,0 +1,215 @@
+"""Training on the joint loss: the program that the deepspeed launcher starts on every rank.
+
+    deepspeed --num_accelerators N --no_local_rank --module nbg_core.training.train --request FILE
+
+Rank 0 appends a line of metrics per optimizer step to `steps.jsonl`, states are saved every `save_every` steps, and
+the model is written to `final`. Run again after a crash, it continues at the last whole state and ends with the same
+weights. Before the first update the policy must be the reference (margin 0, sigmoid loss log 2): that catches stale
+or foreign reference log-probs on the first batch, at no cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on GPUs
+
+import deepspeed  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from nbg_core.lake import Lake  # noqa: E402
+from nbg_core.run import Progress  # noqa: E402
+from nbg_core.training import states  # noqa: E402
+from nbg_core.training.data import TrainingSet, read_training_set  # noqa: E402
+from nbg_core.training.engine import backward, build_engine, full_weights, take_step  # noqa: E402
+from nbg_core.training.plan import Step, micro_batches, plan  # noqa: E402
+from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
+from nbg_core.training.weights import write_model  # noqa: E402
+
+SUMS = ("dpo", "kl_chosen", "kl_rejected", "nll", "margin", "accuracy", "chosen_reward", "rejected_reward",
+        "chosen_logp", "rejected_logp")  # fmt: skip
+"""What `joint_loss` sums and a step reports as means, in the order in which it is added over ranks."""
+
+PER_TOKEN = {"kl_chosen": "chosen_tokens", "nll": "chosen_tokens", "kl_rejected": "rejected_tokens"}
+"""Sums that are means over tokens; the others are means over pairs."""
+
+
+def drift_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
+    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
+
+    float32 differs by the order of sums alone. bfloat16 rounds weights and logits: up to some 0.1 nats a token, of
+    either sign, which adds up by the square root."""
+    return np.full(len(n_tokens), 5e-5) if precision == "fp32" else beta * 0.1 * np.sqrt(n_tokens)
+
+
+def train(request: Request) -> None:
+    """Train to the end and write `request.final`; every rank of the process group calls it.
+
+    Raises TrainingError for data that does not fit, a policy that is not the reference, or a loss that is not finite;
+    states saved before stay."""
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    if request.threads:
+        torch.set_num_threads(max(1, request.threads // request.training.n_processes))
+    if not dist.is_initialized():
+        deepspeed.init_distributed()
+    data = read_training_set(Lake(request.catalog, request.data_path), request)
+    steps = plan(len(data), request.training)
+    engine, pad_id = build_engine(request, len(steps))
+    try:
+        start = states.resume(engine, request.states)
+        rank = dist.get_rank()
+        if rank == 0:
+            _truncate(request.steps_file, start)
+            if start:
+                print(f"{ASSET}: continuing after step {start} of {len(steps)}", flush=True)
+        progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
+        for step in steps[start:]:
+            metrics = train_step(engine, data, step, request.training, pad_id)
+            if rank == 0:
+                with open(request.steps_file, "a") as f:
+                    f.write(json.dumps({"step": step.index, **metrics}) + "\n")
+                progress.advance(1, f"loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}")
+            if (step.index + 1) % request.training.save_every == 0 and step.index + 1 < len(steps):
+                states.save(engine, request.states, step.index + 1)
+        weights = full_weights(engine)
+        if rank == 0:
+            policy = engine.module.policy
+            write_model(policy, weights, request.policy_path, request.final, _card(request, data, len(steps)))
+        dist.barrier()
+    finally:
+        engine.destroy()
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings, pad_id: int
+) -> dict[str, float]:
+    """One optimizer step; the metrics are those before its update, over the global batch."""
+    began = time.monotonic()
+    rate = engine.get_lr()[0]
+    denominators = data.denominators(step.pairs)
+    shares = micro_batches(step, settings, dist.get_rank(), dist.get_world_size())
+    values, drifts = [], []
+    for i, pairs in enumerate(shares):
+        batch = data.batch(pairs, pad_id).to(engine.device)
+        loss, sums, drift = engine(batch, denominators, with_drift=step.index == 0)
+        values.append(torch.stack([loss.detach().double(), *(sums[name] for name in SUMS)]))
+        drifts.append(drift)
+        backward(engine, loss)
+        if i + 1 < len(shares):
+            engine.step()  # counts the micro-batch; the update comes at the last
+    total = torch.stack(values).sum(0)
+    dist.all_reduce(total)
+    total = total.tolist()
+    if not all(map(math.isfinite, total)):
+        _stop_not_finite(step, data, shares, values)
+    if step.index == 0:
+        _check_drift(data, shares, drifts, settings)
+    norm = take_step(engine, settings)
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient of step {step.index} is not finite, pairs {_names(data, step.pairs)}; "
+            "lower training.learning_rate, or take these pairs out"
+        )
+    metrics = {"loss": total[0]}
+    for name, value in zip(SUMS, total[1:], strict=True):
+        metrics[name] = value / getattr(denominators, PER_TOKEN.get(name, "pairs"))
+    seconds = time.monotonic() - began
+    return {**metrics, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": data.tokens(step.pairs) / seconds}
+
+
+def _check_drift(data: TrainingSet, shares: list[np.ndarray], drifts: list[torch.Tensor], settings) -> None:
+    """Raise on all ranks when a response of the first batch has another log-prob than its reference row."""
+    pairs = np.concatenate(shares)
+    reward = settings.loss.beta * torch.cat(drifts).abs().cpu().numpy()  # [2B]
+    bound = drift_bound(settings.precision, settings.loss.beta, data.n_tokens[pairs].ravel())
+    worst = (0.0, 0.0, 0.0, "")
+    if len(reward):
+        at = int((reward / bound).argmax())
+        worst = (float(reward[at] / bound[at]), float(reward[at]), float(bound[at]), data.pair_ids[pairs[at // 2]])
+    found: list = [worst] * dist.get_world_size()
+    dist.all_gather_object(found, worst)
+    ratio, value, allowed, pair = max(found)
+    if ratio > 1:
+        raise TrainingError(
+            f"before the first update the policy must equal its reference, but the implicit reward of pair {pair} is "
+            f"off by {value:.3g} (allowed {allowed:.3g}); the reference_logprobs rows are not of this policy: delete "
+            "them and materialise reference_logprobs again"
+        )
+
+
+def _stop_not_finite(step: Step, data: TrainingSet, shares: list[np.ndarray], values: list[torch.Tensor]) -> None:
+    """Raise on all ranks, naming the pairs of the micro-batches whose loss is not finite."""
+    mine = [p for share, v in zip(shares, values, strict=True) if not torch.isfinite(v).all() for p in share.tolist()]
+    found: list = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    pairs = [p for part in found for p in part]
+    raise TrainingError(
+        f"the loss of step {step.index} is not finite, in pairs {_names(data, pairs)}; lower training.learning_rate or "
+        "training.loss.beta, and check the teacher rows of these pairs; the states saved before are kept"
+    )
+
+
+def _names(data: TrainingSet, pairs) -> str:
+    names = ", ".join(data.pair_ids[p] for p in pairs[:8])
+    return names + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+
+
+def _truncate(steps_file: Path, start: int) -> None:
+    """Keep the metrics of the steps before `start`; a crash may have left later ones, or half a line."""
+    lines = steps_file.read_text().splitlines()[:start] if steps_file.exists() else []
+    temporary = steps_file.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    temporary.rename(steps_file)
+
+
+def _card(request: Request, data: TrainingSet, n_steps: int) -> dict:
+    return {
+        "training_id": request.training_id, "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
+        "teacher_storage_id": request.storage_id, "input_snapshot": request.snapshot, "n_pairs": len(data),
+        "n_steps": n_steps, "training": request.training.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def _end_with_the_worker() -> None:
+    """Exit as soon as stdin closes: nobody is left to take the result, and the next run wants this work folder."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--request", type=Path, required=True)
+    request = Request.model_validate_json(parser.parse_args().request.read_text())
+    if os.environ.get(TIED_TO_STDIN):
+        _end_with_the_worker()
+    try:
+        train(request)
+    except Exception as e:  # the worker reports it in one sentence; the log has the traceback
+        traceback.print_exc()
+        try:
+            with open(request.error_file, "x") as f:  # the first rank's: the others fail because it does
+                json.dump({"error": str(e) or type(e).__name__, "error_type": type(e).__name__}, f)
+        except FileExistsError:
+            pass
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

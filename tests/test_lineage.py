@@ -1,0 +1,193 @@
+"""Staleness, tracing and the policy, on a lake filled by hand (nothing here needs a model that runs)."""
+
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+
+from nbg_core import accuracy, lineage
+from nbg_core.config import Profile
+from nbg_core.ids import content_version
+from nbg_core.lake import Lake, Record, Write
+from nbg_core.run import Run
+
+
+def model_folder(path, weights: bytes):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
+@pytest.fixture
+def profile(tmp_path):
+    model_folder(tmp_path / "student", b"student")
+    model_folder(tmp_path / "teacher", b"teacher")
+    queries = tmp_path / "data" / "queries"
+    queries.mkdir(parents=True)
+    for name in ("a", "b"):
+        (queries / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    return Profile.model_validate(
+        {"name": "t", "root": tmp_path, "models": {"student": "student", "teacher": "teacher"}}
+    )
+
+
+@pytest.fixture
+def run(profile):
+    return Run(profile, Lake.of(profile), run_id="r", log=lambda line: None)
+
+
+def make(run: Run, asset: str, slice: str | None, version: str = "v1") -> None:
+    """Materialise a partition with the given content, reading its upstreams as they are."""
+    slices = lineage.slices(run.profile) if slice is None else [slice]
+    snapshot = run.lake.snapshot()
+    inputs = [
+        lineage.input_of(run.lake, a, s, snapshot)
+        for a in lineage.UPSTREAM[asset]
+        for s in ([None] if a in lineage.UNPARTITIONED else slices)
+    ]
+    run.commit(asset, slice, inputs=inputs, data_version=version)
+
+
+def make_all(run: Run) -> None:
+    for s in lineage.status(run.lake, run.profile):
+        make(run, s.asset, s.slice)
+
+
+def states(run: Run) -> dict:
+    return {(s.asset, s.slice): (s.state, s.why) for s in lineage.status(run.lake, run.profile)}
+
+
+def not_fresh(run: Run) -> set:
+    return {key for key, (state, _) in states(run).items() if state != "fresh"}
+
+
+def test_everything_is_missing_then_fresh(run):
+    assert {state for state, _ in states(run).values()} == {"missing"}
+    assert len(states(run)) == 5 * 2 + 2
+    make_all(run)
+    assert not_fresh(run) == set()
+
+
+def test_a_changed_file_makes_its_slice_and_what_reads_all_slices_stale(run):
+    make_all(run)
+    (run.profile.resolve("data/queries") / "a.jsonl").write_text('{"prompt": "y"}\n')
+    stale = not_fresh(run)
+    assert {s for _, s in stale} == {"a", None}
+    assert states(run)["queries", "a"] == ("stale", "settings, policy or file changed")
+    assert states(run)["filtered_pairs", "a"][1] == "queries[a] is stale"
+
+
+def test_an_upstream_that_ran_again_without_change_makes_nothing_stale(run):
+    make_all(run)
+    make(run, "student_samples", "a", "v1")
+    assert not_fresh(run) == set()
+    make(run, "student_samples", "a", "v2")
+    assert states(run)["filtered_pairs", "a"] == ("stale", "student_samples[a] changed")
+    assert ("filtered_pairs", "b") not in not_fresh(run)
+
+
+def test_a_setting_makes_stale_what_depends_on_it_and_nothing_above(run):
+    make_all(run)
+    changed = run.profile.model_copy(
+        update={"preference": run.profile.preference.model_copy(update={"min_margin": 0.9})}
+    )
+    stale = {s.asset for s in lineage.status(run.lake, changed) if s.state != "fresh"}
+    assert stale == {"filtered_pairs", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
+
+
+def test_a_new_slice_and_a_gone_one_are_noticed(run):
+    make_all(run)
+    folder = run.profile.resolve("data/queries")
+    (folder / "c.parquet").write_bytes(b"")
+    assert states(run)["student_checkpoint", None][1] == "filtered_pairs[c] is new"
+    (folder / "c.parquet").unlink()
+    (folder / "b.jsonl").unlink()
+    assert states(run)["student_checkpoint", None] == ("stale", "filtered_pairs[b] is gone")
+
+
+def test_chunks_do_not_count_as_done(run):
+    run.commit("queries", "a")
+    assert states(run)["queries", "a"] == ("missing", "never materialised")
+
+
+def test_a_missing_query_file_names_what_is_there(run):
+    with pytest.raises(FileNotFoundError, match="no zz.jsonl or zz.parquet in .*; slices there: a, b"):
+        lineage.status(run.lake, run.profile, ["zz"])
+
+
+def test_promotion_changes_the_policy_and_makes_samples_stale(run):
+    make_all(run)
+    before = lineage.current_policy(run.lake, run.profile)
+    trained = model_folder(run.profile.resolve("data/checkpoints") / "c1", b"trained")
+    identity = lineage.model_id(trained)
+    add_checkpoint(run, identity, "c1", ["p1"])
+    accuracy.promote(run.lake, run.profile, identity[:8], "test")
+    after = lineage.current_policy(run.lake, run.profile)
+    assert (before.promoted, after.promoted, after.model_id, after.path) == (False, True, identity, trained)
+    assert states(run)["student_samples", "a"] == ("stale", "settings, policy or file changed")
+    assert states(run)["queries", "a"][0] == "fresh"
+    (trained / "model.safetensors").write_bytes(b"tampered")
+    with pytest.raises(ValueError, match="is not .* any more"):
+        lineage.current_policy(run.lake, run.profile)
+
+
+def test_promoting_an_unknown_checkpoint_lists_the_known(run):
+    with pytest.raises(LookupError, match="no checkpoint 'nope'; known: none yet"):
+        accuracy.promote(run.lake, run.profile, "nope", "test")
+
+
+def add_rows(run: Run) -> None:
+    sample = {"slice": "a", "query_id": "q1", "source": "student", "model_id": "m", "sampling_id": "s",
+              "sample_index": 0, "seed": 1, "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.1],
+              "finish_reason": "stop", "text": "x"}  # fmt: skip
+    query = {"slice": "a", "split": "train", "messages": [{"role": "user", "content": "x"}], "prompt": "x",
+             "answer": None, "verifier": None, "verifier_args": None, "source_file": "a.jsonl", "source_line": 1}  # fmt: skip
+    pair = {"slice": "a", "query_id": "q1", "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0}
+    writes = [
+        Write("queries", pl.DataFrame([query | {"query_id": "q1"}, query | {"query_id": "q2"}])),
+        Write("samples", pl.DataFrame([sample | {"sample_id": s} for s in ("s1", "s2", "s3")])),
+        Write("pairs", pl.DataFrame([pair | {"pair_id": "p1", "chosen_id": "s1", "rejected_id": "s2"}])),
+    ]
+    run.lake.commit(Record("filtered_pairs", "a", "r", "t"), writes)
+
+
+def add_checkpoint(run: Run, checkpoint: str, path: str, pairs: list[str]) -> None:
+    row = {"checkpoint_id": checkpoint, "training_id": f"t-{checkpoint}", "path": path, "parent_model_id": "m",
+           "teacher_model_id": "t", "input_snapshot": run.lake.snapshot(), "n_pairs": len(pairs), "n_steps": 1,
+           "settings": "{}", "created_at": datetime.now(UTC)}  # fmt: skip
+    used = [{"training_id": f"t-{checkpoint}", "checkpoint_id": checkpoint, "pair_id": p, "step": 0, "epoch": 0,
+             "slice": "a"} for p in pairs]  # fmt: skip
+    writes = [Write("checkpoints", pl.DataFrame([row])), Write("checkpoint_pairs", pl.DataFrame(used))]
+    run.lake.commit(Record("student_checkpoint", None, "r", "t"), writes)
+
+
+def test_a_checkpoint_is_traced_to_its_queries_even_after_its_pairs_were_replaced(run):
+    add_rows(run)
+    add_checkpoint(run, "c1", "c1", ["p1"])
+    run.lake.commit(Record("filtered_pairs", "a", "r2", "t"), [
+        Write("pairs", pl.DataFrame(schema=run.lake.sql("FROM pairs").drop("materialisation_id").schema),
+              replace="slice = ?", params=("a",))])  # fmt: skip
+    assert run.lake.sql("FROM pairs").is_empty()
+    found = lineage.trace(run.lake, "c1")
+    assert found["pairs"]["pair_id"].to_list() == ["p1"]
+    assert found["samples"]["sample_id"].to_list() == ["s1", "s2"]
+    assert found["queries"]["query_id"].to_list() == ["q1"]
+
+
+def test_a_query_is_traced_to_the_checkpoints_it_trained(run):
+    add_rows(run)
+    add_checkpoint(run, "c1", "c1", ["p1"])
+    found = lineage.trace(run.lake, "q1")
+    assert found["checkpoints"]["checkpoint_id"].to_list() == ["c1"]
+    assert lineage.trace(run.lake, "q2")["checkpoints"].is_empty()
+    assert lineage.trace(run.lake, "s2")["pairs"]["pair_id"].to_list() == ["p1"]
+
+
+def test_an_unknown_id_is_said_to_be_unknown(run):
+    with pytest.raises(LookupError, match="starts with 'zzz'"):
+        lineage.trace(run.lake, "zzz")
+
+
+def test_content_versions_ignore_order():
+    assert content_version(["x", "y"]) == content_version(["y", "x"]) != content_version(["x"])

@@ -1,0 +1,152 @@
+"""The store: exact head, unbiased tail, exact mass, and a round trip, for any distribution."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbg_core import schemas
+from nbg_core.config import TeacherSettings
+from nbg_core.teacher.store import compress, targets
+
+
+def compressed(logits, settings: TeacherSettings, *, tokens=None, samples=("s",)) -> pl.DataFrame:
+    logits = torch.as_tensor(logits, dtype=torch.float32)
+    tokens = torch.zeros(len(logits), dtype=torch.long) if tokens is None else torch.as_tensor(tokens)
+    lengths = [len(part) for part in np.array_split(np.arange(len(logits)), len(samples))]
+    return compress(logits, tokens, lengths, list(samples), settings)
+
+
+def positions(rows: pl.DataFrame) -> list[dict]:
+    """The stored rows, one dict per position, read by hand from the flat lists."""
+    found = []
+    for row in rows.iter_rows(named=True):
+        at = 0
+        for r, (h, t) in enumerate(zip(row["head_counts"], row["tail_counts"], strict=True)):
+            ids, logprobs = row["entry_ids"][at : at + h + t], row["entry_logprobs"][at : at + h + t]
+            found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:], "tail_lp": logprobs[h:],
+                          "mass": row["tail_logmass"][r], "token": row["token_logprobs"][r]})  # fmt: skip
+            at += h + t
+        assert at == len(row["entry_ids"]) == len(row["entry_logprobs"])
+    return found
+
+
+logit = st.one_of(st.floats(-60, 60), st.just(float("-inf")))
+
+
+@st.composite
+def distributions(draw):
+    vocab = draw(st.integers(1, 40))
+    rows = draw(st.lists(st.lists(logit, min_size=vocab, max_size=vocab), min_size=1, max_size=4))
+    for row in rows:  # at least one possible token
+        row[draw(st.integers(0, vocab - 1))] = draw(st.floats(-60, 60))
+    return np.array(rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(distributions(), st.integers(1, 45), st.integers(0, 8), st.sampled_from([0.0, 1e-6, 1e-3, 0.2]))
+def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k, m, epsilon):
+    rows = compressed(logits, TeacherSettings(k_head=k, m_tail=m, epsilon=epsilon))
+    assert (
+        schemas.validate(
+            "teacher_logits",
+            rows.with_columns(
+                slice=pl.lit("a"), model_id=pl.lit("m"), settings_id=pl.lit("x"), materialisation_id=pl.lit("i")
+            ),
+        )
+        is not None
+    )
+    for z, p in zip(logits, positions(rows), strict=True):
+        full = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        assert list(p["head"]) == sorted(p["head"])
+        for id, logprob in p["head"].items():
+            assert np.exp(logprob) == pytest.approx(full[id], rel=1e-4, abs=1e-30)
+        outside = [i for i in range(len(z)) if i not in p["head"]]
+        assert np.exp(p["mass"]) == pytest.approx(full[outside].sum(), rel=1e-3, abs=1e-30)
+        if p["head"] and outside:  # nothing outside is more probable than something inside
+            assert full[outside].max() <= min(full[i] for i in p["head"]) * (1 + 1e-4)
+        if full[outside].sum() > epsilon + 1e-6:
+            assert len(p["head"]) == min(k, (full > 0).sum()) or len(p["head"]) == k
+        assert len(p["tail"]) in (0, m)
+        assert not set(p["tail"]) & set(p["head"])
+        assert all(full[i] > 0 for i in p["tail"])
+        weight = sum(map(np.exp, p["head"].values())) + (np.exp(p["mass"]) if p["tail"] else 0)
+        assert weight <= 1 + 1e-4
+        if m and full[outside].sum() > epsilon + 1e-6 and full[outside].sum() > 1e-20:
+            assert weight == pytest.approx(1, abs=1e-4)
+
+
+def test_a_confident_position_stores_one_entry_and_no_tail():
+    (p,) = positions(compressed([[30.0] + [0.0] * 99], TeacherSettings(k_head=16, m_tail=16)))
+    assert (list(p["head"]), p["tail"]) == ([0], [])
+    assert np.exp(p["mass"]) == pytest.approx(99 * np.exp(-30), rel=1e-4)  # 1 - p would be 0 here
+
+
+def test_one_hot_teacher_has_no_mass_outside():
+    (p,) = positions(compressed([[float("-inf"), 0.0, float("-inf")]], TeacherSettings(k_head=3)))
+    assert (p["head"], p["tail"], p["mass"]) == ({1: 0.0}, [], float("-inf"))
+
+
+def test_tail_samples_estimate_an_expectation_without_bias():
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 1.5, 400)
+    full = np.exp(z) / np.exp(z).sum()
+    value = rng.normal(size=400)
+    wanted = (full * value).sum()
+    names = [f"s{i}" for i in range(3000)]
+    rows = compressed(np.tile(z, (3000, 1)), TeacherSettings(k_head=8, m_tail=8, epsilon=0.0), samples=names)
+    got = []
+    for p in positions(rows):
+        head = sum(np.exp(lp) * value[i] for i, lp in p["head"].items())
+        got.append(head + np.exp(p["mass"]) * np.mean([value[i] for i in p["tail"]]))
+    error = np.std(got) / np.sqrt(len(got))
+    assert abs(np.mean(got) - wanted) < 4 * error
+    assert np.std(got) > 0
+
+
+def test_tail_draw_depends_on_sample_and_position_only():
+    z = np.random.default_rng(1).normal(size=(6, 300))
+    s = TeacherSettings(k_head=4, m_tail=4)
+    together = compressed(z, s, samples=("a", "b"))
+    alone = compressed(z[3:], s, samples=("b",))
+    assert together.filter(pl.col("sample_id") == "b")["entry_ids"].to_list() == alone["entry_ids"].to_list()
+    other = compressed(z[3:], s, samples=("c",))
+    assert other["entry_ids"].to_list() != alone["entry_ids"].to_list()
+
+
+def test_token_logprob_is_that_of_the_token_at_the_stored_temperature():
+    z = np.random.default_rng(2).normal(size=(3, 50))
+    (a, b, c) = positions(compressed(z, TeacherSettings(temperature=2.0), tokens=[7, 0, 49]))
+    scaled = z / 2
+    logp = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+    assert [a["token"], b["token"], c["token"]] == pytest.approx([logp[0, 7], logp[1, 0], logp[2, 49]], rel=1e-5)
+
+
+def test_targets_line_up_positions_of_several_samples():
+    z = np.random.default_rng(3).normal(0, 3, size=(5, 60))
+    z[2, 10] = 40  # one confident position among wide ones
+    rows = compressed(z, TeacherSettings(k_head=6, m_tail=3), samples=("a", "b"))
+    t = targets(rows)
+    weights = t.weights()
+    for r, p in enumerate(positions(rows)):
+        assert (
+            dict(zip(t.ids[r][t.is_head[r]].tolist(), t.logprobs[r][t.is_head[r]].tolist(), strict=True)) == p["head"]
+        )
+        assert t.ids[r][t.is_tail[r]].tolist() == p["tail"]
+        assert float(t.tail_logmass[r]) == p["mass"]
+        assert float(weights[r].sum()) == pytest.approx(1, abs=2e-4)
+
+
+def test_a_logit_that_is_not_a_number_names_the_sample():
+    z = np.zeros((2, 4))
+    z[1, 2] = np.nan
+    with pytest.raises(ValueError, match="sample bad"):
+        compressed(z, TeacherSettings(), samples=("good", "bad"))
+
+
+def test_a_300k_vocabulary_is_handled_in_blocks():
+    z = np.random.default_rng(4).normal(size=(70, 300_000)).astype(np.float32)
+    rows = compressed(z, TeacherSettings(k_head=8, m_tail=8))
+    assert len(rows["entry_ids"][0]) == 70 * 16
