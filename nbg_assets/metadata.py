@@ -9,7 +9,6 @@ import dagster as dg
 import polars as pl
 
 from nbg_assets.plots import Plot
-from nbg_core import lineage
 from nbg_core.config import Profile
 from nbg_core.lake import Lake
 from nbg_core.schemas import TABLES, sql_type

@@ -34,12 +34,12 @@ RESPONSES = """(
 
 @dataclass(frozen=True)
 class Subject:
-    """A partition to look at, as the lake was at `snapshot`."""
+    """A partition to look at, as the lake was at `snapshot`; None is now."""
 
     lake: Lake
     profile: Profile
     slice: str | None
-    snapshot: int
+    snapshot: int | None = None
 
     def sql(self, query: str, *params: object) -> pl.DataFrame:
         return self.lake.sql(query, params, snapshot=self.snapshot)
@@ -65,13 +65,12 @@ class Check:
 
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice: str | None) -> str | None:
     """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
-    snapshot = lake.snapshot()
     for upstream in lineage.UPSTREAM[asset]:
         many = upstream not in lineage.UNPARTITIONED and slice is None
         for part in lineage.slices(profile) if many else [None if upstream in lineage.UNPARTITIONED else slice]:
             if lineage.latest(lake, upstream, part) is None:
                 continue  # the stage itself says that it is missing
-            subject = Subject(lake, profile, part, snapshot)
+            subject = Subject(lake, profile, part)
             for check in CHECKS[upstream]:
                 if check.blocking and (n := check.violations(subject).height):
                     name = upstream + (f"[{part}]" if part else "")
@@ -219,7 +218,8 @@ def _mass_not_one(s: Subject) -> pl.DataFrame:
         f"WITH t AS (FROM teacher_logits WHERE slice = $1 AND {where} ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
         "head AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
         f"WHERE is_head AND {where} AND sample_id IN (SELECT sample_id FROM t) GROUP BY ALL), "
-        "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass FROM t) "
+        "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass "
+        "FROM t) "
         "SELECT sample_id, position, coalesce(mass, 0) + exp(logmass) AS total FROM tail LEFT JOIN head "
         "USING (sample_id, position) WHERE NOT abs(total - 1) <= 1e-3 ORDER BY ALL",
         s.slice,

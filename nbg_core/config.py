@@ -167,6 +167,8 @@ class LossConfig(Section):
     def _estimator_fits(self):
         if self.estimator == "sampled_tail" and self.divergence != "forward":
             raise ValueError(f"divergence {self.divergence!r} needs estimator 'bucket'")
+        if self.label_smoothing and self.dpo_variant in ("ipo", "hinge"):
+            raise ValueError(f"label_smoothing has no meaning with dpo_variant {self.dpo_variant!r}; set it to 0")
         return self
 
 
@@ -254,6 +256,12 @@ class Profile(Section):
     """The refresh schedule."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads per worker process; none leaves it to torch."""
+
+    @model_validator(mode="after")
+    def _estimator_has_samples(self):
+        if self.training.loss.estimator == "sampled_tail" and not self.teacher.m_tail:
+            raise ValueError("training.loss.estimator 'sampled_tail' needs teacher.m_tail > 0; or use 'bucket'")
+        return self
 
     def resolve(self, path: Path | str) -> Path:
         """`path` below the project root, unless it is absolute."""

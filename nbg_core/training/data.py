@@ -11,7 +11,7 @@ Shapes: B pairs of a micro-batch, L padded length, T response tokens of all 2B r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -49,8 +49,8 @@ class PairBatch:
     n_pairs: int
 
     def to(self, device: torch.device | str) -> PairBatch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        teacher = TeacherTargets(*(getattr(self.targets, f.name).to(device) for f in fields(self.targets)))
+        teacher = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(self.targets).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, targets=teacher, **moved)
 
 

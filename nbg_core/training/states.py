@@ -38,7 +38,6 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
 
 def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
     """Load the newest whole state, if there is one, and return the optimizer steps it has behind it; collective."""
-    choice: list[str | None] = [None]
     for tag in _tags(folder):
         manifest = json.loads((folder / f"{tag}.json").read_text())
         files = _hashes(folder / tag)
@@ -48,15 +47,11 @@ def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
         elif manifest["files"] != files:
             problem = "is damaged"
         if problem is None:
-            choice = [tag]
-            break
+            engine.load_checkpoint(str(folder), tag=tag)
+            return manifest["step"]
         if dist.get_rank() == 0:
             print(f"student_checkpoint: the training state {folder / tag} {problem}; trying the one before", flush=True)
-    dist.broadcast_object_list(choice)
-    if choice[0] is None:
-        return 0
-    engine.load_checkpoint(str(folder), tag=choice[0])
-    return int(choice[0].removeprefix("step-"))
+    return 0
 
 
 def _tags(folder: Path) -> list[str]:

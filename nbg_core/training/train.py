@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from nbg_core.config import TrainingSettings  # noqa: E402
 from nbg_core.lake import Lake  # noqa: E402
 from nbg_core.run import Progress  # noqa: E402
 from nbg_core.training import states  # noqa: E402
@@ -93,7 +94,7 @@ def train(request: Request) -> None:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings, pad_id: int
+    engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings: TrainingSettings, pad_id: int
 ) -> dict[str, float]:
     """One optimizer step; the metrics are those before its update, over the global batch."""
     began = time.monotonic()
@@ -129,7 +130,9 @@ def train_step(
     return {**metrics, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": data.tokens(step.pairs) / seconds}
 
 
-def _check_drift(data: TrainingSet, shares: list[np.ndarray], drifts: list[torch.Tensor], settings) -> None:
+def _check_drift(
+    data: TrainingSet, shares: list[np.ndarray], drifts: list[torch.Tensor], settings: TrainingSettings
+) -> None:
     """Raise on all ranks when a response of the first batch has another log-prob than its reference row."""
     pairs = np.concatenate(shares)
     reward = settings.loss.beta * torch.cat(drifts).abs().cpu().numpy()  # [2B]
@@ -176,8 +179,8 @@ def _truncate(steps_file: Path, start: int) -> None:
 
 def _card(request: Request, data: TrainingSet, n_steps: int) -> dict:
     return {
-        "training_id": request.training_id, "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
-        "teacher_storage_id": request.storage_id, "input_snapshot": request.snapshot, "n_pairs": len(data),
+        "training_id": request.training_id, "parent_model_id": request.policy_id,
+        "teacher_model_id": request.teacher_id, "teacher_storage_id": request.storage_id, "input_snapshot": request.snapshot, "n_pairs": len(data),
         "n_steps": n_steps, "training": request.training.model_dump(mode="json"),
     }  # fmt: skip
 

@@ -1,0 +1,201 @@
+"""`student_checkpoint`: train the policy on the pairs of all slices with the joint loss.
+
+The worker reads what the training set is, starts the deepspeed launcher on `nbg_core.training.train`, and commits the
+result: checkpoint, which pair at which step, and metrics, in one transaction. Everything on the way lies in
+`<paths.work>/training/<training id>`, so a run that was killed continues there; the folder goes with the commit.
+
+The launcher stays in the worker's process group, and its ranks end when the worker does (`TIED_TO_STDIN`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import psutil
+
+from nbg_core import ids, lineage
+from nbg_core.lake import CODE_VERSION, Write
+from nbg_core.run import Run
+from nbg_core.training.pairs import read_pairs
+from nbg_core.training.plan import Step, plan
+from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
+
+UPSTREAM = lineage.UPSTREAM[ASSET]
+LOG_TAIL = 20
+
+
+def materialise(run: Run, slice: None = None) -> dict:
+    """Train, unless the lake has a checkpoint of exactly this training.
+
+    Raises LookupError when an upstream partition was never materialised, ValueError without pairs, TrainingError when
+    the data does not fit together or training fails."""
+    profile, lake = run.profile, run.lake
+    snapshot = lake.snapshot()
+    slices = lineage.slices(profile)
+    inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
+    teacher = ids.model_id(profile.resolve(profile.models.teacher))
+    rows = dict(teacher_id=teacher, storage_id=profile.teacher.storage_id(), reference_id=run.policy.model_id)
+    pairs = read_pairs(lake, snapshot, slices, **rows)
+    steps = plan(pairs.height, profile.training)
+    training_id = ids.digest(
+        "training", lineage.settings_id(run.settings(ASSET, None)), ids.content_version(pairs["pair_id"].to_list()),
+        sorted([i.asset, i.slice, i.data_version] for i in inputs), CODE_VERSION,
+    )  # fmt: skip
+    checkpoints = profile.resolve(profile.paths.checkpoints)
+    report = {"asset": ASSET, "slice": None, "training_id": training_id, "n_pairs": pairs.height, "n_steps": len(steps)}
+    if (made := _made_before(run, training_id, checkpoints)) is not None:
+        run.log(f"{ASSET}: checkpoint {made} is of exactly this training; nothing to do")
+        commit = run.commit(ASSET, None, inputs=inputs, data_version=made)
+        return report | _result(run, training_id, made, checkpoints, commit.snapshot, 0)
+    request = Request(
+        training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
+        policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
+        storage_id=profile.teacher.storage_id(), temperature=profile.teacher.temperature, training=profile.training,
+        work=profile.resolve(profile.paths.work) / "training" / training_id,
+        trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,
+    )  # fmt: skip
+    began = time.monotonic()
+    if not request.final.is_dir():
+        _train(run, request)
+    seconds = time.monotonic() - began
+    checkpoint = _place(request, checkpoints)
+    metrics = pl.read_ndjson(request.steps_file)
+    if metrics["step"].to_list() != [s.index for s in steps]:
+        raise TrainingError(
+            f"{request.steps_file} does not hold the {len(steps)} steps of this training; delete {request.work} and "
+            "materialise student_checkpoint again"
+        )
+    writes = _writes(run, request, checkpoint, pairs, steps, metrics)
+    commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=checkpoint)
+    shutil.rmtree(request.work)
+    return report | _result(run, training_id, checkpoint, checkpoints, commit.snapshot, 1) | {"seconds": seconds}
+
+
+def _made_before(run: Run, training_id: str, checkpoints: Path) -> str | None:
+    """The checkpoint of this training, if the lake knows one and its folder is there."""
+    rows = run.lake.sql("SELECT checkpoint_id FROM checkpoint_pairs WHERE training_id = ? LIMIT 1", [training_id])
+    return next((c for c in rows["checkpoint_id"] if (checkpoints / c).is_dir()), None)
+
+
+def _train(run: Run, request: Request) -> None:
+    """Run the launcher to its end. Its output goes to `train.log`; our own lines go to the run's log, too."""
+    work = request.work
+    work.mkdir(parents=True, exist_ok=True)
+    request.error_file.unlink(missing_ok=True)
+    file = work / "request.json"
+    file.touch(mode=0o600)  # a catalog's connection string may hold a password
+    file.write_text(request.model_dump_json(indent=2))
+    run.log(f"{ASSET}: starting {request.training.n_processes} rank(s); full log in {work / 'train.log'}")
+    process = subprocess.Popen(
+        _command(request, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", env=_environment(request),
+    )  # fmt: skip
+    try:
+        with open(work / "train.log", "a") as log:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                if line.startswith(ASSET):
+                    run.log(line.rstrip())
+        process.wait()
+    finally:
+        _end(process)
+    if request.error_file.exists():
+        raise TrainingError(json.loads(request.error_file.read_text())["error"])
+    if not request.final.is_dir():  # the launcher also exits with 0 when it was killed
+        tail = "".join((work / "train.log").read_text(errors="replace").splitlines(keepends=True)[-LOG_TAIL:])
+        raise TrainingError(
+            f"training ended with exit code {process.returncode} and no model; the last state is kept, so run again "
+            f"after mending the cause. End of {work / 'train.log'}:\n{tail}"
+        )
+
+
+def _command(request: Request, file: Path) -> list[str]:
+    with socket.socket() as s:  # a free port; taken by another process in between, the rendezvous fails and says so
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    hostfile = request.training.hostfile
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile) if hostfile else os.devnull,
+        "--num_accelerators", str(request.training.n_processes), "--master_port", str(port), "--no_local_rank",
+        "--module", "nbg_core.training.train", "--request", str(file),
+    ]  # fmt: skip
+
+
+def _environment(request: Request) -> dict[str, str]:
+    env = dict(os.environ)
+    env.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if request.threads:
+        env["OMP_NUM_THREADS"] = str(max(1, request.threads // request.training.n_processes))
+    if request.training.hostfile is None:
+        env[TIED_TO_STDIN] = "1"
+    return env
+
+
+def _end(process: subprocess.Popen) -> None:
+    """No rank outlives this: on the normal way there is nothing left to end."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    process.stdin.close()
+    for p in family:
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()
+
+
+def _place(request: Request, checkpoints: Path) -> str:
+    """Move the trained model among the checkpoints, under the hash of its content."""
+    checkpoint = ids.model_id(request.final)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    target = checkpoints / checkpoint
+    if target.is_dir():  # the same weights, from a run that was killed before its commit, or from other settings
+        shutil.rmtree(request.final)
+    else:
+        temporary = checkpoints / f".{checkpoint}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.move(request.final, temporary)  # a copy when `paths.work` is on another file system
+        temporary.rename(target)
+    return checkpoint
+
+
+def _writes(
+    run: Run, request: Request, checkpoint: str, pairs: pl.DataFrame, steps: list[Step], metrics: pl.DataFrame
+) -> list[Write]:
+    row = {
+        "checkpoint_id": checkpoint, "training_id": request.training_id, "path": checkpoint,
+        "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
+        "input_snapshot": request.snapshot, "n_pairs": pairs.height, "n_steps": len(steps),
+        "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
+    }  # fmt: skip
+    used = pl.concat(
+        pairs[step.pairs].with_columns(step=pl.lit(step.index, pl.Int64), epoch=pl.lit(step.epoch, pl.Int32))
+        for step in steps
+    )
+    training = pl.lit(request.training_id).alias("training_id")
+    return [
+        Write("checkpoints", pl.DataFrame([row])),
+        Write("checkpoint_pairs", used.with_columns(training, pl.lit(checkpoint).alias("checkpoint_id"))),
+        Write("training_steps", metrics.with_columns(training)),
+    ]
+
+
+def _result(run: Run, training_id: str, checkpoint: str, checkpoints: Path, snapshot: int, new_rows: int) -> dict:
+    steps = run.lake.sql(
+        "SELECT * EXCLUDE (training_id, materialisation_id) FROM training_steps WHERE training_id = ? ORDER BY step",
+        [training_id],
+    )
+    return {
+        "snapshot": snapshot, "data_version": checkpoint, "rows": 1, "new_rows": new_rows, "checkpoint_id": checkpoint,
+        "path": str(checkpoints / checkpoint), "first": steps.row(0, named=True), "last": steps.row(-1, named=True),
+        "tokens_per_second": steps["tokens_per_second"].median(),
+    }  # fmt: skip

@@ -1,0 +1,168 @@
+"""Sampling: the draw is the model's distribution, decided by seeds alone; and only what is missing is drawn."""
+
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from nbg_core import ids
+from nbg_core.lake import Lake, Write
+from nbg_core.models import load_model, load_tokenizer
+from nbg_core.run import Run
+from nbg_core.sampling import sample
+from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.transformers_sampler import TransformersSampler
+
+PROMPTS = ["Add: 1 + 2", "Sort: 3 1 2", "x"]
+
+
+@pytest.fixture
+def sampler(make_profile, tiny_models):
+    return TransformersSampler(make_profile(), tiny_models.student, batch_size=64)
+
+
+def ask(sampler, text: str, seeds) -> Request:
+    return Request(sampler.encode([{"role": "user", "content": text}]), list(seeds))
+
+
+def test_greedy_is_what_transformers_generates(sampler, tiny_models):
+    tokenizer, model = load_tokenizer(tiny_models.student), load_model(tiny_models.student, dtype="float32")
+    answers = sampler.sample([ask(sampler, p, [0]) for p in PROMPTS], Decoding(0.0, 1.0, 20))
+    for prompt, (answer,) in zip(PROMPTS, answers, strict=True):
+        ids_ = torch.tensor([sampler.encode([{"role": "user", "content": prompt}])])
+        expected = model.generate(ids_, attention_mask=torch.ones_like(ids_), max_new_tokens=20, do_sample=False)
+        assert answer.token_ids == expected[0, ids_.shape[1] :].tolist()
+        assert answer.finish_reason == ("stop" if answer.token_ids[-1] == tokenizer.eos_token_id else "length")
+
+
+def test_logprobs_are_the_models_own_at_temperature_one(sampler, tiny_models):
+    (responses,) = sampler.sample([ask(sampler, PROMPTS[0], [5, 6])], Decoding(0.7, 0.9, 12))
+    model = load_model(tiny_models.student, dtype="float32")
+    prompt = ask(sampler, PROMPTS[0], [0]).prompt_token_ids
+    for r in responses:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + r.token_ids])).logits[0, len(prompt) - 1 : -1, : sampler.vocab]
+        expected = logits.double().log_softmax(-1)[torch.arange(len(r.token_ids)), r.token_ids]
+        assert r.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_seed_decides_its_response_whatever_the_batch(sampler, make_profile, tiny_models):
+    how = Decoding(1.0, 1.0, 16)
+    together = sampler.sample([ask(sampler, p, [11, 12, 13]) for p in PROMPTS], how)
+    small = TransformersSampler(make_profile(), tiny_models.student, batch_size=1)
+    for prompt, expected in zip(reversed(PROMPTS), reversed(together), strict=True):
+        (alone,) = small.sample([ask(small, prompt, [13])], how)
+        assert alone[0].token_ids == expected[2].token_ids
+    assert len({tuple(r.token_ids) for r in together[0]}) == 3
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5)])
+def test_the_first_token_is_drawn_from_the_stated_distribution(sampler, tiny_models, temperature, top_p):
+    n = 4000
+    request = ask(sampler, "x", range(n))
+    (responses,) = sampler.sample([request], Decoding(temperature, top_p, 1))
+    with torch.no_grad():
+        model = load_model(tiny_models.student, dtype="float32")
+        z = model(torch.tensor([request.prompt_token_ids])).logits[0, -1, : sampler.vocab].double().numpy()
+    p = np.exp(z / temperature - (z / temperature).max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1]
+    q = np.zeros_like(p)
+    q[kept] = p[kept] / p[kept].sum()
+    counts = Counter(r.token_ids[0] for r in responses)
+    assert all(q[t] > 0 for t in counts)
+    observed = np.array([counts[t] for t in kept])
+    chi = ((observed - n * q[kept]) ** 2 / (n * q[kept])).sum()
+    assert chi < len(kept) + 5 * np.sqrt(2 * len(kept))
+    assert all(r.finish_reason == "length" or r.token_ids == [sampler.tokenizer.eos_token_id] for r in responses)
+
+
+def test_a_response_ends_with_the_end_token_and_text_has_no_special_tokens(sampler):
+    (responses,) = sampler.sample([ask(sampler, "x", range(60))], Decoding(1.0, 1.0, 200))
+    stopped = [r for r in responses if r.finish_reason == "stop"]
+    assert stopped
+    for r in stopped:
+        assert r.token_ids.count(sampler.tokenizer.eos_token_id) == 1
+        assert r.token_ids[-1] == sampler.tokenizer.eos_token_id
+        assert "<|end|>" not in sampler.decode(r.token_ids)
+    assert all(len(r.token_ids) == 200 for r in responses if r.finish_reason == "length")
+
+
+def add_queries(run: Run, prompts: list[str]) -> None:
+    rows = [
+        {"slice": "a", "split": "train", "messages": [{"role": "user", "content": p}], "prompt": p, "answer": None,
+         "verifier": None, "verifier_args": None, "source_file": "a.jsonl", "source_line": i + 1,
+         "query_id": ids.query_id([{"role": "user", "content": p}])}
+        for i, p in enumerate(prompts)
+    ]  # fmt: skip
+    (run.profile.resolve(run.profile.paths.queries) / "a.jsonl").touch()
+    run.commit("queries", "a", [Write("queries", pl.DataFrame(rows))], data_version=ids.content_version(prompts))
+
+
+@pytest.fixture
+def run(make_profile):
+    profile = make_profile(sampling={"n_student": 3, "n_teacher": 1, "max_tokens": 8, "chunk_queries": 2})
+    return Run(profile, Lake.of(profile), log=lambda line: None)
+
+
+def test_only_missing_responses_are_drawn(run):
+    add_queries(run, ["one", "two", "three"])
+    first = sample.materialise(run, "a")
+    assert (first["rows"], first["new_rows"]) == (12, 12)
+    assert dict(run.lake.sql("SELECT source, count(*) FROM samples GROUP BY ALL").iter_rows()) == {
+        "student": 9, "teacher": 3}  # fmt: skip
+    again = sample.materialise(run, "a")
+    assert (again["rows"], again["new_rows"], again["data_version"]) == (12, 0, first["data_version"])
+    add_queries(run, ["four"])
+    assert sample.materialise(run, "a")["new_rows"] == 4
+
+
+def test_held_out_queries_are_never_sampled(run):
+    add_queries(run, ["one", "two"])
+    with run.lake.connect(read_only=False) as con:
+        con.execute("UPDATE queries SET split = 'eval' WHERE prompt = 'two'")
+    sample.materialise(run, "a")
+    held_out = run.lake.sql("SELECT count(*) FROM samples JOIN queries USING (query_id) WHERE split = 'eval'").item()
+    assert (held_out, run.lake.sql("SELECT count(*) FROM samples").item()) == (0, 4)
+
+
+def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run, make_profile, monkeypatch):
+    prompts = [f"query {i}" for i in range(6)]
+    add_queries(run, prompts)
+    calls = []
+    real = TransformersSampler.sample
+
+    def dies(self, requests, decoding):
+        calls.append(len(requests))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, requests, decoding)
+
+    monkeypatch.setattr(TransformersSampler, "sample", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sample.materialise(run, "a")
+    assert run.lake.sql("SELECT count(*) FROM samples").item() == 2 * 3
+    report = sample.materialise(run, "a")
+    assert report["new_rows"] == 6 * 4 - 2 * 3
+    other = make_profile(
+        sampling=run.profile.sampling.model_dump(), lake={"catalog": "sqlite:o.sqlite", "data_path": "other"}
+    )
+    fresh = Run(other, Lake.of(other), log=lambda line: None)
+    add_queries(fresh, prompts)
+    sample.materialise(fresh, "a")
+    query = "SELECT sample_id, token_ids FROM samples ORDER BY sample_id"
+    assert run.lake.sql(query).equals(fresh.lake.sql(query))
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_named(run):
+    add_queries(run, ["y" * 300])
+    with pytest.raises(ValueError, match=r"has 30\d prompt tokens; .* passes the context of 256"):
+        sample.materialise(run, "a")
+
+
+def test_vllm_is_refused_clearly(make_profile, tiny_models):
+    with pytest.raises(ValueError, match="sampling.backend 'vllm'"):
+        sample.open_sampler(make_profile(sampling={"backend": "vllm"}), tiny_models.student, 1)

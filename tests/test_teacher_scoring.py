@@ -1,0 +1,118 @@
+"""Teacher forcing: stored rows are those of the very token ids, at the right positions, scored once."""
+
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from nbg_core import ids
+from nbg_core.lake import Lake, Record, Write
+from nbg_core.models import check_same_tokenizer, load_model
+from nbg_core.run import Run
+from nbg_core.teacher import reference, score
+from nbg_core.teacher.store import targets
+
+PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
+TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
+PROMPT = {"s1": [257, 49, 258], "s2": [257, 49, 258], "s3": [257, 50, 51, 52, 258], "s4": [257, 258]}
+
+
+@pytest.fixture
+def run(make_profile):
+    profile = make_profile(teacher={"k_head": 16, "m_tail": 4, "batch_tokens": 12, "chunk_samples": 2})
+    (profile.resolve(profile.paths.queries) / "a.jsonl").touch()
+    run = Run(profile, Lake.of(profile), log=lambda line: None)
+    samples = [
+        {"slice": "a", "sample_id": s, "query_id": "q", "source": "student", "model_id": "m", "sampling_id": "x",
+         "sample_index": i, "seed": 0, "prompt_token_ids": PROMPT[s], "token_ids": t, "logprobs": [-1.0] * len(t),
+         "finish_reason": "stop", "text": ""}
+        for i, (s, t) in enumerate(TOKENS.items())
+    ]  # fmt: skip
+    pairs = [
+        {"slice": "a", "pair_id": p, "query_id": "q", "chosen_id": c, "rejected_id": r, "chosen_score": 1.0,
+         "rejected_score": 0.0, "margin": 1.0} for p, c, r in PAIRS
+    ]  # fmt: skip
+    run.lake.commit(Record("student_samples", "a", "r", "t"), [Write("samples", pl.DataFrame(samples))])
+    run.commit("filtered_pairs", "a", [Write("pairs", pl.DataFrame(pairs))], data_version="v")
+    return run
+
+
+def naive_logps(path, sample: str) -> np.ndarray:
+    """log p [R, V] of one sequence alone, in float64."""
+    model = load_model(path, dtype="float32").double()
+    ids_ = torch.tensor([PROMPT[sample] + TOKENS[sample]])
+    with torch.no_grad():
+        return model(ids_).logits[0, len(PROMPT[sample]) - 1 : -1, :260].log_softmax(-1).numpy()
+
+
+def test_rows_are_the_teachers_at_the_response_positions(run, tiny_models):
+    report = score.materialise(run, "a")
+    assert (report["rows"], report["new_rows"]) == (3, 3)  # s4 is in no pair, s2 is in two
+    rows = run.lake.sql("SELECT * FROM teacher_logits ORDER BY sample_id")
+    assert rows["sample_id"].to_list() == ["s1", "s2", "s3"]
+    for row in rows.partition_by("sample_id"):
+        sample = row["sample_id"][0]
+        full = naive_logps(tiny_models.teacher, sample)
+        t = targets(row)
+        expected = full[np.arange(len(full)), TOKENS[sample]]
+        assert row["token_logprobs"][0].to_list() == pytest.approx(expected.tolist(), abs=1e-4)
+        for r in range(len(full)):
+            head = t.ids[r][t.is_head[r]].numpy()
+            assert set(head) == set(np.argsort(-full[r])[: len(head)])
+            outside = np.delete(np.exp(full[r]), head).sum()
+            assert np.exp(float(t.tail_logmass[r])) == pytest.approx(outside, rel=1e-3)
+
+
+def test_scoring_again_does_nothing_and_other_settings_are_other_rows(run):
+    first = score.materialise(run, "a")
+    assert score.materialise(run, "a")["new_rows"] == 0
+    wider = run.profile.model_copy(update={"teacher": run.profile.teacher.model_copy(update={"k_head": 20})})
+    other = score.materialise(Run(wider, run.lake, log=lambda line: None), "a")
+    assert other["new_rows"] == 3
+    assert other["storage_id"] != first["storage_id"]
+
+
+def test_reference_rows_are_the_policys_logprobs(run, tiny_models):
+    report = reference.materialise(run, "a")
+    assert (report["rows"], report["new_rows"]) == (3, 3)
+    for sample, logprobs in run.lake.sql("SELECT sample_id, token_logprobs FROM reference_logprobs").iter_rows():
+        full = naive_logps(tiny_models.student, sample)
+        assert logprobs == pytest.approx(full[np.arange(len(full)), TOKENS[sample]].tolist(), abs=1e-4)
+    assert reference.materialise(run, "a")["new_rows"] == 0
+    assert set(run.lake.sql("SELECT model_id FROM reference_logprobs")["model_id"]) == {
+        ids.model_id(tiny_models.student)
+    }
+
+
+def test_every_row_names_a_commit_with_its_input(run):
+    score.materialise(run, "a")
+    joined = run.lake.sql(
+        "SELECT t.sample_id, c.asset, c.snapshot_id, c.inputs FROM teacher_logits t "
+        "JOIN lineage.commits c USING (materialisation_id)"
+    )
+    assert joined.height == 3
+    assert set(joined["asset"]) == {"teacher_logits"}
+    assert all('"filtered_pairs"' in i for i in joined["inputs"])
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tiny_models, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_models.teacher, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="different tokenizers: 1 tokens differ, first '<|extra|>'"):
+        check_same_tokenizer(tiny_models.student, folder)
+    assert check_same_tokenizer(tiny_models.student, tiny_models.teacher) == 260
+
+
+def test_the_trainers_and_the_stores_rows_stay_in_step_after_a_new_pair(run):
+    score.materialise(run, "a")
+    pair = {"slice": "a", "pair_id": "p3", "query_id": "q", "chosen_id": "s4", "rejected_id": "s2", "chosen_score": 1.0,
+            "rejected_score": 0.0, "margin": 1.0}  # fmt: skip
+    run.commit("filtered_pairs", "a", [Write("pairs", pl.DataFrame([pair]))], data_version="v2")
+    report = score.materialise(run, "a")
+    assert (report["rows"], report["new_rows"]) == (4, 1)

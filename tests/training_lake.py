@@ -1,0 +1,98 @@
+"""A small lake that is ready to train on: tiny random models, synthetic pairs, rows scored by the real stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nbg_core import ids, lineage
+from nbg_core.config import Profile
+from nbg_core.lake import Lake, Write
+from nbg_core.run import Run
+from nbg_core.teacher import reference, score
+from nbg_core.training.request import Request
+
+WORDS = 40
+"""Tokens of the tokenizer; the output matrix has more rows, as it does in real families."""
+
+
+def make_model(folder: Path, seed: int, *, hidden: int = 32, rows: int = 48, tied: bool = True, std: float = 0.15) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=rows, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=std,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocab = {"<|pad|>": 0, "<|end|>": 1} | {f"w{i}": i for i in range(2, WORDS)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="w2")), pad_token="<|pad|>", eos_token="<|end|>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_profile(root: Path, *, n_pairs: int = 12, model: dict | None = None, **training) -> Profile:
+    """A profile below `root` and its lake, with `n_pairs` pairs in slices alpha and beta, scored."""
+    for slice in ("alpha", "beta"):
+        (root / "queries").mkdir(parents=True, exist_ok=True)
+        (root / "queries" / f"{slice}.jsonl").touch()
+    make_model(root / "student", 1, **(model or {}))
+    make_model(root / "teacher", 2, **(model or {}))
+    profile = Profile.model_validate({
+        "name": "test", "root": root, "models": {"student": "student", "teacher": "teacher"},
+        "paths": {"queries": "queries", "checkpoints": "checkpoints", "work": "work"},
+        "lake": {"catalog": "sqlite:lake/catalog.sqlite", "data_path": "lake/files"},
+        "teacher": {"k_head": 6, "m_tail": 4}, "training": training, "threads": 1,
+    })  # fmt: skip
+    run = Run(profile, Lake.of(profile), log=lambda line: None)
+    rng = np.random.default_rng(0)
+    for slice, n in (("alpha", n_pairs - n_pairs // 3), ("beta", n_pairs // 3)):
+        add_pairs(run, slice, n, rng)
+        score.materialise(run, slice)
+        reference.materialise(run, slice)
+    return profile
+
+
+def add_pairs(run: Run, slice: str, n: int, rng: np.random.Generator) -> None:
+    """Commit `n` pairs of random token ids: prompts of 3 to 8 tokens, responses of 2 to 11."""
+    samples, pairs = [], []
+    model = run.policy.model_id
+    for i in range(n):
+        query = ids.query_id([{"role": "user", "content": f"{slice} {i}"}])
+        prompt = rng.integers(2, WORDS, rng.integers(3, 9)).tolist()
+        pair = [ids.sample_id(query, model, "sampling", k) for k in range(2)]
+        for k, sample in enumerate(pair):
+            tokens = [*rng.integers(2, WORDS, rng.integers(1, 11)).tolist(), 1]
+            samples.append({
+                "slice": slice, "sample_id": sample, "query_id": query, "source": "student", "model_id": model,
+                "sampling_id": "sampling", "sample_index": k, "seed": 0, "prompt_token_ids": prompt,
+                "token_ids": tokens, "logprobs": [-1.0] * len(tokens), "finish_reason": "stop", "text": "",
+            })  # fmt: skip
+        pairs.append({
+            "slice": slice, "pair_id": ids.pair_id(*pair), "query_id": query, "chosen_id": pair[0],
+            "rejected_id": pair[1], "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0,
+        })  # fmt: skip
+    writes = [Write("samples", pl.DataFrame(samples)), Write("pairs", pl.DataFrame(pairs))]
+    run.commit("filtered_pairs", slice, writes, data_version=ids.content_version([p["pair_id"] for p in pairs]))
+
+
+def request_of(profile: Profile, name: str, **training) -> Request:
+    """A request to train on everything in the lake, with its own work folder and changed training settings."""
+    lake = Lake.of(profile)
+    policy = lineage.current_policy(lake, profile)
+    settings = {**profile.training.model_dump(), **training}
+    work = profile.resolve(profile.paths.work) / name
+    work.mkdir(parents=True, exist_ok=True)
+    return Request(
+        training_id=name, catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(),
+        slices=lineage.slices(profile), policy_id=policy.model_id, policy_path=policy.path,
+        teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=profile.teacher.storage_id(),
+        temperature=profile.teacher.temperature, training=settings, work=work, threads=profile.threads,
+    )  # fmt: skip
