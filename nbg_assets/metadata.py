@@ -70,7 +70,7 @@ def describe(made: Made, plots: Mapping[str, Callable[[Made], Plot | None]]) -> 
         "data version": dg.MetadataValue.text(report.pop("data_version")),
         "dagster/row_count" if made.slice is None else "dagster/partition_row_count": dg.MetadataValue.int(rows),
         "new rows": dg.MetadataValue.int(report.pop("new_rows")),
-        "seconds": dg.MetadataValue.float(round(made.seconds, 2)),
+        "wall seconds": dg.MetadataValue.float(round(made.seconds, 2)),
     }
     for name, value in report.items():
         if name not in ("asset", "slice") and value is not None:

@@ -268,10 +268,7 @@ def _training_set_lost(s: Subject) -> pl.DataFrame:
     used = s.sql("SELECT DISTINCT pair_id, slice FROM checkpoint_pairs WHERE training_id = $1", row["training_id"])
     known = s.lake.sql("SELECT pair_id FROM pairs", snapshot=row["input_snapshot"])
     lost = used.join(known, on="pair_id", how="anti").sort("pair_id")
-    if used.height != row["n_pairs"]:
-        counts = {"pair_id": ["(count)"], "slice": [f"{used.height} pairs recorded, {row['n_pairs']} trained on"]}
-        lost = pl.concat([lost, pl.DataFrame(counts)])
-    return lost
+    return lost if used.height else pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no pair recorded"]})
 
 
 def _gate_refuses(s: Subject) -> pl.DataFrame:
