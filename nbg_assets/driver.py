@@ -18,6 +18,7 @@ import psutil
 from dagster import DagsterRunStatus, RunsFilter
 
 from nbg_assets import pipes
+from nbg_assets.definitions import build
 from nbg_assets.partitions import find_slices, sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core import lineage
@@ -68,9 +69,7 @@ def materialise_stale(
     `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
     of a failure or a slice that is not fresh is said on `on_line`. Raises LookupError for an unknown slice, ValueError
     for one whose name cannot be a partition."""
-    from nbg_assets.definitions import defs
-
-    lake = Lake.of(profile)
+    defs, lake = build(), Lake.of(profile)
     good, refused = find_slices(profile)
     for name in slices or ():
         if name in refused:

@@ -40,8 +40,8 @@ class Made:
     seconds: float
 
     def sql(self, query: str, *params: object) -> pl.DataFrame:
-        """Rows as of this materialisation's snapshot."""
-        return self.lake.sql(query, params, snapshot=self.report["snapshot"])
+        """Rows as they are now, right after the commit: attaching at its snapshot would cost 0.2 s a step."""
+        return self.lake.sql(query, params)
 
 
 def column_schema(table: str) -> dg.TableSchema:

@@ -67,7 +67,7 @@ def materialise(
 
 
 def _check(made: metadata.Made) -> list[dg.AssetCheckResult]:
-    subject = Subject(made.lake, made.profile, made.slice, made.report["snapshot"])
+    subject = Subject(made.lake, made.profile, made.slice)
     results = []
     for check in CHECKS[made.asset]:
         violations = check.violations(subject)

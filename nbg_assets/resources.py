@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from nbg_core.config import Profile, load_profile
 from nbg_core.lake import Lake
@@ -13,11 +13,14 @@ class NbgResource(dg.ConfigurableResource):
     """The profile and its lake, opened when asked for."""
 
     profile: str = Field(description="Profile to run with: a name in profiles/ or a path (NBG_PROFILE sets it).")
+    _lake: Lake | None = PrivateAttr(default=None)
 
     def load(self) -> Profile:
         """The profile. Raises ProfileError naming the file, the key and the remedy."""
         return load_profile(self.profile)
 
     def lake(self) -> Lake:
-        """The lake of the profile, created if it is not there yet."""
-        return Lake.of(self.load())
+        """The lake of the profile, created if it is not there yet; opened once per run or tick."""
+        if self._lake is None:
+            self._lake = Lake.of(self.load())
+        return self._lake

@@ -34,15 +34,14 @@ RESPONSES = """(
 
 @dataclass(frozen=True)
 class Subject:
-    """A partition to look at, as the lake was at `snapshot`; None is now."""
+    """A partition to look at, as the lake is now."""
 
     lake: Lake
     profile: Profile
     slice: str | None
-    snapshot: int | None = None
 
     def sql(self, query: str, *params: object) -> pl.DataFrame:
-        return self.lake.sql(query, params, snapshot=self.snapshot)
+        return self.lake.sql(query, params)
 
     @cached_property
     def policy(self) -> lineage.Policy:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 import yaml
 
-from nbg_core import ids, lineage
-from nbg_core.config import Profile, load_profile
+from nbg_core import accuracy, ids, lineage
+from nbg_core.config import load_profile
 from nbg_core.lake import Lake, Write
 from nbg_core.processes import WorkerFailed
 from nbg_core.run import Run
@@ -43,11 +44,15 @@ def write_profile(folder: Path, slices: tuple[str, ...] = ("a", "b"), **sections
     return path
 
 
+TRAINING = "training"
+
+
 @dataclass
 class Fake:
     spoil: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = field(default_factory=dict)
     fail: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, str | None]] = field(default_factory=list)
+    lake: Lake | None = None
 
     def __call__(self, asset: str, slice: str | None, run_id: str, *, profile: str, on_line) -> dict:
         self.calls.append((asset, slice))
@@ -55,7 +60,8 @@ class Fake:
         if asset in self.fail:
             raise WorkerFailed(self.fail[asset], ["last line of the log"], Path("worker.log"))
         loaded = load_profile(profile)
-        run = Run(loaded, Lake.of(loaded), run_id, log=on_line)
+        self.lake = self.lake or Lake.of(loaded)
+        run = Run(loaded, self.lake, run_id, log=on_line)
         snapshot = run.lake.snapshot()
         inputs = [
             lineage.input_of(run.lake, a, s, snapshot)
@@ -72,9 +78,10 @@ class Fake:
             version = ids.content_version([str(row) for row in main.rows()])
         writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
         commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
+        summary = accuracy.latest_summary(run.lake, loaded)[1].to_dicts() if asset == "student_eval" else []
         return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
-                "rows": main.height, "new_rows": commit.n_rows, "counts": {"kept": main.height},
-                "summary": [], "share": 0.5}  # fmt: skip
+                "rows": main.height, "new_rows": main.height, "counts": {"kept": main.height},
+                "summary": summary, "share": 0.5}  # fmt: skip
 
 
 def _train_queries(slice: str) -> list[str]:
@@ -136,8 +143,6 @@ def _reference(run: Run, slice: str) -> list:
 
 
 def _checkpoint(run: Run, slice: None) -> list:
-    from datetime import UTC, datetime
-
     folder = run.profile.resolve(run.profile.paths.checkpoints)
     (folder / "new").mkdir(parents=True, exist_ok=True)
     (folder / "new" / "config.json").write_text('{"vocab_size": 64}')
@@ -145,17 +150,17 @@ def _checkpoint(run: Run, slice: None) -> list:
     checkpoint = ids.model_id(folder / "new")
     pairs = run.lake.sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id")
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
-    row = {"checkpoint_id": checkpoint, "training_id": "training", "path": "new", "parent_model_id": run.policy.model_id,
-           "teacher_model_id": teacher, "input_snapshot": run.lake.snapshot(), "n_pairs": pairs.height, "n_steps": 3,
-           "settings": "{}", "created_at": datetime.now(UTC)}  # fmt: skip
+    row = {"checkpoint_id": checkpoint, "training_id": TRAINING, "path": "new", "teacher_model_id": teacher,
+           "parent_model_id": run.policy.model_id, "input_snapshot": run.lake.snapshot(), "n_pairs": pairs.height,
+           "n_steps": 3, "settings": "{}", "created_at": datetime.now(UTC)}  # fmt: skip
     used = pairs.with_columns(
-        training_id=pl.lit("training"), checkpoint_id=pl.lit(checkpoint), step=pl.lit(0, pl.Int64),
+        training_id=pl.lit(TRAINING), checkpoint_id=pl.lit(checkpoint), step=pl.lit(0, pl.Int64),
         epoch=pl.lit(0, pl.Int32),
     )  # fmt: skip
     metrics = ("loss kl_chosen kl_rejected nll accuracy chosen_reward rejected_reward chosen_logp rejected_logp "
                "grad_norm learning_rate tokens_per_second").split()  # fmt: skip
     steps = pl.DataFrame([
-        {"training_id": "training", "step": i, "margin": 0.1 * i, "dpo": math.log(2) - 0.1 * i}
+        {"training_id": TRAINING, "step": i, "margin": 0.1 * i, "dpo": math.log(2) - 0.1 * i}
         | dict.fromkeys(metrics, 1.0 / (i + 1))
         for i in range(3)
     ])  # fmt: skip
@@ -163,13 +168,11 @@ def _checkpoint(run: Run, slice: None) -> list:
 
 
 def _evaluations(run: Run, slice: None) -> list:
-    from nbg_core.accuracy import settings_id
-
     newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT query_id, slice FROM queries WHERE split = 'eval' ORDER BY query_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": settings_id(run.profile), "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": accuracy.settings_id(run.profile), "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
         for model, correct in right.items() for q, s in queries.iter_rows()
     ]))]  # fmt: skip

@@ -139,6 +139,15 @@ def test_targets_line_up_positions_of_several_samples():
         assert float(weights[r].sum()) == pytest.approx(1, abs=2e-4)
 
 
+def test_responses_of_equal_length_are_lists_like_any_other():
+    """Regression: equal lengths became a fixed-size array, which does not concatenate with lists."""
+    z = np.random.default_rng(5).normal(size=(6, 40))
+    equal = compressed(z, TeacherSettings(), samples=("a", "b"))
+    unequal = compressed(z[:5], TeacherSettings(), samples=("c", "d"))
+    assert equal.schema == unequal.schema
+    assert pl.concat([equal, unequal])["token_logprobs"].list.len().to_list() == [3, 3, 3, 2]
+
+
 def test_a_logit_that_is_not_a_number_names_the_sample():
     z = np.zeros((2, 4))
     z[1, 2] = np.nan

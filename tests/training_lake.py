@@ -21,7 +21,9 @@ WORDS = 40
 """Tokens of the tokenizer; the output matrix has more rows, as it does in real families."""
 
 
-def make_model(folder: Path, seed: int, *, hidden: int = 32, rows: int = 48, tied: bool = True, std: float = 0.15) -> Path:
+def make_model(
+    folder: Path, seed: int, *, hidden: int = 32, rows: int = 48, tied: bool = True, std: float = 0.15
+) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=rows, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -79,8 +80,9 @@ def _flat(rows: pl.DataFrame, column: str) -> np.ndarray:
 
 
 def _lists(flat: np.ndarray, ends: np.ndarray) -> pl.Series:
-    starts = np.concatenate([[0], ends[:-1]])
-    return pl.Series([flat[a:b] for a, b in zip(starts, ends, strict=True)], dtype=pl.List(pl.Series(flat[:0]).dtype))
+    """Rows flat[ends[i - 1] : ends[i]] as a list column, without a copy per row."""
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(offsets, pa.array(flat))))
 
 
 def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:

@@ -55,16 +55,25 @@ def drift_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray
     return np.full(len(n_tokens), 5e-5) if precision == "fp32" else beta * 0.1 * np.sqrt(n_tokens)
 
 
+def init_distributed() -> None:
+    """Join the process group that the environment describes: NCCL on GPUs, gloo on CPUs."""
+    if dist.is_initialized():
+        return
+    # On a CPU DeepSpeed would now compile its shared-memory all-reduce: minutes, a compiler, and only inference uses it.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed()
+
+
 def train(request: Request) -> None:
     """Train to the end and write `request.final`; every rank of the process group calls it.
 
     Raises TrainingError for data that does not fit, a policy that is not the reference, or a loss that is not finite;
     states saved before stay."""
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if request.threads:
         torch.set_num_threads(max(1, request.threads // request.training.n_processes))
-    if not dist.is_initialized():
-        deepspeed.init_distributed()
+    init_distributed()
     data = read_training_set(Lake(request.catalog, request.data_path), request)
     steps = plan(len(data), request.training)
     engine, pad_id = build_engine(request, len(steps))
@@ -179,10 +188,15 @@ def _truncate(steps_file: Path, start: int) -> None:
 
 def _card(request: Request, data: TrainingSet, n_steps: int) -> dict:
     return {
-        "training_id": request.training_id, "parent_model_id": request.policy_id,
-        "teacher_model_id": request.teacher_id, "teacher_storage_id": request.storage_id, "input_snapshot": request.snapshot, "n_pairs": len(data),
-        "n_steps": n_steps, "training": request.training.model_dump(mode="json"),
-    }  # fmt: skip
+        "training_id": request.training_id,
+        "parent_model_id": request.policy_id,
+        "teacher_model_id": request.teacher_id,
+        "teacher_storage_id": request.storage_id,
+        "input_snapshot": request.snapshot,
+        "n_pairs": len(data),
+        "n_steps": n_steps,
+        "training": request.training.model_dump(mode="json"),
+    }
 
 
 def _end_with_the_worker() -> None:

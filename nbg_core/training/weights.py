@@ -39,6 +39,7 @@ def write_model(policy: PreTrainedModel, weights: dict[str, Tensor], parent: Pat
         if file.suffix in COPIED and not file.name.endswith(".index.json") and file.name != "training.json":
             shutil.copyfile(file, temporary / file.name)
     (temporary / "training.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 

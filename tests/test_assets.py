@@ -1,0 +1,166 @@
+"""Assets through Dagster on a temporary instance: what a run shows, what its checks stop, what a failure says.
+
+The first part uses a fake worker (10 s); the last test runs the real stages on tiny models (60 s).
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+import polars as pl
+import pytest
+from fake_worker import Fake, write_profile
+
+from nbg_assets import driver, pipes
+from nbg_assets.definitions import build
+from nbg_assets.driver import Result, materialise_stale
+from nbg_core import lineage
+from nbg_core.checks import CHECKS
+from nbg_core.config import load_profile
+from nbg_core.lake import Lake
+
+SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture
+def fake(monkeypatch) -> Fake:
+    fake = Fake()
+    monkeypatch.setattr(pipes, "run_worker", fake)
+    return fake
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    path = write_profile(tmp_path / "project")
+    monkeypatch.setenv("NBG_PROFILE", str(path))
+    return load_profile()
+
+
+def run_slice(instance, slice: str, selection=None) -> dg.ExecuteInProcessResult:
+    instance.add_dynamic_partitions("slice", [slice])
+    return build().resolve_job_def("refresh_slice").execute_in_process(
+        instance=instance, partition_key=slice, raise_on_error=False, run_config=driver.QUIET,
+        asset_selection=[dg.AssetKey(a) for a in selection or SLICED],
+    )  # fmt: skip
+
+
+def step_failure(result) -> tuple[str, str]:
+    """Asset and sentence of the only failed step."""
+    (event,) = [e for e in result.all_events if e.is_step_failure]
+    return event.step_key, driver._sentence(event)
+
+
+def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(instance, profile, fake):
+    result = run_slice(instance, "a")
+    assert result.success
+    for asset in SLICED:
+        (made,) = result.asset_materializations_for_node(asset)
+        shown, row = made.metadata, lineage.latest(Lake.of(profile), asset, "a")
+        assert shown["profile"].value == "test" and made.partition == "a"
+        assert shown["snapshot"].value == row["snapshot_id"] and row["run_id"] == result.run_id
+        assert made.tags["dagster/data_version"] == row["data_version"]
+        assert shown["dagster/partition_row_count"].value == shown["new rows"].value > 0
+        assert shown["counts"].value == {"kept": shown["dagster/partition_row_count"].value}
+        assert len(shown["preview"].value.splitlines()) >= 5
+    metadata = {a: result.asset_materializations_for_node(a)[0].metadata for a in SLICED}
+    assert "| a \\| 0 |" in metadata["queries"]["preview"].value, "a cell may not break the table"
+    for asset, plot in (("student_samples", "response lengths"), ("filtered_pairs", "margins"),
+                        ("filtered_pairs", "scores"), ("teacher_logits", "stored distribution")):  # fmt: skip
+        image = metadata[asset][plot].value
+        assert image.startswith(f"![{'scores of all responses' if plot == 'scores' else plot}](data:image/png;base64,")
+        assert len(image) < 100_000
+    passed = {(c.asset_key.path[-1], c.check_name): c.passed for c in result.get_asset_check_evaluations()}
+    assert passed == {(a, c.name): True for a in SLICED for c in CHECKS[a]}
+
+
+def test_everything_stale_is_materialised_once_and_training_comes_last(instance, profile, fake):
+    lines = []
+    results = materialise_stale(instance, profile, on_line=lines.append)
+    assert sorted((r.name, r.ran, r.success) for r in results) == sorted(
+        (a + (f"[{s}]" if s else ""), True, True) for a, s in fake.calls
+    )
+    assert len(fake.calls) == 12
+    assert fake.calls[-2:] == [("student_checkpoint", None), ("student_eval", None)]
+    assert lines.count("queries: working") == 2
+    assert sorted(instance.get_dynamic_partitions("slice")) == ["a", "b"]
+    event = instance.get_latest_materialization_event(dg.AssetKey("student_checkpoint"))
+    assert {"losses", "log-probabilities", "margin and gradient"} <= set(event.asset_materialization.metadata)
+    event = instance.get_latest_materialization_event(dg.AssetKey("student_eval"))
+    assert event.asset_materialization.metadata["accuracy"].value.startswith("![held-out accuracy](data:image/png")
+
+    done = len(fake.calls)
+    again = materialise_stale(instance, profile, on_line=lines.append)
+    assert len(fake.calls) == done and len(again) == 12 and not any(r.ran for r in again)
+
+    (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
+    materialise_stale(instance, profile, on_line=lines.append)
+    assert {s for _, s in fake.calls[done:]} == {"b", None}
+
+
+def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(instance, profile, fake):
+    lines = []
+    results = materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
+    assert {r.slice for r in results} == {s for _, s in fake.calls} == {"a"}
+    assert "student_checkpoint, student_eval not started: these slices are not fresh: b" in lines
+    with pytest.raises(LookupError, match="no slice 'c'; slices: a, b"):
+        materialise_stale(instance, profile, slices=["c"])
+
+
+def test_a_failed_worker_fails_the_step_with_its_own_sentence(instance, profile, fake):
+    fake.fail["student_samples"] = "the model is too small for this prompt"
+    result = run_slice(instance, "a")
+    assert step_failure(result) == ("student_samples", "the model is too small for this prompt")
+    (event,) = [e for e in result.all_events if e.is_step_failure]
+    shown = event.step_failure_data.user_failure_data.metadata
+    assert shown["log"].value == "worker.log" and shown["end of log"].value == "last line of the log"
+    results = materialise_stale(instance, profile, slices=["a"], on_line=lambda _: None)
+    assert Result("student_samples", "a", True, False, "the model is too small for this prompt") in results
+    assert not any(r.ran and r.asset == "filtered_pairs" for r in results)
+
+
+def test_a_broken_invariant_stops_the_run_and_a_later_run_that_would_read_it(instance, profile, fake):
+    fake.spoil["filtered_pairs"] = lambda df: df.with_columns(margin=pl.lit(0.4))
+    result = run_slice(instance, "a")
+    assert not result.success
+    (failed,) = [c for c in result.get_asset_check_evaluations() if not c.passed]
+    assert (failed.check_name, failed.severity) == ("margins_wide_enough", dg.AssetCheckSeverity.ERROR)
+    assert failed.metadata["violations"].value == 3 and "| a-0-pair |" in failed.metadata["first violations"].value
+    ran = [a for a, _ in fake.calls]
+    assert ran == ["queries", "student_samples", "filtered_pairs"]
+    name, sentence = step_failure(run_slice(instance, "a", ["teacher_logits"]))
+    assert name == "teacher_logits" and len(fake.calls) == len(ran)
+    assert sentence.startswith("not started: filtered_pairs[a] fails its check margins_wide_enough (3 violations)")
+
+
+def test_a_warning_does_not_stop_the_run(instance, profile, fake):
+    fake.spoil["student_samples"] = lambda df: df.with_columns(finish_reason=pl.lit("length"))
+    result = run_slice(instance, "a", ["queries", "student_samples"])
+    assert result.success
+    (failed,) = [c for c in result.get_asset_check_evaluations() if not c.passed]
+    assert (failed.check_name, failed.severity) == ("few_truncated", dg.AssetCheckSeverity.WARN)
+    pairs = run_slice(instance, "a", ["filtered_pairs"])
+    assert [c.check_name for c in pairs.get_asset_check_evaluations() if not c.passed] == ["no_truncated_positive"]
+
+
+def test_a_run_whose_command_was_killed_is_ended_and_frees_the_pool(profile, fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    with driver.dagster_instance(profile) as instance:
+        killed_run(instance, profile, fake)
+
+
+def killed_run(instance, profile, fake):
+    job = build().resolve_job_def("refresh_slice")
+    instance.add_dynamic_partitions("slice", ["a"])
+    tags = {driver.PROCESS_TAG: f"{driver.socket.gethostname()}:{2**22 + 1}", "dagster/partition": "a"}
+    run = instance.create_run_for_job(job, tags=tags)
+    storage = instance.event_log_storage
+    storage.initialize_concurrency_limit_to_default("model")
+    assert storage.claim_concurrency_slot("model", run.run_id, "student_samples").is_claimed
+    materialise_stale(instance, profile, slices=["a"], on_line=lambda _: None)
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
+    assert ("teacher_logits", "a") in fake.calls

@@ -1,0 +1,365 @@
+"""Training in one process: plan, batches, gradient, trajectory, resume, refusals, and the model that comes out."""
+
+import json
+import os
+import socket
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import training_lake
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_lake import make_model, make_profile, request_of
+
+from nbg_core import ids
+from nbg_core.config import TrainingSettings
+from nbg_core.lake import Lake, Record, Write
+from nbg_core.models import encode_prompt, load_model, load_tokenizer
+from nbg_core.run import Run
+from nbg_core.teacher import reference
+from nbg_core.teacher.store import targets
+from nbg_core.training import engine as engines
+from nbg_core.training import plan as plans
+from nbg_core.training import train as training
+from nbg_core.training.data import read_training_set
+from nbg_core.training.request import TrainingError
+from nbg_core.training.weights import weight_dtypes
+
+BASE = dict(global_batch_pairs=8, micro_batch_pairs=8, epochs=3, save_every=100, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    """A group of this process alone; deterministic kernels and thread counts do not leak into other tests."""
+    threads = torch.get_num_threads()
+    with socket.socket() as s:
+        s.bind(("", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**where, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        training.init_distributed()
+        yield
+    torch.distributed.destroy_process_group()
+    training.deepspeed.comm.comm.cdb = None
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return make_profile(tmp_path_factory.mktemp("lake"), n_pairs=12, **BASE)
+
+
+def run(request) -> list[dict]:
+    """Train, and return the metrics of the steps, time aside."""
+    training.train(request)
+    steps = [json.loads(line) for line in request.steps_file.read_text().splitlines()]
+    assert all(step.pop("tokens_per_second") > 0 for step in steps)
+    return steps
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder, dtype="float32").named_parameters())
+
+
+def close(a: list[dict], b: list[dict], tolerance: float) -> None:
+    assert len(a) == len(b)
+    for one, two in zip(a, b, strict=True):
+        assert {k: v for k, v in one.items() if k != "accuracy"} == pytest.approx(
+            {k: v for k, v in two.items() if k != "accuracy"}, rel=tolerance, abs=tolerance
+        )
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_every_pair_is_used_once_an_epoch_on_one_rank_and_all_ranks_do_as_many_micro_batches(n, size, micro, world, e):
+    s = TrainingSettings(global_batch_pairs=size, micro_batch_pairs=micro, epochs=e)
+    steps = plans.plan(n, s)
+    assert [step.index for step in steps] == list(range(e * -(-n // size)))
+    for epoch in range(e):
+        assert sorted(np.concatenate([t.pairs for t in steps if t.epoch == epoch])) == list(range(n))
+    for step in steps:
+        shares = [plans.micro_batches(step, s, rank, world) for rank in range(world)]
+        assert {len(share) for share in shares} == {plans.accumulation(s, world)}
+        assert max(len(pairs) for share in shares for pairs in share) <= micro
+        assert np.concatenate([p for share in shares for p in share]).tolist() == step.pairs.tolist()
+
+
+def test_order_follows_the_seed_and_max_steps_cuts():
+    def orders(**kw):
+        return [t.pairs.tolist() for t in plans.plan(20, TrainingSettings(global_batch_pairs=5, epochs=2, **kw))]
+
+    assert orders(seed=1) == orders(seed=1)
+    assert orders(seed=1) != orders(seed=2)
+    assert orders()[:4] != orders()[4:]  # another order each epoch
+    assert orders(max_steps=3) == orders()[:3]
+    with pytest.raises(ValueError, match="no pairs"):
+        plans.plan(0, TrainingSettings())
+
+
+def test_learning_rate_warms_up_then_falls_to_its_minimum():
+    s = TrainingSettings(warmup_fraction=0.2, min_lr_fraction=0.1, schedule="linear")
+    rate = engines.learning_rate(s, 11)
+    assert [rate(i) for i in range(3)] == pytest.approx([1 / 4, 2 / 4, 3 / 4])
+    assert [rate(i) for i in range(3, 11)] == pytest.approx(np.linspace(1, 0.1, 8))
+    cosine = engines.learning_rate(s.model_copy(update={"schedule": "cosine"}), 11)
+    assert (cosine(3), cosine(10)) == pytest.approx((1, 0.1))
+    assert cosine(4) > rate(4) and cosine(9) < rate(9)
+    constant = engines.learning_rate(s.model_copy(update={"schedule": "constant", "warmup_fraction": 0.0}), 11)
+    assert {constant(i) for i in range(11)} == {1}
+
+
+def test_batch_rows_predict_the_response_tokens_first_and_last_included(profile):
+    data = read_training_set(Lake.of(profile), request_of(profile, "batch"))
+    pairs = [5, 0, 7]
+    b = data.batch(pairs, pad_id=0)
+    at = 0
+    for i, pair in enumerate(pairs):
+        for side in range(2):
+            r = data.responses.row(2 * pair + side, named=True)
+            assert (r["pair_id"], r["side"]) == (data.pair_ids[pair], side)
+            prompt, response = r["prompt_token_ids"], r["token_ids"]
+            row = b.ids[2 * i + side]
+            n = len(prompt) + len(response)
+            assert row[:n].tolist() == prompt + response and b.mask[2 * i + side].tolist() == [1] * n + [0] * (
+                len(row) - n
+            )
+            here = slice(at, at + len(response))
+            predicted = b.rows[here] - (2 * i + side) * len(row) + 1
+            assert predicted.tolist() == list(range(len(prompt), n))
+            assert b.token_ids[here].tolist() == response
+            assert b.pair_index[here].unique().tolist() == [i] and b.is_chosen[here].unique().tolist() == [side == 0]
+            assert b.reference_logps[here].tolist() == r["reference_logprobs"]
+            alone = targets(data.responses[[2 * pair + side]])
+            torch.testing.assert_close(b.targets.weights()[here].sum(-1), alone.weights().sum(-1))
+            assert b.targets.ids[here, : alone.ids.shape[1]].tolist() == alone.ids.tolist()
+            at += len(response)
+    assert at == len(b.token_ids) == len(b.targets.ids)
+    lengths = data.responses["token_ids"].list.len().to_numpy().reshape(-1, 2)[pairs]
+    assert vars(data.denominators(np.array(pairs))) == {
+        "pairs": 3, "chosen_tokens": lengths[:, 0].sum(), "rejected_tokens": lengths[:, 1].sum(),
+    }  # fmt: skip
+
+
+def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
+    """Response by response, without padding, position by position, from the definitions."""
+    loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
+    request = request_of(profile, "gradient", loss=loss, micro_batch_pairs=3)
+    data = read_training_set(Lake.of(profile), request)
+    step = plans.plan(12, request.training)[0]
+    engine, pad_id = engines.build_engine(request, 1)
+    for i, pairs in enumerate(plans.micro_batches(step, request.training, 0, 1)):
+        if i:
+            engine.step()
+        value, _, _ = engine(data.batch(pairs, pad_id), data.denominators(step.pairs))
+        engines.backward(engine, value)
+    got = {name: p.grad for name, p in engine.module.policy.named_parameters()}
+
+    model = load_model(request.policy_path, dtype="float64")
+    d = data.denominators(step.pairs)
+    total = torch.zeros((), dtype=torch.float64)
+    for pair in step.pairs:
+        reward = []
+        for side, (weight, count) in enumerate([(loss["w_pos"], d.chosen_tokens), (loss["w_neg"], d.rejected_tokens)]):
+            r = data.responses.row(2 * int(pair) + side, named=True)
+            ids_ = torch.tensor([r["prompt_token_ids"] + r["token_ids"]])
+            logp = model(ids_).logits[0, len(r["prompt_token_ids"]) - 1 : -1, : training_lake.WORDS].log_softmax(-1)
+            policy = sum(logp[t, token] for t, token in enumerate(r["token_ids"]))
+            reward.append(loss["beta"] * (policy - sum(r["reference_logprobs"])))
+            at = 0
+            for t, (h, k) in enumerate(zip(r["head_counts"], r["tail_counts"], strict=True)):
+                for e in range(at, at + h + k):
+                    q = np.exp(r["entry_logprobs"][e]) if e < at + h else np.exp(r["tail_logmass"][t]) / k
+                    total = total + weight * q * (r["entry_logprobs"][e] - logp[t, r["entry_ids"][e]]) / count
+                at += h + k
+            if side == 0:
+                total = total - loss["nll_coef"] * policy / d.chosen_tokens
+        total = total - loss["w_dpo"] * torch.nn.functional.logsigmoid(reward[0] - reward[1]) / d.pairs
+    total.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name].double(), p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    engine.destroy()
+
+
+def test_the_trajectory_is_the_pinned_one(profile):
+    request = request_of(profile, "pinned")
+    steps = run(request)
+    assert [s["loss"] for s in steps] == pytest.approx(PINNED, abs=2e-4)
+    assert steps[0]["dpo"] == pytest.approx(np.log(2), abs=1e-6)
+    assert steps[0]["margin"] == pytest.approx(0, abs=1e-6)
+
+
+PINNED = [1.94521, 1.81903, 1.45929, 1.3943, 1.2067, 1.28143]
+
+
+def test_batch_size_and_accumulation_and_empty_micro_batches_and_checkpointing_change_nothing(profile):
+    whole = request_of(profile, "whole")
+    expected = run(whole)
+    for name, changed in {
+        "one by one": dict(micro_batch_pairs=1),  # the last batch has 4 pairs: half of its micro-batches are empty
+        "uneven": dict(micro_batch_pairs=3),
+        "recomputed": dict(gradient_checkpointing=True),
+    }.items():
+        other = request_of(profile, name, **changed)
+        close(run(other), expected, 2e-5)
+        for (n, a), b in zip(weights(other.final).items(), weights(whole.final).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=n, name=name: f"{name} {n}: {m}")
+
+
+@pytest.mark.parametrize("term", ["dpo", "kl_chosen", "kl_rejected", "nll"])
+def test_each_term_alone_trains_and_the_others_are_reported(profile, term):
+    w = {"dpo": "w_dpo", "kl_chosen": "w_pos", "kl_rejected": "w_neg", "nll": "nll_coef"}
+    loss = {name: float(key == term) for key, name in w.items()}
+    steps = run(request_of(profile, f"only-{term}", loss=loss, epochs=8, global_batch_pairs=12, micro_batch_pairs=12))
+    assert all(s["loss"] == pytest.approx(s[term], rel=1e-4) for s in steps)
+    assert steps[-1][term] < 0.9 * steps[0][term]
+    assert all(np.isfinite(s[key]) for s in steps for key in w)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("damage", [None, "damaged", "half-written"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_that_was_cut_off_continues_to_the_same_checkpoint(profile, monkeypatch, capsys, stage, damage):
+    changed = dict(save_every=2, zero_stage=stage, global_batch_pairs=4, micro_batch_pairs=2)
+    undisturbed = request_of(profile, f"undisturbed-{stage}-{damage}", **changed)
+    expected = run(undisturbed)
+    request = request_of(profile, f"cut-{stage}-{damage}", **changed)
+    step = training.train_step
+
+    def cut(engine, data, s, *args):
+        if s.index == 7:
+            raise Killed
+        return step(engine, data, s, *args)
+
+    monkeypatch.setattr(training, "train_step", cut)
+    with pytest.raises(Killed):
+        training.train(request)
+    monkeypatch.undo()
+    assert sorted(p.name for p in request.states.glob("step-*")) == [
+        "step-00000004", "step-00000004.json", "step-00000006", "step-00000006.json",
+    ]  # fmt: skip
+    with open(request.steps_file, "a") as f:
+        f.write('{"step": 7, "lo')
+    if damage == "damaged":
+        file = max((request.states / "step-00000006").rglob("*"), key=lambda p: p.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "half-written":
+        (request.states / "step-00000006.json").unlink()
+    capsys.readouterr()
+    assert run(request) == expected
+    assert f"continuing after step {4 if damage else 6} of 9" in capsys.readouterr().out
+    assert ids.model_id(request.final) == ids.model_id(undisturbed.final)
+
+
+@contextmanager
+def tampered(profile, table: str, change):
+    """`table`'s rows of one response go through `change` and come back afterwards; yields the response's pair."""
+    lake = Lake.of(profile)
+    rows = lake.sql(f"SELECT * EXCLUDE (materialisation_id) FROM {table} ORDER BY sample_id")
+    victim = rows.row(2, named=True)
+    pair = lake.sql("SELECT * FROM pairs WHERE $1 IN (chosen_id, rejected_id)", [victim["sample_id"]])
+
+    def put(new: list[dict]) -> None:
+        write = Write(table, pl.DataFrame(new, schema=rows.schema), "sample_id = ?", (victim["sample_id"],))
+        lake.commit(Record(table, victim["slice"], "test", "test"), [write])
+
+    put(change(victim))
+    yield pair.row(0, named=True)
+    put([victim])
+
+
+def test_a_policy_that_is_not_the_reference_is_refused_before_the_first_update(profile):
+    def shift(row):
+        return [row | {"token_logprobs": [row["token_logprobs"][0] - 0.01, *row["token_logprobs"][1:]]}]
+
+    with tampered(profile, "reference_logprobs", shift) as pair:
+        request = request_of(profile, "tampered", global_batch_pairs=12)
+        message = f"pair {pair['pair_id']} is off by 0.001 .*materialise reference_logprobs"
+        with pytest.raises(TrainingError, match=message):
+            training.train(request)
+    assert not request.final.exists() and not list(request.states.glob("*"))
+
+
+def test_a_missing_row_names_pair_slice_and_remedy(profile):
+    with tampered(profile, "teacher_logits", lambda row: []) as pair:
+        message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*no teacher_logits row.*materialise"
+        with pytest.raises(TrainingError, match=message):
+            training.train(request_of(profile, "missing"))
+
+
+@pytest.mark.parametrize("table, column", [("reference_logprobs", "token_logprobs"), ("teacher_logits", "entry_ids")])
+def test_rows_of_another_length_are_refused(profile, table, column):
+    with tampered(profile, table, lambda row: [row | {column: row[column][:-1]}]) as pair:
+        message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*response tokens"
+        with pytest.raises(TrainingError, match=message):
+            training.train(request_of(profile, "short"))
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile, monkeypatch):
+    request = request_of(profile, "not finite", micro_batch_pairs=1, global_batch_pairs=12)
+    data = read_training_set(Lake.of(profile), request)
+    bad = pl.col("reference_logprobs").list.eval(pl.element() * float("inf"))
+    broken = data.responses.with_columns(
+        pl.when(pl.col("pair_id") == data.pair_ids[4])
+        .then(bad)
+        .otherwise("reference_logprobs")
+        .alias("reference_logprobs")
+    )
+    monkeypatch.setattr(training, "read_training_set", lambda *_: replace(data, responses=broken))
+    with pytest.raises(TrainingError, match=f"loss of step 0 is not finite, in pairs {data.pair_ids[4]}; lower"):
+        training.train(request)
+
+
+def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_state(profile):
+    request = request_of(
+        profile, "exploding", learning_rate=1e30, save_every=1, global_batch_pairs=4, warmup_fraction=0
+    )
+    with pytest.raises(TrainingError, match="gradient of step 1 is not finite, pairs [0-9a-f]{32}.*learning_rate"):
+        training.train(request)
+    assert (request.states / "step-00000001.json").exists()
+    assert len(request.steps_file.read_text().splitlines()) == 1 and not request.final.exists()
+
+
+def test_the_result_is_a_model_folder_like_its_parent_with_other_weights(profile):
+    request = request_of(profile, "result")
+    run(request)
+    parent, final = request.policy_path, request.final
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (final / file).read_bytes() == (parent / file).read_bytes()
+    before, after = weights(parent), weights(final)
+    assert before.keys() == after.keys()
+    assert all((before[n] != after[n]).any() for n in before)
+    model, tokenizer = load_model(final, dtype="float32"), load_tokenizer(final)
+    prompt = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": "w5 w6"}])])
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]
+    card = json.loads((final / "training.json").read_text())
+    assert (card["parent_model_id"], card["n_pairs"]) == (request.policy_id, 12)
+    assert sorted(os.listdir(final)) == sorted([*os.listdir(parent), "training.json"])
+
+
+def test_bf16_follows_fp32_and_a_bf16_parent_gives_bf16_weights(tmp_path):
+    profile = make_profile(tmp_path, model={"tied": False}, n_pairs=8, **BASE)
+    student = tmp_path / "student"
+    load_model(student, dtype="bfloat16").save_pretrained(student)
+    with_new_student = Run(profile, Lake.of(profile), log=lambda line: None)
+    for part in ("alpha", "beta"):
+        reference.materialise(with_new_student, part)
+    exact, rounded = request_of(profile, "fp32"), request_of(profile, "bf16", precision="bf16")
+    close(run(rounded), run(exact), 0.1)
+    for request in (exact, rounded):
+        assert set(weight_dtypes(request.final).values()) == {torch.bfloat16}
+
+
+def test_the_model_helper_makes_what_the_tests_say(tmp_path):
+    folder = make_model(tmp_path / "m", 0)
+    assert load_model(folder, dtype="float32").config.vocab_size > len(load_tokenizer(folder)) == training_lake.WORDS

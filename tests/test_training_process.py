@@ -1,0 +1,169 @@
+"""Training as it really runs: the deepspeed launcher, two ranks, ZeRO, kills, and the commit.
+
+Run as a module by the launcher (`python -m test_training_process REQUEST...`), it trains one request after another in
+one set of ranks, because starting a set takes seconds.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from training_lake import make_profile, request_of
+
+from nbg_core import ids, lineage
+from nbg_core.lake import Lake
+from nbg_core.models import load_model
+from nbg_core.run import Run
+from nbg_core.training import launch
+from nbg_core.training.request import Request, TrainingError
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = dict(global_batch_pairs=8, micro_batch_pairs=4, epochs=2, save_every=100, learning_rate=3e-3)
+
+
+def steps_of(request: Request) -> list[dict]:
+    return [json.loads(line) for line in request.steps_file.read_text().splitlines()]
+
+
+def start_ranks(n: int, requests: list[Request]) -> None:
+    """Train `requests` one after another: on `n` ranks of one launcher, or in one plain process."""
+    files = []
+    for request in requests:
+        files.append(str(request.work / "request.json"))
+        Path(files[-1]).write_text(request.model_dump_json())
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = launch._command(requests[0], Path(files[0]))
+    port = command[command.index("--master_port") + 1]
+    if n == 1:
+        command = [sys.executable, "-m", "test_training_process", *files]
+        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    else:
+        command[command.index("--num_accelerators") + 1] = str(n)
+        command[command.index("nbg_core.training.train") :] = ["test_training_process", *files]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+def test_two_ranks_and_every_zero_stage_follow_one_rank(tmp_path):
+    # A matrix of more than 100,000 entries is one that ZeRO-3 really partitions; 11 pairs leave a rank without work.
+    profile = make_profile(tmp_path, n_pairs=11, model=dict(hidden=64, rows=1700), **SETTINGS)
+    alone = request_of(profile, "one rank", micro_batch_pairs=8)
+    start_ranks(1, [alone])
+    together = [request_of(profile, f"stage {stage}", micro_batch_pairs=2, zero_stage=stage) for stage in range(4)]
+    together.append(request_of(profile, "stage 3 again", micro_batch_pairs=2, zero_stage=3, max_steps=3, save_every=2))
+    rounded = [request_of(profile, f"bf16 {stage}", precision="bf16", zero_stage=stage) for stage in (0, 3)]
+    start_ranks(2, [*together, together[-1], *rounded])  # `together[-1]` twice: it resumes its own state
+    expected, weights = steps_of(alone), dict(load_model(alone.final, dtype="float32").named_parameters())
+    for request in together[:4]:
+        for one, two in zip(steps_of(request), expected, strict=True):
+            for name in one.keys() - {"tokens_per_second", "accuracy"}:
+                assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), (request.training_id, name)
+        for name, got in load_model(request.final, dtype="float32").named_parameters():
+            torch.testing.assert_close(got, weights[name], rtol=1e-3, atol=5e-5)
+    for request in rounded:
+        assert [s["loss"] for s in steps_of(request)] == pytest.approx([s["loss"] for s in expected], rel=0.05)
+
+
+def save(profile, folder: Path) -> Path:
+    path = folder / "profile.yaml"
+    path.write_text(yaml.safe_dump(json.loads(profile.model_dump_json())))
+    return path
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def wait_for(what, seconds: float):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """A training of 180 steps: long enough to be killed in the middle."""
+    changed = dict(global_batch_pairs=2, epochs=30, save_every=20)
+    return make_profile(tmp_path_factory.mktemp("process"), n_pairs=12, **{**SETTINGS, **changed})
+
+
+def test_a_killed_run_leaves_no_process_and_continues_to_the_undisturbed_checkpoint(profile, tmp_path):
+    undisturbed = request_of(profile, "undisturbed")
+    start_ranks(1, [undisturbed])
+    env = {**os.environ, "NBG_PROFILE": str(save(profile, tmp_path))}
+    command = [sys.executable, "-m", "nbg_core.worker", "student_checkpoint"]
+    work = profile.root / "work" / "training"
+    before = set(work.glob("*")) if work.exists() else set()
+    worker = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def lines() -> int:
+        files = [f for folder in set(work.glob("*")) - before for f in folder.glob("steps.jsonl")]
+        return len(files[0].read_text().splitlines()) if files else 0
+
+    wait_for(lambda: lines() >= 50, 120)
+    ranks = family(worker.pid)
+    assert len(ranks) >= 3  # runner, launcher, rank
+    worker.send_signal(signal.SIGKILL)  # the worker alone, not its group: the harder case
+    worker.wait()
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks), 20)
+    (folder,) = set(work.glob("*")) - before
+    assert 50 <= lines() < 180 and not (folder / "final").exists() and list((folder / "states").glob("*.json"))
+    lake = Lake.of(profile)
+    assert lake.sql("SELECT * FROM checkpoints").is_empty()
+
+    lines_logged: list[str] = []
+    run = Run(profile, lake, "run-2", log=lines_logged.append)
+    report = launch.materialise(run, None)
+    assert any("continuing after step" in line for line in lines_logged)
+    assert all(line.startswith("student_checkpoint") for line in lines_logged)
+    assert report["checkpoint_id"] == ids.model_id(undisturbed.final) == ids.model_id(report["path"])
+    assert (report["n_pairs"], report["n_steps"], report["new_rows"]) == (12, 180, 1)
+    assert not folder.exists()
+    check_commit(lake, profile, report, undisturbed)
+    again = launch.materialise(Run(profile, lake, "run-3", log=lines_logged.append), None)
+    assert (again["new_rows"], again["checkpoint_id"]) == (0, report["checkpoint_id"])
+    assert lake.sql("SELECT count(*) FROM checkpoints").item() == 1
+
+
+def check_commit(lake: Lake, profile, report: dict, undisturbed: Request) -> None:
+    """Checkpoint, pairs and steps are there, made by one commit that names all its inputs."""
+    checkpoint = lake.sql("SELECT * FROM checkpoints").row(0, named=True)
+    assert checkpoint["checkpoint_id"] == checkpoint["path"] == report["checkpoint_id"]
+    used = lake.sql("SELECT * FROM checkpoint_pairs ORDER BY step, pair_id")
+    assert used.height == 360 and used.group_by("pair_id").len()["len"].to_list() == [30] * 12
+    pairs = lake.sql("SELECT pair_id, slice FROM pairs", snapshot=checkpoint["input_snapshot"])
+    assert used.join(pairs, on=["pair_id", "slice"], how="anti").is_empty()
+    steps = lake.sql("SELECT * FROM training_steps ORDER BY step")
+    assert steps["loss"].to_list() == [s["loss"] for s in steps_of(undisturbed)]
+    commits = lake.sql("SELECT * FROM lineage.commits WHERE asset = 'student_checkpoint'")
+    assert {*used["materialisation_id"], *steps["materialisation_id"], checkpoint["materialisation_id"]} == {
+        commits["materialisation_id"].item()
+    }
+    assert commits["run_id"].item() == "run-2" and commits["data_version"].item() == report["checkpoint_id"]
+    read = {(i["asset"], i["slice"]) for i in json.loads(commits["inputs"].item())}
+    assert read == {(a, s) for a in lineage.UPSTREAM["student_checkpoint"] for s in ("alpha", "beta")}
+    assert lineage.latest(lake, "student_checkpoint", None)["data_version"] == report["checkpoint_id"]
+
+
+def test_an_error_in_a_rank_is_the_error_of_the_stage(profile):
+    training = profile.training.model_copy(update={"learning_rate": 1e30})
+    exploding = profile.model_copy(update={"training": training})
+    with pytest.raises(TrainingError, match="gradient of step 1 is not finite, pairs [0-9a-f]{32}"):
+        launch.materialise(Run(exploding, Lake.of(profile), log=lambda line: None), None)
+
+
+if __name__ == "__main__":
+    from nbg_core.training.train import train
+
+    for file in sys.argv[1:]:
+        train(Request.model_validate_json(Path(file).read_text()))
