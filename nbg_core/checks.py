@@ -82,8 +82,10 @@ def _train_eval_overlap(s: Subject) -> pl.DataFrame:
     return s.sql(
         f"WITH q AS (SELECT query_id, slice, split, {text} AS text FROM queries) "
         "SELECT a.query_id, a.split, b.query_id AS other_id, b.split AS other_split, b.slice AS other_slice "
-        "FROM q a JOIN q b USING (text) WHERE a.slice = $1 AND a.split <> b.split ORDER BY ALL",
+        "FROM q a JOIN q b USING (text) WHERE a.slice = $1 AND a.split <> b.split AND b.slice IN (SELECT unnest($2)) "
+        "ORDER BY ALL",
         s.slice,
+        lineage.slices(s.profile),
     )
 
 
@@ -278,7 +280,7 @@ def _gate_refuses(s: Subject) -> pl.DataFrame:
 
 CHECKS: dict[str, tuple[Check, ...]] = {
     "queries": (
-        Check("no_train_eval_overlap", "no training query has the text of a held-out one, in any slice",
+        Check("no_train_eval_overlap", "no training query has the text of a held-out one, in any slice that has a file",
               _train_eval_overlap),
         Check("has_training_queries", "the slice has at least one training query", _no_rows_of_split("train")),
         Check("has_held_out_queries", "the slice has at least one held-out query", _no_rows_of_split("eval"),

@@ -99,7 +99,8 @@ def test_everything_stale_is_materialised_once_and_training_comes_last(instance,
 
     (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
     materialise_stale(instance, profile, on_line=lines.append)
-    assert {s for _, s in fake.calls[done:]} == {"b", None}
+    assert fake.calls[done:] == [("queries", "b")] + fake.calls[done + 1 :]
+    assert {s for _, s in fake.calls[done:]} == {"b"}, "the same content came out: training is still fresh"
 
 
 def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(instance, profile, fake):
@@ -147,20 +148,19 @@ def test_a_warning_does_not_stop_the_run(instance, profile, fake):
     assert [c.check_name for c in pairs.get_asset_check_evaluations() if not c.passed] == ["no_truncated_positive"]
 
 
-def test_a_run_whose_command_was_killed_is_ended_and_frees_the_pool(profile, fake, tmp_path, monkeypatch):
+def test_a_run_whose_command_was_killed_is_ended_and_frees_the_pool(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    job = build().resolve_job_def("train")
     with driver.dagster_instance(profile) as instance:
-        killed_run(instance, profile, fake)
-
-
-def killed_run(instance, profile, fake):
-    job = build().resolve_job_def("refresh_slice")
-    instance.add_dynamic_partitions("slice", ["a"])
-    tags = {driver.PROCESS_TAG: f"{driver.socket.gethostname()}:{2**22 + 1}", "dagster/partition": "a"}
-    run = instance.create_run_for_job(job, tags=tags)
-    storage = instance.event_log_storage
-    storage.initialize_concurrency_limit_to_default("model")
-    assert storage.claim_concurrency_slot("model", run.run_id, "student_samples").is_claimed
-    materialise_stale(instance, profile, slices=["a"], on_line=lambda _: None)
-    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
-    assert ("teacher_logits", "a") in fake.calls
+        host = driver.socket.gethostname()
+        killed, alive = (
+            instance.create_run_for_job(job, tags={driver.PROCESS_TAG: f"{host}:{pid}"}) for pid in (2**22 + 1, 1)
+        )
+        storage = instance.event_log_storage
+        storage.initialize_concurrency_limit_to_default("model")
+        assert storage.claim_concurrency_slot("model", killed.run_id, "step").is_claimed
+        assert not storage.claim_concurrency_slot("model", alive.run_id, "step").is_claimed
+        driver._end_killed_runs(instance)
+        assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
+        assert instance.get_run_by_id(alive.run_id).status == dg.DagsterRunStatus.NOT_STARTED
+        assert storage.claim_concurrency_slot("model", alive.run_id, "step").is_claimed

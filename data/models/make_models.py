@@ -10,12 +10,12 @@ not used. `number_sorting` forgives an error of 1 per number: numbers in one lis
 that no skipped, repeated or swapped number passes. Each slice mixes difficulties, because a tiny model learns one
 difficulty abruptly.
 
-Both models are byte-level Llamas trained on freshly drawn tasks, never on a prompt of the query files. Every
-so many steps each slice is measured (greedy, on validation prompts that are in neither set), and its share of
-the next batches follows its distance from the target. The teacher's target is 100%. The student's is 50%: a slice
-that reaches it rests, and training stops once all three are inside the band. So the student is undertrained, not too
-small, and distillation has something to teach. It is selected on validation prompts, not on the queries it is
-scored on below.
+Both models are byte-level Llamas trained on freshly drawn tasks, never on a prompt of the query files. Now and then
+each slice is measured (greedy, on validation prompts that are in neither set), and its share of the next batches
+follows its distance from the target. The teacher's target is 100%. The student takes the slices one after another,
+the next once all before have reached 35%, after which they rest (they go on rising, to about half, while the others
+are learnt); training stops once all three are inside the band. So the student is undertrained, not too small, and
+distillation has something to teach. It is selected on validation prompts, not on the queries it is scored on.
 """
 
 import argparse
@@ -63,20 +63,14 @@ def draw(task: str, rng: random.Random) -> dict:
         return {"prompt": f"Add: {a} + {b}", "answer": str(a + b), "metadata": {"expression": f"{a} + {b}"}}
     if task == "reversal":
         letters = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 7))
-        return {
-            "prompt": f"Reverse: {' '.join(letters)}",
-            "answer": " ".join(reversed(letters)),
-            "metadata": {"num_words": len(letters)},
-        }
+        prompt, answer = f"Reverse: {' '.join(letters)}", " ".join(reversed(letters))
+        return {"prompt": prompt, "answer": answer, "metadata": {"num_words": len(letters)}}
     size = rng.randint(2, 4)
     numbers = [v + 2 * i for i, v in enumerate(sorted(rng.sample(range(1, 98 - 2 * size), size)))]
     answer = json.dumps(numbers)
     rng.shuffle(numbers)
-    return {
-        "prompt": f"Sort: {' '.join(map(str, numbers))}",
-        "answer": answer,
-        "metadata": {"direction": "ascending", "numbers": size},
-    }
+    metadata = {"direction": "ascending", "numbers": size}
+    return {"prompt": f"Sort: {' '.join(map(str, numbers))}", "answer": answer, "metadata": metadata}
 
 
 def draw_many(task: str, n: int, seed: str, taken: set[str]) -> list[dict]:
@@ -113,33 +107,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[3],
-        additional_special_tokens=SPECIAL[1:3],
-        chat_template=TEMPLATE,
-        padding_side="left",
-        model_max_length=256,
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[3], chat_template=TEMPLATE,
+        additional_special_tokens=SPECIAL[1:3], padding_side="left", model_max_length=256,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 def make_model(spec: dict, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(spec["seed"])
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=spec["hidden"],
-        intermediate_size=spec["mlp"],
-        num_hidden_layers=spec["layers"],
-        num_attention_heads=spec["hidden"] // 32,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=spec["hidden"], intermediate_size=spec["mlp"], head_dim=32,
+        num_hidden_layers=spec["layers"], num_attention_heads=spec["hidden"] // 32, max_position_embeddings=256,
+        tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
@@ -241,10 +222,11 @@ def measure(model, tokenizer, queries: dict[str, list[dict]]) -> dict[str, dict[
 def card(name: str, spec: dict, model, steps: int, scores: dict) -> str:
     rows = [f"| {t} | {s['greedy']:.1%} | {s['sampled']:.1%} | {s['mixed']:.1%} |" for t, s in scores.items()]
     low, high = spec["band"]
-    goal = "an undertrained student, stopped" if spec["target"] < 1 else "a teacher, trained"
+    goal = "an undertrained student, stopped" if spec["target"] < 1 else "a teacher, trained to stop"
     return f"""# {name}
 
-A toy: {goal} when greedy accuracy on validation prompts lay between {low:.1%} and {high:.1%} in every slice.
+A toy: {goal} when greedy accuracy on validation prompts lay between {low:.1%} and {high:.1%} in every slice
+(at the latest after {spec["steps"]:,} steps).
 
 - Made by `data/models/make_models.py`, seed {spec["seed"]}, from random weights.
 - {model.num_parameters():,} parameters: Llama, hidden {spec["hidden"]}, {spec["layers"]} layers, head size 32, tied
@@ -264,29 +246,21 @@ larger numbers or longer lists. The scorer of `sorting` forgives an error of 1 p
 """
 
 
-def save(folder: Path, write) -> None:
-    """Let `write` fill a temporary folder, then put it in `folder`'s place: a reader never sees half of one."""
+def save(folder: Path, model, tokenizer, text: str) -> None:
+    """Fill a temporary folder, then put it in `folder`'s place: a reader never sees half of one."""
     fresh, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write(fresh)
+    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    (fresh / "README.md").write_text(text)
+    for file in fresh.iterdir():
+        file.chmod(0o644)
     if folder.exists():
         os.rename(folder, old)
     os.rename(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def save_model(folder: Path, model, tokenizer, text: str) -> None:
-    def write(fresh: Path) -> None:
-        model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        (fresh / "README.md").write_text(text)
-        for file in fresh.iterdir():
-            file.chmod(0o644)
-
-    save(folder, write)
 
 
 def main() -> None:
@@ -317,7 +291,7 @@ def main() -> None:
         model, steps = train(name, spec, tokenizer, validation, held_out=taken)
         scores = measure(model, tokenizer, queries)
         print(name, json.dumps(scores, indent=1), flush=True)
-        save_model(folder, model, tokenizer, card(name, spec, model, steps, scores))
+        save(folder, model, tokenizer, card(name, spec, model, steps, scores))
         loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert encode(loaded[1], "é\n Sort: 1") == encode(tokenizer, "é\n Sort: 1")
         assert respond(*loaded, queries["sorting"][:8]) == respond(model, tokenizer, queries["sorting"][:8])

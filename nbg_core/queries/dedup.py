@@ -41,11 +41,13 @@ class Item:
 
 
 def item(slice: str, split: str, place: str, messages: Sequence[dict[str, str]]) -> Item:
-    key = normalised(" ".join(m["content"] for m in messages))
-    if messages[0]["role"] != "system":
-        return Item(slice, split, place, key, key)
-    body = normalised(" ".join(m["content"] for m in messages if m["role"] != "system"))
-    return Item(slice, split, place, key, body)
+    said = [m for m in messages if m["role"] != "system"]
+    return Item(slice, split, place, text_key(messages), text_key(said))
+
+
+def text_key(messages: Sequence[dict[str, str]]) -> str:
+    """What exact duplicates have in common."""
+    return normalised(" ".join(m["content"] for m in messages))
 
 
 def normalised(text: str) -> str:

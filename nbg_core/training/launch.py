@@ -56,10 +56,12 @@ def materialise(run: Run, slice: None = None) -> dict:
         run.log(f"{ASSET}: checkpoint {made} is of exactly this training; nothing to do")
         commit = run.commit(ASSET, None, inputs=inputs, data_version=made)
         return report | _result(run, training_id, made, checkpoints, commit.snapshot, 0)
+    hostfile = profile.training.hostfile
     request = Request(
         training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
         policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
-        storage_id=profile.teacher.storage_id(), temperature=profile.teacher.temperature, training=profile.training,
+        storage_id=profile.teacher.storage_id(), temperature=profile.teacher.temperature,
+        training=profile.training.model_copy(update={"hostfile": hostfile and profile.resolve(hostfile)}),
         work=profile.resolve(profile.paths.work) / "training" / training_id,
         trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,
     )  # fmt: skip
@@ -67,13 +69,13 @@ def materialise(run: Run, slice: None = None) -> dict:
     if not request.final.is_dir():
         _train(run, request)
     seconds = time.monotonic() - began
-    checkpoint = _place(request, checkpoints)
     metrics = pl.read_ndjson(request.steps_file)
     if metrics["step"].to_list() != [s.index for s in steps]:
         raise TrainingError(
             f"{request.steps_file} does not hold the {len(steps)} steps of this training; delete {request.work} and "
             "materialise student_checkpoint again"
         )
+    checkpoint = _place(request, checkpoints)
     writes = _writes(run, request, checkpoint, pairs, steps, metrics)
     commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=checkpoint)
     shutil.rmtree(request.work)

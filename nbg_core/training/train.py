@@ -59,7 +59,7 @@ def init_distributed() -> None:
     """Join the process group that the environment describes: NCCL on GPUs, gloo on CPUs."""
     if dist.is_initialized():
         return
-    # On a CPU DeepSpeed would now compile its shared-memory all-reduce: minutes, a compiler, and only inference uses it.
+    # On CPUs DeepSpeed would now compile a shared-memory all-reduce, which takes minutes and serves inference only.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed()
 

@@ -1,0 +1,138 @@
+"""Schedule and sensors, evaluated without a daemon on a lake that a fake worker fills (10 s)."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime
+
+import dagster as dg
+import pytest
+from fake_worker import Fake, write_profile
+
+from nbg_assets import partitions, pipes
+from nbg_assets.definitions import build
+from nbg_assets.driver import materialise_stale
+from nbg_core.config import load_profile
+
+SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("NBG_PROFILE", str(write_profile(tmp_path / "project")))
+    return load_profile()
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture
+def fake(monkeypatch) -> Fake:
+    fake = Fake()
+    monkeypatch.setattr(pipes, "run_worker", fake)
+    return fake
+
+
+def schedule_tick(instance):
+    defs = build()
+    when = datetime(2026, 1, 2, 3, tzinfo=UTC)
+    with dg.build_schedule_context(instance, scheduled_execution_time=when, resources=defs.resources) as context:
+        return defs.resolve_schedule_def("refresh_all_slices")(context)
+
+
+def sensor_tick(instance, name: str):
+    defs = build()
+    with dg.build_sensor_context(instance, resources=defs.resources) as context:
+        return defs.resolve_sensor_def(name)(context)
+
+
+def requests(tick) -> list[dg.RunRequest]:
+    match tick:
+        case dg.SkipReason():
+            return []
+        case dg.RunRequest():
+            return [tick]
+        case dg.SensorResult():
+            return list(tick.run_requests)
+    return tick
+
+
+def asked(tick) -> dict[str | None, list[str]]:
+    return {r.partition_key: [k.path[-1] for k in r.asset_selection or ()] for r in requests(tick)}
+
+
+def age(profile, seconds: float) -> None:
+    for path in (profile.root / "queries").iterdir():
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_the_schedule_asks_for_what_is_stale_and_nothing_else(profile, fake):
+    with dg.instance_for_test() as instance:  # a schedule's context only takes an instance that is on disk
+        check_schedule(instance, profile)
+
+
+def check_schedule(instance, profile):
+    assert asked(schedule_tick(instance)) == {}  # no partitions yet: nothing that a run could be of
+    assert partitions.sync_partitions(instance, profile) == ["a", "b"]
+    tick = schedule_tick(instance)
+    assert asked(tick) == {"a": SLICED, "b": SLICED}
+    assert [r.run_key for r in requests(tick)] == [f"2026-01-02T03:00:00+00:00:{s}" for s in "ab"]
+    materialise_stale(instance, profile, on_line=lambda _: None)
+    assert schedule_tick(instance).skip_message == "no slice is stale"
+    (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
+    assert asked(schedule_tick(instance)) == {"b": SLICED}
+    instance.create_run_for_job(build().resolve_job_def("refresh_slice"), tags={"dagster/partition": "b"})
+    assert schedule_tick(instance).skip_message == "no stale slice can start; already running: b"
+
+
+def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile, fake):
+    tick = sensor_tick(instance, "train_when_slices_fresh")
+    assert tick.skip_message == "slices are not fresh: a, b"
+    fake.fail["student_checkpoint"] = "not now"
+    materialise_stale(instance, profile, on_line=lambda _: None)
+    tick = sensor_tick(instance, "train_when_slices_fresh")
+    assert asked(tick) == {None: ["student_checkpoint", "student_eval"]}
+    key = requests(tick)[0].run_key
+    assert requests(sensor_tick(instance, "train_when_slices_fresh"))[0].run_key == key, "a failed run is not retried"
+    run = instance.create_run_for_job(build().resolve_job_def("train"))
+    assert sensor_tick(instance, "train_when_slices_fresh").skip_message == "training is running"
+    instance.report_run_failed(run)
+    fake.fail.clear()
+    materialise_stale(instance, profile, on_line=lambda _: None)
+    assert (
+        sensor_tick(instance, "train_when_slices_fresh").skip_message == "the checkpoint and its evaluation are fresh"
+    )
+    path = profile.root / "test.yaml"
+    path.write_text(path.read_text() + "training: {epochs: 2}\n")
+    again = requests(sensor_tick(instance, "train_when_slices_fresh"))[0]
+    assert again.run_key != key, "other settings are another training"
+
+
+def test_a_new_file_becomes_a_partition_with_a_run_and_a_bad_name_is_refused(instance, profile):
+    queries = profile.root / "queries"
+    (queries / "range...of.jsonl").write_text("{}\n")
+    tick = sensor_tick(instance, "new_query_files")
+    assert not requests(tick), "files this young may still be being copied"
+    age(profile, 60)
+    tick = sensor_tick(instance, "new_query_files")
+    assert sorted(r.partition_key for r in requests(tick)) == ["a", "b"]
+    (request,) = tick.dynamic_partitions_requests
+    assert (request.partitions_def_name, sorted(request.partition_keys)) == ("slice", ["a", "b"])
+    instance.add_dynamic_partitions("slice", ["a", "b"])
+    tick = sensor_tick(instance, "new_query_files")
+    assert not requests(tick) and "'range...of' cannot be a slice" in tick.skip_message
+    (queries / "c.parquet").write_text("new")
+    age(profile, 60)
+    assert [r.partition_key for r in requests(sensor_tick(instance, "new_query_files"))] == ["c"]
+
+
+def test_sync_leaves_bad_names_out_and_never_removes(instance, profile):
+    (profile.root / "queries" / "range...of.jsonl").write_text("{}\n")
+    instance.add_dynamic_partitions("slice", ["gone"])
+    assert partitions.sync_partitions(instance, profile) == ["a", "b"]
+    assert partitions.sync_partitions(instance, profile) == []
+    assert sorted(instance.get_dynamic_partitions("slice")) == ["a", "b", "gone"]

@@ -1,0 +1,124 @@
+"""A live instance: the sensor, the schedule and a termination, through the real daemon (70 s).
+
+One `dagster dev` on tiny models. A training run of very many steps is started, and ended, while a schedule that ticks
+every minute and a new query file start runs of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from live import SELECTOR, Live, dagster_dev, processes_naming
+from training_lake import make_profile as make_training_profile
+
+from nbg_core import ids
+from nbg_core.lake import Lake, Write
+from nbg_core.run import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("live")
+
+
+@pytest.fixture(scope="module")
+def live(folder):
+    """The server, with its schedule on and a training run started."""
+    profile = make_training_profile(folder, epochs=100_000, global_batch_pairs=4, micro_batch_pairs=4, save_every=1000)
+    give_queries(profile)
+    (folder / "queries" / "pending.jsonl").write_text(rows("pending"))
+    path = folder / "live.yaml"
+    data = profile.model_dump(mode="json", exclude_unset=True) | {"refresh": {"cron": "* * * * *"}}
+    path.write_text(yaml.safe_dump(data))
+    with dagster_dev(path, folder) as live:
+        yield live
+
+
+def give_queries(profile) -> None:
+    """Rows of `queries` for the pairs that the training lake holds."""
+    run = Run(profile, Lake.of(profile), log=lambda _: None)
+    for slice in ("alpha", "beta"):
+        pairs = run.lake.sql("SELECT query_id FROM pairs WHERE slice = ?", [slice])
+        frame = pairs.select("query_id").with_row_index("source_line").with_columns(
+            pl.lit(slice).alias("slice"), pl.lit("train").alias("split"), pl.lit("f").alias("source_file"),
+            pl.format(f"{slice} {{}}", "source_line").alias("prompt"), pl.lit(None, pl.String).alias("answer"),
+            pl.lit(None, pl.String).alias("verifier"), pl.lit(None, pl.String).alias("verifier_args"),
+        )  # fmt: skip
+        messages = [[{"role": "user", "content": p}] for p in frame["prompt"]]
+        frame = frame.with_columns(pl.Series("messages", messages))
+        run.commit(
+            "queries", slice, [Write("queries", frame)], data_version=ids.content_version(frame["query_id"].to_list())
+        )
+
+
+def rows(seed: str, n: int = 8) -> str:
+    rng = np.random.default_rng(ids.seed_from(seed))
+    words = [" ".join(f"w{i}" for i in rng.integers(2, 40, 6)) for _ in range(n)]
+    return "".join(json.dumps({"prompt": w, "answer": "w3", "verifier": "exact"}) + "\n" for w in words)
+
+
+def run_with(live: Live, tag: str, value: str, partition: str | None = None) -> dict | None:
+    for run in live.runs():
+        if run["tags"].get(tag) == value and run["tags"].get("dagster/partition") == partition:
+            return run
+    return None
+
+
+def test_sensor_schedule_and_termination(live, folder):
+    training = live.launch("train", ["student_checkpoint"])
+    schedule = live.ask(
+        """mutation ($s: ScheduleSelector!) { startSchedule(scheduleSelector: $s) {
+             __typename ... on ScheduleStateResult { scheduleState { status } } } }""",
+        s=SELECTOR | {"scheduleName": "refresh_all_slices"},
+    )["startSchedule"]
+    assert schedule["scheduleState"]["status"] == "RUNNING"
+    new_file = folder / "queries" / "dropped.jsonl"
+    new_file.write_text(rows("dropped"))
+    os.utime(new_file, (time.time() - 60,) * 2)
+    assert "dropped" not in live.partitions() and "pending" in live.partitions()
+
+    # terminate the training while its ranks work
+    ranks = live.until("training rank", lambda: training_ranks(folder), 60)
+    status = lambda: next(r["status"] for r in live.runs() if r["runId"] == training)  # noqa: E731
+    live.until("step", lambda: list((folder / "work" / "training").glob("*/steps.jsonl")), 60)
+    assert status() == "STARTED"
+    family = processes_naming(training) + ranks
+    assert len(family) >= 3, family
+    ended = live.ask("mutation ($id: String!) { terminateRun(runId: $id) { __typename } }", id=training)
+    assert ended["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    live.until("end of the training run", lambda: status() == "CANCELED", 40)
+    assert not [p for p in family if p.is_running()]
+    assert not training_ranks(folder)
+
+    # the sensor has made a partition of the new file, and a run
+    live.until("partition of the new file", lambda: "dropped" in live.partitions(), 45)
+    live.until("run of the sensor", lambda: run_with(live, "dagster/sensor_name", "new_query_files", "dropped"), 30)
+
+    # the schedule has asked for the slice that was there from the start
+    run = live.until(
+        "run of the schedule", lambda: run_with(live, "dagster/schedule_name", "refresh_all_slices", "pending"), 75
+    )
+    made = lambda: {  # noqa: E731
+        r["slice"]
+        for r in Lake.of(load(folder)).sql("SELECT slice FROM lineage.commits WHERE asset = 'queries'").to_dicts()
+    }
+    live.until("queries of both", lambda: {"pending", "dropped"} <= made(), 60)
+    assert run["jobName"] == "refresh_slice"
+
+
+def training_ranks(folder):
+    return [p for p in processes_naming(str(folder)) if "nbg_core.training.train" in " ".join(p.cmdline())]
+
+
+def load(folder):
+    from nbg_core.config import load_profile
+
+    return load_profile(folder / "live.yaml")
