@@ -18,6 +18,7 @@ from live import SELECTOR, Live, dagster_dev, processes_naming
 from training_lake import make_profile as make_training_profile
 
 from nbg_core import ids
+from nbg_core.config import load_profile
 from nbg_core.lake import Lake, Write
 from nbg_core.run import Run
 
@@ -34,7 +35,6 @@ def live(folder):
     """The server, with its schedule on and a training run started."""
     profile = make_training_profile(folder, epochs=100_000, global_batch_pairs=4, micro_batch_pairs=4, save_every=1000)
     give_queries(profile)
-    (folder / "queries" / "pending.jsonl").write_text(rows("pending"))
     path = folder / "live.yaml"
     data = profile.model_dump(mode="json", exclude_unset=True) | {"refresh": {"cron": "* * * * *"}}
     path.write_text(yaml.safe_dump(data))
@@ -72,53 +72,50 @@ def run_with(live: Live, tag: str, value: str, partition: str | None = None) -> 
     return None
 
 
-def test_sensor_schedule_and_termination(live, folder):
+def test_termination_sensor_and_schedule(live, folder):
     training = live.launch("train", ["student_checkpoint"])
+    ranks = live.until("training rank", lambda: training_ranks(folder), 60)
+    live.until("optimizer step", lambda: list((folder / "work" / "training").glob("*/steps.jsonl")), 60)
+
+    # while it trains: the schedule goes on, alpha gets another file, beta loses its own, and a new one is dropped
     schedule = live.ask(
         """mutation ($s: ScheduleSelector!) { startSchedule(scheduleSelector: $s) {
              __typename ... on ScheduleStateResult { scheduleState { status } } } }""",
         s=SELECTOR | {"scheduleName": "refresh_all_slices"},
     )["startSchedule"]
     assert schedule["scheduleState"]["status"] == "RUNNING"
-    new_file = folder / "queries" / "dropped.jsonl"
-    new_file.write_text(rows("dropped"))
-    os.utime(new_file, (time.time() - 60,) * 2)
-    assert "dropped" not in live.partitions() and "pending" in live.partitions()
+    assert live.partitions() == ["alpha", "beta"]
+    (folder / "queries" / "beta.jsonl").unlink()
+    for name in ("alpha", "dropped"):
+        path = folder / "queries" / f"{name}.jsonl"
+        path.write_text(rows(name))
+        os.utime(path, (time.time() - 60,) * 2)
 
-    # terminate the training while its ranks work
-    ranks = live.until("training rank", lambda: training_ranks(folder), 60)
-    status = lambda: next(r["status"] for r in live.runs() if r["runId"] == training)  # noqa: E731
-    live.until("step", lambda: list((folder / "work" / "training").glob("*/steps.jsonl")), 60)
-    assert status() == "STARTED"
-    family = processes_naming(training) + ranks
-    assert len(family) >= 3, family
+    family = [*processes_naming(training), *ranks]
+    assert status_of(live, training) == "STARTED" and len(family) >= 3, family
     ended = live.ask("mutation ($id: String!) { terminateRun(runId: $id) { __typename } }", id=training)
     assert ended["terminateRun"]["__typename"] == "TerminateRunSuccess"
-    live.until("end of the training run", lambda: status() == "CANCELED", 40)
-    assert not [p for p in family if p.is_running()]
-    assert not training_ranks(folder)
+    live.until("end of the training run", lambda: status_of(live, training) == "CANCELED", 40)
+    assert not [p for p in family if p.is_running()] and not training_ranks(folder)
 
-    # the sensor has made a partition of the new file, and a run
     live.until("partition of the new file", lambda: "dropped" in live.partitions(), 45)
     live.until("run of the sensor", lambda: run_with(live, "dagster/sensor_name", "new_query_files", "dropped"), 30)
-
-    # the schedule has asked for the slice that was there from the start
     run = live.until(
-        "run of the schedule", lambda: run_with(live, "dagster/schedule_name", "refresh_all_slices", "pending"), 75
+        "run of the schedule", lambda: run_with(live, "dagster/schedule_name", "refresh_all_slices", "alpha"), 75
     )
-    made = lambda: {  # noqa: E731
-        r["slice"]
-        for r in Lake.of(load(folder)).sql("SELECT slice FROM lineage.commits WHERE asset = 'queries'").to_dicts()
-    }
-    live.until("queries of both", lambda: {"pending", "dropped"} <= made(), 60)
     assert run["jobName"] == "refresh_slice"
+    live.until("queries of both", lambda: {"alpha", "dropped"} <= ingested(folder), 60)
 
 
-def training_ranks(folder):
+def status_of(live: Live, run_id: str) -> str:
+    return next(r["status"] for r in live.runs() if r["runId"] == run_id)
+
+
+def ingested(folder) -> set[str]:
+    """Slices whose queries a Dagster run has made."""
+    lake = Lake.of(load_profile(folder / "live.yaml"))
+    return set(lake.sql("SELECT slice FROM lineage.commits WHERE asset = 'queries' AND run_id <> 'local'")["slice"])
+
+
+def training_ranks(folder) -> list:
     return [p for p in processes_naming(str(folder)) if "nbg_core.training.train" in " ".join(p.cmdline())]
-
-
-def load(folder):
-    from nbg_core.config import load_profile
-
-    return load_profile(folder / "live.yaml")

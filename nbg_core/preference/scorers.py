@@ -57,7 +57,8 @@ def scorer_ids(run: Run, scorer: str, samples: pl.DataFrame) -> pl.DataFrame:
 def _scored(run: Run, scorer: str, wanted: pl.DataFrame) -> pl.DataFrame:
     """(sample_id, scorer_id, score) of those `wanted` that the lake has."""
     found = run.lake.sql(
-        "SELECT sample_id, scorer_id, score FROM scores WHERE scorer = ? AND sample_id IN (SELECT unnest(?::VARCHAR[]))",
+        "SELECT sample_id, scorer_id, score FROM scores WHERE scorer = ? "
+        "AND sample_id IN (SELECT unnest(?::VARCHAR[]))",
         [scorer, wanted["sample_id"].to_list()],
     )
     return found.join(wanted, on=["sample_id", "scorer_id"], how="semi")

@@ -10,8 +10,8 @@ A query without a pair is a rejection of stage 'pairs', with the candidates that
 |---|---|
 | unscored | no scorer with a weight applies: the query has no verifier, and teacher_loglik has weight 0 |
 | single_response | there are not two scored responses |
-| identical | all responses, or those far enough apart, have the same text |
 | all_correct, all_wrong | every verifier score is at its upper or lower end |
+| identical | all responses, or those far enough apart, have the same text |
 | truncated_positive | only truncated responses (finish reason `length`) are good enough to be positives |
 | no_margin | the widest margin is below `min_margin` |
 """
@@ -152,11 +152,11 @@ def _rejection(responses: list[dict], settings: PreferenceSettings) -> dict:
         reason, detail = "unscored", f"{len(responses)} responses, no score"
     elif len(scored) == 1:
         reason, detail = "single_response", f"1 scored response of {len(responses)}, score {by_score[0]:.4g}"
-    elif not if_truncated:
-        reason, detail = "identical", f"{len(scored)} responses, one text: {scored[0]['text'][:80]!r}"
     elif verdicts and (min(verdicts) >= 1 or max(verdicts) <= 0):
         reason = "all_correct" if min(verdicts) >= 1 else "all_wrong"
         detail = f"verifier score {verdicts.pop():g} of all {len(scored)} responses"
+    elif not if_truncated:
+        reason, detail = "identical", f"{len(scored)} responses, one text: {scored[0]['text'][:80]!r}"
     elif _margin(*if_truncated) >= wide:
         reason, nearest = "truncated_positive", if_truncated
         detail = f"margin {_margin(*nearest):.4g}, but the positive is truncated"
