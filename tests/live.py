@@ -99,7 +99,7 @@ def dagster_dev(profile_path: Path, folder: Path) -> Iterator[Live]:
     finally:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         process.send_signal(signal.SIGINT)
-        _, left = psutil.wait_procs(family, timeout=15)
+        _, left = psutil.wait_procs(family, timeout=5)
         for p in left:
             p.kill()
 

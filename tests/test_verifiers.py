@@ -90,9 +90,7 @@ def test_a_scorer_that_fails_on_a_strange_response_scores_0(monkeypatch):
         ("a" * 40 + "b", None, "regex", {"pattern": "(a+)+"}),
     ],
 )
-def test_a_response_that_takes_too_long_scores_0_and_the_alarm_is_put_back(
-    monkeypatch, text, answer, verifier, args
-):
+def test_a_response_that_takes_too_long_scores_0_and_the_alarm_is_put_back(monkeypatch, text, answer, verifier, args):
     monkeypatch.setattr(verifiers, "TIME_LIMIT", 0.3)
     verify("1", "5", "math_verify", {}, "q")  # first use imports sympy
     handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
@@ -103,10 +101,11 @@ def test_a_response_that_takes_too_long_scores_0_and_the_alarm_is_put_back(
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer[0] > 0)
 
 
-def test_an_answer_that_takes_too_long_is_a_fault_of_the_query(monkeypatch):
-    monkeypatch.setattr(verifiers, "TIME_LIMIT", 0.3)
-    with pytest.raises(SpecError, match="fails on the reference answer .*no verdict within 0.3 s"):
-        check_spec("$(10^9)!+1-2^{(10^9)!}$".replace("!", "^{99999999}"), "math_verify", {}, "q")
+def test_a_reference_answer_that_takes_too_long_is_a_fault_of_the_query(monkeypatch):
+    monkeypatch.setattr(verifiers, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(verifiers, "_scorer", lambda dataset: lambda text, entry: time.sleep(30))
+    with pytest.raises(SpecError, match="fails on the reference answer '5': TimedOut: no verdict within 0.1 s"):
+        check_spec("5", "reasoning_gym", {"dataset": "any"}, "q")
 
 
 def test_outside_the_main_thread_there_is_a_clear_error():

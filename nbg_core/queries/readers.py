@@ -249,4 +249,6 @@ def _bad_text(text: str) -> str | None:
         text.encode()
     except UnicodeEncodeError as e:
         return f"holds half a surrogate pair at character {e.start + 1}, which is no text; escape both halves or none"
+    if "\0" in text:
+        return f"holds a null character (U+0000) at character {text.index(chr(0)) + 1}; remove it"
     return None
