@@ -58,9 +58,8 @@ def table(rows: pl.DataFrame) -> str:
     lines = ["| terms | slice | before | after: mean (lowest to highest seed) |", "|---|---|---|---|"]
     for (terms, name), g in rows.group_by("terms", "slice", maintain_order=True):
         after = g["after"]
-        lines.append(
-            f"| {terms} | {name} | {g['before'].mean():.1%} | {after.mean():.1%} ({after.min():.1%} to {after.max():.1%}) |"
-        )
+        spread = f"{after.mean():.1%} ({after.min():.1%} to {after.max():.1%})"
+        lines.append(f"| {terms} | {name} | {g['before'].mean():.1%} | {spread} |")
     return "\n".join(lines)
 
 

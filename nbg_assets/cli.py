@@ -147,11 +147,17 @@ def tables() -> None:
 @app.command()
 def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or query id, or its beginning.")]) -> None:
     """Follow an id up and down: checkpoint, pairs, samples, queries."""
+    shown = {
+        "queries": ("query_id", "slice", "split", "prompt", "answer"),
+        "samples": ("sample_id", "query_id", "source", "finish_reason", "text"),
+        "pairs": ("pair_id", "slice", "chosen_id", "rejected_id", "margin"),
+        "checkpoints": ("checkpoint_id", "parent_model_id", "n_pairs", "n_steps", "input_snapshot"),
+    }
     _, lake = _open()
     for name, df in lineage.trace(lake, id).items():
-        table = Table(*df.columns[:8], title=f"{name}: {df.height}", title_justify="left")
-        for row in df.head(8).iter_rows():
-            table.add_row(*(_short(v, 34) for v in row[:8]))
+        table = Table(*shown[name], title=f"{name}: {df.height}", title_justify="left")
+        for row in df.select(shown[name]).head(8).iter_rows():
+            table.add_row(*(_short(v, 34) for v in row))
         console.print(table)
 
 

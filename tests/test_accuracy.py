@@ -4,6 +4,7 @@ import math
 
 import polars as pl
 import pytest
+
 from nbg_core import accuracy
 from nbg_core.lake import Lake, Record, Write
 

@@ -7,6 +7,7 @@ import sys
 import polars as pl
 import pytest
 import yaml
+
 from nbg_core.lake import Lake, Record, Write
 
 

@@ -142,7 +142,7 @@ def add_rows(run: Run) -> None:
               "sample_index": 0, "seed": 1, "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.1],
               "finish_reason": "stop", "text": "x"}  # fmt: skip
     query = {"slice": "a", "split": "train", "messages": [{"role": "user", "content": "x"}], "prompt": "x",
-             "answer": None, "verifier": None, "verifier_args": None, "source_file": "a.jsonl", "source_line": 1}  # fmt: skip
+             "answer": None, "verifier": None, "verifier_args": None, "source_file": "a", "source_line": 1}  # fmt: skip
     pair = {"slice": "a", "query_id": "q1", "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0}
     writes = [
         Write("queries", pl.DataFrame([query | {"query_id": "q1"}, query | {"query_id": "q2"}])),

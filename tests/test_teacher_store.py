@@ -26,7 +26,7 @@ def positions(rows: pl.DataFrame) -> list[dict]:
         at = 0
         for r, (h, t) in enumerate(zip(row["head_counts"], row["tail_counts"], strict=True)):
             ids, logprobs = row["entry_ids"][at : at + h + t], row["entry_logprobs"][at : at + h + t]
-            found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:], "tail_lp": logprobs[h:],
+            found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:],
                           "mass": row["tail_logmass"][r], "token": row["token_logprobs"][r]})  # fmt: skip
             at += h + t
         assert at == len(row["entry_ids"]) == len(row["entry_logprobs"])

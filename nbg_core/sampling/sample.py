@@ -91,7 +91,7 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
                     f"query {query['query_id']} has {len(prompt)} prompt tokens; with sampling.max_tokens "
-                    f"{s.max_tokens} that passes the context of {limit} tokens of {path}; lower queries.max_prompt_tokens"
+                    f"{s.max_tokens} that passes the context of {limit} tokens of {path}; lower one of them"
                 )
             seeds = [ids.seed_from(s.seed, sid) for _, sid in missing]
             requests.append(Request(prompt, seeds))
