@@ -129,7 +129,7 @@ class Lake:
     def connect(self, *, read_only: bool = True, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`.
 
-        Close it after use. Attaching costs 0.1 s, so a process attaches once per mode and hands out connections."""
+        Close it after use. Attaching costs 0.1 s, so a process attaches once per mode and hands out connections to that."""
         key = (read_only, snapshot)
         if key not in self._attached:
             if snapshot is not None:  # one past snapshot is enough to keep
@@ -290,8 +290,9 @@ class Lake:
                 con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
             for name, body in VIEWS.items():
                 con.execute(f"CREATE VIEW IF NOT EXISTS {name} AS {body.format(lake='lake')}")
-            # Small inserts are kept in the catalog as text, and a brace in a struct's text makes them unreadable.
             con.execute("COMMIT")
+            # Small inserts are kept in the catalog as text, where a brace in a struct's text makes the table unreadable.
+            con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")
 
 
 def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
