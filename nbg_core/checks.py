@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import polars as pl
 
@@ -43,13 +42,9 @@ class Subject:
     def sql(self, query: str, *params: object) -> pl.DataFrame:
         return self.lake.sql(query, params)
 
-    @cached_property
-    def policy(self) -> lineage.Policy:
-        return lineage.current_policy(self.lake, self.profile)
-
-    @cached_property
-    def teacher(self) -> str:
-        return model_id(self.profile.resolve(self.profile.models.teacher))
+    def made_with(self, asset: str) -> dict:
+        """The settings that the asset's newest materialisation was made with, whatever they are today."""
+        return json.loads(lineage.latest(self.lake, asset, self.slice)["settings"])
 
 
 @dataclass(frozen=True)
@@ -101,20 +96,18 @@ def _no_rows_of_split(split: str) -> Callable[[Subject], pl.DataFrame]:
 
 
 def _too_few_responses(s: Subject) -> pl.DataFrame:
-    settings = s.profile.sampling
+    made = s.made_with("student_samples")
     return s.sql(
-        "SELECT q.query_id, count(s.sample_id) AS responses FROM queries q LEFT JOIN samples s "
-        "ON s.query_id = q.query_id AND s.model_id = $2 AND s.sampling_id = $3 "
-        "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING count(s.sample_id) < $4 ORDER BY ALL",
+        "SELECT q.query_id, count(s.sample_id) AS responses FROM queries q LEFT JOIN samples s ON s.query_id = q.query_id "
+        "AND s.sampling_id = $2 AND (s.model_id = $3 AND s.sample_index < $4 OR s.model_id = $5 AND s.sample_index < $6) "
+        "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING responses < $4 + $6 ORDER BY ALL",
         s.slice,
-        s.policy.model_id,
-        settings.sampling_id(),
-        settings.n_student,
+        *(made[k] for k in ("sampling_id", "student", "n_student", "teacher", "n_teacher")),
     )
 
 
 def _outside_vocabulary(s: Subject) -> pl.DataFrame:
-    size = json.loads((s.policy.path / "config.json").read_text())["vocab_size"]
+    size = _vocabulary_size(s)
     return s.sql(
         "SELECT sample_id, len(token_ids) AS tokens, list_max(token_ids) AS largest FROM samples WHERE slice = $1 "
         "AND (len(token_ids) = 0 OR len(token_ids) <> len(logprobs) OR list_min(token_ids) < 0 "
@@ -124,13 +117,18 @@ def _outside_vocabulary(s: Subject) -> pl.DataFrame:
     )
 
 
+def _vocabulary_size(s: Subject) -> int:
+    folder = lineage.current_policy(s.lake, s.profile).path
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
 def _share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
     def violations(s: Subject) -> pl.DataFrame:
         return s.sql(
             f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
             "AND sampling_id = $2 GROUP BY source HAVING share > $3 ORDER BY source",
             s.slice,
-            s.profile.sampling.sampling_id(),
+            s.made_with("student_samples")["sampling_id"],
             WARN_SHARE,
         )
 
@@ -142,7 +140,7 @@ def _narrow_margins(s: Subject) -> pl.DataFrame:
         "SELECT pair_id, chosen_score, rejected_score, margin FROM pairs WHERE slice = $1 "
         "AND (margin < $2 OR abs(margin - (chosen_score - rejected_score)) > 1e-6) ORDER BY pair_id",
         s.slice,
-        s.profile.preference.min_margin - 1e-9,
+        s.made_with("filtered_pairs")["min_margin"] - 1e-9,
     )
 
 
@@ -160,7 +158,7 @@ def _truncated_positives(s: Subject) -> pl.DataFrame:
         "SELECT pair_id, chosen_id FROM pairs p JOIN samples c ON c.sample_id = p.chosen_id "
         "WHERE p.slice = $1 AND c.finish_reason = 'length' AND NOT $2 ORDER BY pair_id",
         s.slice,
-        s.profile.preference.truncated_positive,
+        s.made_with("filtered_pairs")["truncated_positive"],
     )
 
 
@@ -216,7 +214,8 @@ def _wrong_lengths(table: str) -> Callable[[Subject], pl.DataFrame]:
 def _mass_not_one(s: Subject) -> pl.DataFrame:
     where, params = _rows_of(s, "teacher_logits")
     return s.sql(
-        f"WITH t AS (FROM teacher_logits WHERE slice = $1 AND {where} ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
+        f"WITH t AS (FROM teacher_logits SEMI JOIN {RESPONSES} USING (sample_id) WHERE {where} "
+        f"ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
         "head AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
         f"WHERE is_head AND {where} AND sample_id IN (SELECT sample_id FROM t) GROUP BY ALL), "
         "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass "
@@ -230,9 +229,10 @@ def _mass_not_one(s: Subject) -> pl.DataFrame:
 
 def _rows_of(s: Subject, table: str) -> tuple[str, list[str]]:
     """The condition on a scorer's table, and its parameters from $2 on."""
+    made = s.made_with(table)
     if table == "teacher_logits":
-        return "model_id = $2 AND settings_id = $3", [s.teacher, s.profile.teacher.storage_id()]
-    return "model_id = $2", [s.policy.model_id]
+        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
+    return "model_id = $2", [made["reference"]]
 
 
 def _newest_checkpoint(s: Subject) -> dict:
@@ -247,7 +247,7 @@ def _not_reference_at_step_0(s: Subject) -> pl.DataFrame:
     if steps.is_empty():
         return pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no metrics of step 0"]})
     off = pl.col("margin").abs() > STEP_0_TOLERANCE
-    if s.profile.training.loss.dpo_variant in ("sigmoid", "sigmoid_norm"):
+    if s.made_with("student_checkpoint")["loss"]["dpo_variant"] in ("sigmoid", "sigmoid_norm"):
         off |= (pl.col("dpo") - math.log(2)).abs() > STEP_0_TOLERANCE
     return steps.filter(off)
 
@@ -287,7 +287,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
               blocking=False),
     ),
     "student_samples": (
-        Check("every_query_answered", "every training query has n_student responses of the current policy",
+        Check("every_query_answered", "every training query has n_student responses of the policy, and n_teacher of the teacher",
               _too_few_responses),
         Check("tokens_in_vocabulary", "responses are not empty, have a log-prob per token, and ids the model knows",
               _outside_vocabulary),
@@ -312,7 +312,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         Check("mass_is_one", f"head and tail sum to 1 at every position ({MASS_SAMPLE} responses)", _mass_not_one),
     ),
     "reference_logprobs": (
-        Check("one_row_per_response", "every response of a pair has exactly one row of the current policy",
+        Check("one_row_per_response", "every response of a pair has exactly one row of this reference",
               _not_scored_once("reference_logprobs")),
         Check("lengths_match", "one log-prob per response token, none above 0", _wrong_lengths("reference_logprobs")),
     ),

@@ -291,7 +291,7 @@ class Lake:
             for name, body in VIEWS.items():
                 con.execute(f"CREATE VIEW IF NOT EXISTS {name} AS {body.format(lake='lake')}")
             con.execute("COMMIT")
-            # Small inserts are kept in the catalog as text, where a brace in a struct's text makes the table unreadable.
+            # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
             con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")
 
 
