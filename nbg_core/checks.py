@@ -1,50 +1,21 @@
-"""What must hold of a partition once it is made: each check is a query whose rows are the violations.
+"""What must hold of a partition once it is made.
 
 A *blocking* check stops what comes next: the run that made the partition (Dagster), and any later run that would read
-it (`broken_upstream`, asked before every stage). The others warn. Legend: $1 is always the slice.
+it (`broken_upstream`, asked before every stage). The others warn.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
-from nbg_core import accuracy, lineage
+from nbg_core import lineage
+from nbg_core import violations as v
 from nbg_core.config import Profile
-from nbg_core.ids import model_id
 from nbg_core.lake import Lake
-
-MASS_SAMPLE = 200
-"""Responses whose stored mass is summed up: content-hashed ids make the first ones by id a random sample."""
-WARN_SHARE = 0.2
-"""Share of truncated or empty responses that is worth a warning."""
-STEP_0_TOLERANCE = 1e-3
-"""Margin, in nats, that float32 rounding may leave where the policy still is the reference."""
-
-RESPONSES = """(
-    SELECT s.sample_id, s.token_ids, s.finish_reason FROM samples s WHERE s.sample_id IN (
-        SELECT chosen_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1))"""
-"""The responses of a slice's pairs."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A partition to look at, as the lake is now."""
-
-    lake: Lake
-    profile: Profile
-    slice: str | None
-
-    def sql(self, query: str, *params: object) -> pl.DataFrame:
-        return self.lake.sql(query, params)
-
-    def made_with(self, asset: str) -> dict:
-        """The settings that the asset's newest materialisation was made with, whatever they are today."""
-        return json.loads(lineage.latest(self.lake, asset, self.slice)["settings"])
+from nbg_core.violations import Subject
 
 
 @dataclass(frozen=True)
@@ -72,258 +43,52 @@ def broken_upstream(lake: Lake, profile: Profile, asset: str, slice: str | None)
     return None
 
 
-def _train_eval_overlap(s: Subject) -> pl.DataFrame:
-    text = "trim(regexp_replace(array_to_string(list_transform(messages, m -> m.content), ' '), '\\s+', ' ', 'g'))"
-    return s.sql(
-        f"WITH q AS (SELECT query_id, slice, split, {text} AS text FROM queries) "
-        "SELECT a.query_id, a.split, b.query_id AS other_id, b.split AS other_split, b.slice AS other_slice "
-        "FROM q a JOIN q b USING (text) WHERE a.slice = $1 AND a.split <> b.split AND b.slice IN (SELECT unnest($2)) "
-        "ORDER BY ALL",
-        s.slice,
-        lineage.slices(s.profile),
-    )
-
-
-def _no_rows_of_split(split: str) -> Callable[[Subject], pl.DataFrame]:
-    def violations(s: Subject) -> pl.DataFrame:
-        return s.sql(
-            "SELECT $1 AS slice, $2 AS split WHERE NOT EXISTS (FROM queries WHERE slice = $1 AND split = $2)",
-            s.slice,
-            split,
-        )
-
-    return violations
-
-
-def _too_few_responses(s: Subject) -> pl.DataFrame:
-    made = s.made_with("student_samples")
-    return s.sql(
-        "SELECT q.query_id, count(s.sample_id) AS responses FROM queries q LEFT JOIN samples s ON s.query_id = q.query_id "
-        "AND s.sampling_id = $2 AND (s.model_id = $3 AND s.sample_index < $4 OR s.model_id = $5 AND s.sample_index < $6) "
-        "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING responses < $4 + $6 ORDER BY ALL",
-        s.slice,
-        *(made[k] for k in ("sampling_id", "student", "n_student", "teacher", "n_teacher")),
-    )
-
-
-def _outside_vocabulary(s: Subject) -> pl.DataFrame:
-    size = _vocabulary_size(s)
-    return s.sql(
-        "SELECT sample_id, len(token_ids) AS tokens, list_max(token_ids) AS largest FROM samples WHERE slice = $1 "
-        "AND (len(token_ids) = 0 OR len(token_ids) <> len(logprobs) OR list_min(token_ids) < 0 "
-        "OR list_max(token_ids) >= $2) ORDER BY sample_id",
-        s.slice,
-        size,
-    )
-
-
-def _vocabulary_size(s: Subject) -> int:
-    folder = lineage.current_policy(s.lake, s.profile).path
-    return json.loads((folder / "config.json").read_text())["vocab_size"]
-
-
-def _share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
-    def violations(s: Subject) -> pl.DataFrame:
-        return s.sql(
-            f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
-            "AND sampling_id = $2 GROUP BY source HAVING share > $3 ORDER BY source",
-            s.slice,
-            s.made_with("student_samples")["sampling_id"],
-            WARN_SHARE,
-        )
-
-    return violations
-
-
-def _narrow_margins(s: Subject) -> pl.DataFrame:
-    return s.sql(
-        "SELECT pair_id, chosen_score, rejected_score, margin FROM pairs WHERE slice = $1 "
-        "AND (margin < $2 OR abs(margin - (chosen_score - rejected_score)) > 1e-6) ORDER BY pair_id",
-        s.slice,
-        s.made_with("filtered_pairs")["min_margin"] - 1e-9,
-    )
-
-
-def _unknown_responses(s: Subject) -> pl.DataFrame:
-    return s.sql(
-        "SELECT pair_id, chosen_id, rejected_id FROM pairs p LEFT JOIN samples c ON c.sample_id = p.chosen_id "
-        "LEFT JOIN samples r ON r.sample_id = p.rejected_id WHERE p.slice = $1 AND "
-        "(c.query_id IS DISTINCT FROM p.query_id OR r.query_id IS DISTINCT FROM p.query_id) ORDER BY pair_id",
-        s.slice,
-    )
-
-
-def _truncated_positives(s: Subject) -> pl.DataFrame:
-    return s.sql(
-        "SELECT pair_id, chosen_id FROM pairs p JOIN samples c ON c.sample_id = p.chosen_id "
-        "WHERE p.slice = $1 AND c.finish_reason = 'length' AND NOT $2 ORDER BY pair_id",
-        s.slice,
-        s.made_with("filtered_pairs")["truncated_positive"],
-    )
-
-
-def _held_out_pairs(s: Subject) -> pl.DataFrame:
-    return s.sql(
-        "SELECT pair_id, query_id, split FROM pairs LEFT JOIN queries USING (query_id) "
-        "WHERE pairs.slice = $1 AND split IS DISTINCT FROM 'train' ORDER BY pair_id",
-        s.slice,
-    )
-
-
-def _no_pairs(s: Subject) -> pl.DataFrame:
-    return s.sql("SELECT $1 AS slice WHERE NOT EXISTS (FROM pairs WHERE slice = $1)", s.slice)
-
-
-def _not_scored_once(table: str) -> Callable[[Subject], pl.DataFrame]:
-    def violations(s: Subject) -> pl.DataFrame:
-        where, params = _rows_of(s, table)
-        return s.sql(
-            f"SELECT r.sample_id, count(t.sample_id) AS rows_found FROM {RESPONSES} r LEFT JOIN "
-            f"(FROM {table} WHERE {where}) t USING (sample_id) GROUP BY ALL HAVING rows_found <> 1 ORDER BY ALL",
-            s.slice,
-            *params,
-        )
-
-    return violations
-
-
-def _wrong_lengths(table: str) -> Callable[[Subject], pl.DataFrame]:
-    lists = ["token_logprobs"]
-    total = ""
-    if table == "teacher_logits":
-        lists += ["tail_logmass", "head_counts", "tail_counts"]
-        total = (
-            " OR len(entry_ids) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_ids) <> "
-            "len(entry_logprobs) OR list_max(entry_logprobs) > 1e-5"
-        )
-    wrong = " OR ".join(f"len({name}) <> len(token_ids)" for name in lists)
-
-    def violations(s: Subject) -> pl.DataFrame:
-        where, params = _rows_of(s, table)
-        return s.sql(
-            f"SELECT r.sample_id, len(token_ids) AS tokens, len(token_logprobs) AS scored FROM {RESPONSES} r "
-            f"JOIN (FROM {table} WHERE {where}) t USING (sample_id) "
-            f"WHERE {wrong}{total} OR list_max(token_logprobs) > 1e-5 ORDER BY r.sample_id",
-            s.slice,
-            *params,
-        )
-
-    return violations
-
-
-def _mass_not_one(s: Subject) -> pl.DataFrame:
-    where, params = _rows_of(s, "teacher_logits")
-    return s.sql(
-        f"WITH t AS (FROM teacher_logits SEMI JOIN {RESPONSES} USING (sample_id) WHERE {where} "
-        f"ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
-        "head AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
-        f"WHERE is_head AND {where} AND sample_id IN (SELECT sample_id FROM t) GROUP BY ALL), "
-        "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass "
-        "FROM t) "
-        "SELECT sample_id, position, coalesce(mass, 0) + exp(logmass) AS total FROM tail LEFT JOIN head "
-        "USING (sample_id, position) WHERE NOT abs(total - 1) <= 1e-3 ORDER BY ALL",
-        s.slice,
-        *params,
-    )
-
-
-def _rows_of(s: Subject, table: str) -> tuple[str, list[str]]:
-    """The condition on a scorer's table, and its parameters from $2 on."""
-    made = s.made_with(table)
-    if table == "teacher_logits":
-        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2", [made["reference"]]
-
-
-def _newest_checkpoint(s: Subject) -> dict:
-    return accuracy.checkpoint_row(s.lake, lineage.latest(s.lake, "student_checkpoint", None)["data_version"])
-
-
-def _not_reference_at_step_0(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    steps = s.sql(
-        "SELECT step, margin, dpo FROM training_steps WHERE training_id = $1 AND step = 0", row["training_id"]
-    )
-    if steps.is_empty():
-        return pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no metrics of step 0"]})
-    off = pl.col("margin").abs() > STEP_0_TOLERANCE
-    if s.made_with("student_checkpoint")["loss"]["dpo_variant"] in ("sigmoid", "sigmoid_norm"):
-        off |= (pl.col("dpo") - math.log(2)).abs() > STEP_0_TOLERANCE
-    return steps.filter(off)
-
-
-def _weights_missing(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    folder = s.profile.resolve(s.profile.paths.checkpoints) / row["path"]
-    try:
-        found, problem = model_id(folder), f"weights at {folder} are not those of the checkpoint"
-    except FileNotFoundError as e:
-        found, problem = None, str(e)
-    return pl.DataFrame({"checkpoint_id": [row["checkpoint_id"]], "problem": [problem]}).filter(
-        found != row["checkpoint_id"]
-    )
-
-
-def _training_set_lost(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    used = s.sql("SELECT DISTINCT pair_id, slice FROM checkpoint_pairs WHERE training_id = $1", row["training_id"])
-    known = s.lake.sql("SELECT pair_id FROM pairs", snapshot=row["input_snapshot"])
-    lost = used.join(known, on="pair_id", how="anti").sort("pair_id")
-    return lost if used.height else pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no pair recorded"]})
-
-
-def _gate_refuses(s: Subject) -> pl.DataFrame:
-    checkpoint, summary = accuracy.latest_summary(s.lake, s.profile)
-    refusal = accuracy.gate(summary)
-    return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)
-
-
 CHECKS: dict[str, tuple[Check, ...]] = {
     "queries": (
         Check("no_train_eval_overlap", "no training query has the text of a held-out one, in any slice that has a file",
-              _train_eval_overlap),
-        Check("has_training_queries", "the slice has at least one training query", _no_rows_of_split("train")),
-        Check("has_held_out_queries", "the slice has at least one held-out query", _no_rows_of_split("eval"),
+              v.train_eval_overlap),
+        Check("has_training_queries", "the slice has at least one training query", v.no_rows_of_split("train")),
+        Check("has_held_out_queries", "the slice has at least one held-out query", v.no_rows_of_split("eval"),
               blocking=False),
     ),
     "student_samples": (
-        Check("every_query_answered", "every training query has n_student responses of the policy, and n_teacher of the teacher",
-              _too_few_responses),
+        Check("every_query_answered", "every training query has as many responses as were asked for",
+              v.too_few_responses),
         Check("tokens_in_vocabulary", "responses are not empty, have a log-prob per token, and ids the model knows",
-              _outside_vocabulary),
-        Check("few_truncated", f"at most {WARN_SHARE:.0%} of the responses are truncated (finish reason length)",
-              _share_of_responses("finish_reason = 'length'"), blocking=False),
-        Check("few_empty", f"at most {WARN_SHARE:.0%} of the responses have no text",
-              _share_of_responses("trim(text) = ''"), blocking=False),
+              v.outside_vocabulary),
+        Check("few_truncated", f"at most {v.WARN_SHARE:.0%} of the responses are truncated",
+              v.share_of_responses("finish_reason = 'length'"), blocking=False),
+        Check("few_empty", f"at most {v.WARN_SHARE:.0%} of the responses have no text",
+              v.share_of_responses("trim(text) = ''"), blocking=False),
     ),
     "filtered_pairs": (
-        Check("has_pairs", "the slice has at least one pair", _no_pairs),
-        Check("margins_wide_enough", "every margin is chosen - rejected and at least min_margin", _narrow_margins),
-        Check("responses_exist", "both responses of a pair exist and answer its query", _unknown_responses),
+        Check("has_pairs", "the slice has at least one pair", v.no_pairs),
+        Check("margins_wide_enough", "every margin is chosen - rejected and at least min_margin", v.narrow_margins),
+        Check("responses_exist", "both responses of a pair exist and answer its query", v.unknown_responses),
         Check("no_truncated_positive", "no chosen response is truncated, unless the profile allows it",
-              _truncated_positives),
-        Check("no_held_out_query", "no pair comes from a held-out query", _held_out_pairs),
+              v.truncated_positives),
+        Check("no_held_out_query", "no pair comes from a held-out query", v.held_out_pairs),
     ),
     "teacher_logits": (
         Check("one_row_per_response", "every response of a pair has exactly one row of this teacher and these settings",
-              _not_scored_once("teacher_logits")),
+              v.not_scored_once("teacher_logits")),
         Check("lengths_match", "every list has one item per response token, no log-prob is above 0",
-              _wrong_lengths("teacher_logits")),
-        Check("mass_is_one", f"head and tail sum to 1 at every position ({MASS_SAMPLE} responses)", _mass_not_one),
+              v.wrong_lengths("teacher_logits")),
+        Check("mass_is_one", f"head and tail sum to 1 at every position ({v.MASS_SAMPLE} responses)", v.mass_not_one),
     ),
     "reference_logprobs": (
         Check("one_row_per_response", "every response of a pair has exactly one row of this reference",
-              _not_scored_once("reference_logprobs")),
-        Check("lengths_match", "one log-prob per response token, none above 0", _wrong_lengths("reference_logprobs")),
+              v.not_scored_once("reference_logprobs")),
+        Check("lengths_match", "one log-prob per response token, none above 0", v.wrong_lengths("reference_logprobs")),
     ),
     "student_checkpoint": (
         Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",
-              _not_reference_at_step_0),
-        Check("weights_intact", "the weights are there and hash to the checkpoint's id", _weights_missing),
-        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", _training_set_lost),
+              v.not_reference_at_step_0),
+        Check("weights_intact", "the weights are there and hash to the checkpoint's id", v.weights_missing),
+        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", v.training_set_lost),
     ),
     "student_eval": (
         Check("better_than_before", "the promotion gate: better overall and no slice worse, beyond noise",
-              _gate_refuses, blocking=False),
+              v.gate_refuses, blocking=False),
     ),
 }  # fmt: skip

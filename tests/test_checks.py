@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_core import checks, lineage
+from nbg_core import lineage, violations
 from nbg_core.checks import CHECKS, Subject, broken_upstream
 from nbg_core.config import load_profile
 
@@ -84,10 +84,11 @@ def test_a_truncated_positive_is_damage_unless_the_profile_allows_it(made):
     fake.spoil = {}
     fake("filtered_pairs", "truncated", "run", profile=path, on_line=lambda _: None)
     assert failing(path, fake, "truncated", ["filtered_pairs"]) == [("filtered_pairs", "no_truncated_positive")]
-    text = Path(path).read_text()
     allowing = Path(path).with_name("allowing.yaml")
-    allowing.write_text(text + "preference: {truncated_positive: true}\n")
-    assert failing(str(allowing), fake, "truncated", ["filtered_pairs"]) == []
+    allowing.write_text(Path(path).read_text() + "preference: {truncated_positive: true}\n")
+    assert failing(str(allowing), fake, "truncated", ["filtered_pairs"]), "it was not allowed when they were made"
+    fake("filtered_pairs", "truncated", "run", profile=str(allowing), on_line=lambda _: None)
+    assert failing(path, fake, "truncated", ["filtered_pairs"]) == []
 
 
 def test_training_is_refused_by_any_broken_slice(made):
@@ -103,7 +104,7 @@ def test_a_checkpoint_must_start_at_the_reference_keep_its_weights_and_its_train
         fake(asset, "a" if asset in SLICED else None, "run", profile=path, on_line=lambda _: None)
     found = lambda: [c for _, c in failing(path, fake, None, ["student_checkpoint"])]  # noqa: E731
     assert found() == []
-    monkeypatch.setattr(checks, "STEP_0_TOLERANCE", -1.0)
+    monkeypatch.setattr(violations, "STEP_0_TOLERANCE", -1.0)
     assert found() == ["starts_at_reference"]
     monkeypatch.undo()
     weights = tmp_path / "p" / "checkpoints" / "new" / "model.safetensors"

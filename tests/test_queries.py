@@ -240,8 +240,9 @@ def test_text_is_compared_without_case_width_white_space_and_system_message():
     system = {"role": "system", "content": "one two three four five six seven"}
     texts = ["Ｈello  World\n\tfoo bar baz quux", "hello world foo bar baz quux", "else"]
     rows = [("train", [system, user(texts[0])]), ("train", [user(texts[0].upper())]),
-            ("train", [system, user(texts[1])]), ("train", [system, user("else")])]  # fmt: skip
-    assert {i: r for i, (r, _) in drops_of(rows).items()} == {1: "near_duplicate", 2: "duplicate"}
+            ("train", [system, user(texts[1])]), ("train", [system, user("else")]), ("train", [user("else")])]  # fmt: skip
+    found = {i: reason for i, (reason, _) in drops_of(rows).items()}
+    assert found == {1: "near_duplicate", 2: "duplicate", 4: "near_duplicate"}
 
 
 def test_a_held_out_query_wins_over_an_earlier_training_query_and_the_detail_names_it():
