@@ -240,7 +240,8 @@ def test_text_is_compared_without_case_width_white_space_and_system_message():
     system = {"role": "system", "content": "one two three four five six seven"}
     texts = ["Ｈello  World\n\tfoo bar baz quux", "hello world foo bar baz quux", "else"]
     rows = [("train", [system, user(texts[0])]), ("train", [user(texts[0].upper())]),
-            ("train", [system, user(texts[1])]), ("train", [system, user("else")]), ("train", [user("else")])]  # fmt: skip
+            ("train", [system, user(texts[1])]), ("train", [system, user(texts[2])]),
+            ("train", [user(texts[2])])]  # fmt: skip
     found = {i: reason for i, (reason, _) in drops_of(rows).items()}
     assert found == {1: "near_duplicate", 2: "duplicate", 4: "near_duplicate"}
 

@@ -54,6 +54,7 @@ def verify(text: str, answer: str | None, verifier: str, args: dict[str, Any], p
     Raises SpecError when the fault is the query's, RuntimeError outside the main thread."""
     _check_fields(answer, verifier, args)
     _main_thread_only()
+    _load(verifier, args)
     try:
         with _time_limit():
             score = _SCORERS[verifier](text.strip(), answer, args, prompt)
@@ -69,7 +70,16 @@ def check_spec(answer: str | None, verifier: str, args: dict[str, Any], prompt: 
     """Raises SpecError if no response could be verified against this specification."""
     _check_fields(answer, verifier, args)
     _main_thread_only()
+    _load(verifier, args)
     _probe(answer, verifier, args, prompt)
+
+
+def _load(verifier: str, args: dict[str, Any]) -> None:
+    """Import what the verifier needs, outside its time limit: an import that is cut off stays half done."""
+    if verifier == "math_verify":
+        import math_verify  # noqa: F401
+    elif verifier == "reasoning_gym":
+        _scorer(args["dataset"])
 
 
 def _main_thread_only() -> None:
