@@ -49,6 +49,7 @@ def main() -> None:
                         materialise(status.asset, status.slice, "benchmark", profile)
                 _, summary = accuracy.latest_summary(Lake.of(profile), profile)
                 rows += [{"seed": seed, "terms": name, **row} for row in summary.to_dicts()]
+                RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(rows, indent=1))
     print(table(pl.DataFrame(rows)))
 

@@ -73,14 +73,19 @@ def losses(made: Made) -> Plot | None:
     return _curves(made, "losses", {"loss": "#000000", "dpo": CHOSEN, "kl_chosen": "#2ca02c", "kl_rejected": "#d62728"})
 
 
-def rewards(made: Made) -> Plot | None:
-    """Reward margin and sequence log-probabilities: does the chosen fall?"""
-    return _curves(made, "log-probabilities", {"chosen_logp": CHOSEN, "rejected_logp": REJECTED})
+def log_probabilities(made: Made) -> Plot | None:
+    """Sequence log-probabilities of chosen and rejected: does the chosen fall?"""
+    return _curves(made, "log-probabilities, nats", {"chosen_logp": CHOSEN, "rejected_logp": REJECTED})
 
 
-def margin_and_gradient(made: Made) -> Plot | None:
-    """Reward margin, accuracy and gradient norm over the optimizer steps."""
-    return _curves(made, "margin and gradient", {"margin": CHOSEN, "accuracy": "#2ca02c", "grad_norm": TEACHER})
+def margin_and_accuracy(made: Made) -> Plot | None:
+    """Reward margin, and share of pairs with a positive one."""
+    return _curves(made, "reward margin and accuracy", {"margin": CHOSEN, "accuracy": "#2ca02c"})
+
+
+def gradient_norm(made: Made) -> Plot | None:
+    """Global gradient norm before clipping."""
+    return _curves(made, "gradient norm", {"grad_norm": TEACHER})
 
 
 def accuracies(made: Made) -> Plot | None:
@@ -95,7 +100,7 @@ def accuracies(made: Made) -> Plot | None:
         axes.bar(x, value, 0.25, yerr=[below, above], label=role, color=colour, capsize=3)
     axes.set_xticks(range(len(rows)), [row["slice"] for row in rows], rotation=20 if len(rows) > 5 else 0)
     axes.set_ylim(0, 1)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _plot(figure, "held-out accuracy")
 
 
@@ -120,7 +125,11 @@ def _histogram(groups: dict[str, list[float]], label: str, title: str, colours: 
     if not groups:
         return None
     figure, axes = _figure(title)
-    axes.hist(list(groups.values()), bins=30, label=list(groups), color=colours[: len(groups)], stacked=True)
+    values = [v for group in groups.values() for v in group]
+    low, high = min(values), max(values)
+    whole = isinstance(values[0], int) and high - low < 60  # one bar per number
+    bins = [low - 0.5 + i for i in range(int(high - low) + 2)] if whole else 30
+    axes.hist(list(groups.values()), bins=bins, label=list(groups), color=colours[: len(groups)])
     axes.set_xlabel(label)
     axes.legend(fontsize=8)
     return _plot(figure, title)

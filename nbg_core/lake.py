@@ -129,7 +129,7 @@ class Lake:
     def connect(self, *, read_only: bool = True, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`.
 
-        Close it after use. Attaching costs 0.1 s, so a process attaches once per mode and hands out connections to that."""
+        Close it after use. Attaching costs 0.1 s, so a process attaches once per mode and hands out connections."""
         key = (read_only, snapshot)
         if key not in self._attached:
             if snapshot is not None:  # one past snapshot is enough to keep

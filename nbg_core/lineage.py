@@ -77,7 +77,9 @@ def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None)
             file = query_file(profile, slice)
             stat = digest("file", file.name, file.read_bytes().hex() if file.stat().st_size < 1 << 24 else
                           [file.stat().st_size, file.stat().st_mtime_ns])  # fmt: skip
-            return {**profile.queries.model_dump(), "file": stat}
+            longest = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)  # must fit behind the prompt
+            student = model_id(profile.resolve(profile.models.student))  # its tokenizer counts the prompt's tokens
+            return {**profile.queries.model_dump(), "file": stat, "max_tokens": longest, "student": student}
         case "student_samples":
             s = profile.sampling
             return {"sampling_id": s.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,

@@ -22,7 +22,8 @@ def student_checkpoint(context: dg.AssetExecutionContext, nbg: NbgResource) -> d
         nbg,
         {
             "losses": plots.losses,
-            "log-probabilities": plots.rewards,
-            "margin and gradient": plots.margin_and_gradient,
+            "log-probabilities": plots.log_probabilities,
+            "margin and accuracy": plots.margin_and_accuracy,
+            "gradient norm": plots.gradient_norm,
         },
     )

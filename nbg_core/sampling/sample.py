@@ -66,9 +66,10 @@ def materialise(run: Run, slice: str) -> dict:
 def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, source: str, path, model, inputs) -> int:
     s = run.profile.sampling
     present = run.lake.sql(
-        "SELECT sample_id FROM samples WHERE slice = ? AND model_id = ? AND sampling_id = ?",
-        [slice, model, s.sampling_id()],
-    )["sample_id"].to_list()
+        "SELECT sample_id FROM samples WHERE model_id = ? AND sampling_id = ? "
+        "AND query_id IN (SELECT query_id FROM queries WHERE slice = ?)",
+        [model, s.sampling_id(), slice],
+    )["sample_id"]
     present = set(present)
     n_all = sum(len(v) for v in wanted.values())
     n_missing = sum(i not in present for v in wanted.values() for i in v)

@@ -82,7 +82,7 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
 def samples_of_pairs(run: Run, slice: str, snapshot: int) -> pl.DataFrame:
     """The responses of every pair of a slice, once each: sample_id, prompt_token_ids, token_ids."""
     return run.lake.sql(
-        "SELECT sample_id, prompt_token_ids, token_ids FROM samples WHERE slice = $1 AND sample_id IN "
+        "SELECT sample_id, prompt_token_ids, token_ids FROM samples WHERE sample_id IN "
         "(SELECT chosen_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1) "
         "ORDER BY sample_id",
         [slice],

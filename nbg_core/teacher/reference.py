@@ -21,7 +21,10 @@ def materialise(run: Run, slice: str) -> dict:
     snapshot, inputs = run.read("filtered_pairs", slice=slice)
     wanted = samples_of_pairs(run, slice, snapshot)
     reference = run.policy.model_id
-    done = run.lake.sql("SELECT sample_id FROM reference_logprobs WHERE model_id = ? AND slice = ?", [reference, slice])
+    done = run.lake.sql(
+        "SELECT sample_id FROM reference_logprobs WHERE model_id = ? AND sample_id IN (SELECT unnest(?::VARCHAR[]))",
+        [reference, wanted["sample_id"].to_list()],
+    )
     missing = wanted.join(done, on="sample_id", how="anti", maintain_order="left")
     run.log(f"{ASSET}[{slice}]: {wanted.height - missing.height} of {wanted.height} responses already scored")
     new_rows = 0

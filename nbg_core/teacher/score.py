@@ -29,8 +29,9 @@ def materialise(run: Run, slice: str) -> dict:
     snapshot, inputs = run.read("filtered_pairs", slice=slice)
     wanted = samples_of_pairs(run, slice, snapshot)
     done = run.lake.sql(
-        "SELECT sample_id FROM teacher_logits WHERE model_id = ? AND settings_id = ? AND slice = ?",
-        [teacher, storage, slice],
+        "SELECT sample_id FROM teacher_logits WHERE model_id = ? AND settings_id = ? "
+        "AND sample_id IN (SELECT unnest(?::VARCHAR[]))",
+        [teacher, storage, wanted["sample_id"].to_list()],
     )
     missing = wanted.join(done, on="sample_id", how="anti", maintain_order="left")
     run.log(f"{ASSET}[{slice}]: {wanted.height - missing.height} of {wanted.height} responses already scored")
