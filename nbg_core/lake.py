@@ -209,8 +209,9 @@ class Lake:
                 con.execute("COMMIT")
             except BaseException:
                 _quietly_rollback(con)
-                for path in files:
-                    path.unlink(missing_ok=True)
+                if files and not self._landed(record):  # an interrupt can come after the commit, before its return
+                    for path in files:
+                        path.unlink(missing_ok=True)
                 raise
             snapshot = con.execute(
                 "SELECT max(snapshot_id) FROM ducklake_snapshots('lake') "
@@ -218,6 +219,11 @@ class Lake:
                 [record.materialisation_id],
             ).fetchone()[0]
         return Commit(record.materialisation_id, snapshot, n_rows)
+
+    def _landed(self, record: Record) -> bool:
+        return not self.sql(
+            "SELECT 1 FROM lineage.materialisations WHERE materialisation_id = ?", [record.materialisation_id]
+        ).is_empty()
 
     def _insert(self, con, write: Write, rows: pl.DataFrame, record: Record, files: list[Path]) -> int:
         if rows.is_empty():

@@ -192,7 +192,6 @@ def test_a_slice_goes_through_the_real_stages_with_its_checks_green(instance, ma
     lines = []
     results = materialise_stale(instance, profile, on_line=lines.append)
     assert [(r.name, r.message) for r in results if not (r.ran and r.success)] == []
-    print(*lines, sep="\n"); print(lineage.status(Lake.of(profile), profile)); print(lineage.status(Lake.of(profile), load_profile()))
     assert len(results) == 7
     broken = [line for line in lines if line.startswith("check ")]
     random_models = ("few_truncated", "few_empty", "better_than_before")

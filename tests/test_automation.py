@@ -10,9 +10,8 @@ import dagster as dg
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_assets import partitions, pipes
+from nbg_assets import partitions
 from nbg_assets.definitions import build
-from nbg_assets.driver import materialise_stale
 from nbg_core.config import load_profile
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
@@ -30,11 +29,11 @@ def instance():
         yield instance
 
 
-@pytest.fixture
-def fake(monkeypatch) -> Fake:
-    fake = Fake()
-    monkeypatch.setattr(pipes, "run_worker", fake)
-    return fake
+def fill(fake: Fake, assets=(*SLICED, "student_checkpoint", "student_eval")) -> None:
+    """Make every slice's partitions, and what comes after, without Dagster."""
+    for asset in assets:
+        for slice in ("a", "b") if asset in SLICED else (None,):
+            fake(asset, slice, "run", profile=os.environ["NBG_PROFILE"], on_line=lambda _: None)
 
 
 def schedule_tick(instance):
@@ -70,7 +69,7 @@ def age(profile, seconds: float) -> None:
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_the_schedule_asks_for_what_is_stale_and_nothing_else(profile, fake):
+def test_the_schedule_asks_for_what_is_stale_and_nothing_else(profile):
     with dg.instance_for_test() as instance:  # a schedule's context only takes an instance that is on disk
         check_schedule(instance, profile)
 
@@ -81,7 +80,7 @@ def check_schedule(instance, profile):
     tick = schedule_tick(instance)
     assert asked(tick) == {"a": SLICED, "b": SLICED}
     assert [r.run_key for r in requests(tick)] == [f"2026-01-02T03:00:00+00:00:{s}" for s in "ab"]
-    materialise_stale(instance, profile, on_line=lambda _: None)
+    fill(Fake())
     assert schedule_tick(instance).skip_message == "no slice is stale"
     (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
     assert asked(schedule_tick(instance)) == {"b": SLICED}
@@ -89,11 +88,11 @@ def check_schedule(instance, profile):
     assert schedule_tick(instance).skip_message == "no stale slice can start; already running: b"
 
 
-def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile, fake):
+def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile):
     tick = sensor_tick(instance, "train_when_slices_fresh")
     assert tick.skip_message == "slices are not fresh: a, b"
-    fake.fail["student_checkpoint"] = "not now"
-    materialise_stale(instance, profile, on_line=lambda _: None)
+    fake = Fake()
+    fill(fake, SLICED)
     tick = sensor_tick(instance, "train_when_slices_fresh")
     assert asked(tick) == {None: ["student_checkpoint", "student_eval"]}
     key = requests(tick)[0].run_key
@@ -101,8 +100,7 @@ def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile, fake
     run = instance.create_run_for_job(build().resolve_job_def("train"))
     assert sensor_tick(instance, "train_when_slices_fresh").skip_message == "training is running"
     instance.report_run_failed(run)
-    fake.fail.clear()
-    materialise_stale(instance, profile, on_line=lambda _: None)
+    fill(fake, ["student_checkpoint", "student_eval"])
     assert (
         sensor_tick(instance, "train_when_slices_fresh").skip_message == "the checkpoint and its evaluation are fresh"
     )

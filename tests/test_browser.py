@@ -71,4 +71,4 @@ def screenshot_graph(browser, url: str, target: Path) -> None:
     page.get_by_text("student_checkpoint", exact=True).filter(visible=True).last.wait_for()
     page.wait_for_timeout(2000)  # the nodes move to their places
     target.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=target)
+    page.screenshot(path=target, clip={"x": 600, "y": 270, "width": 1840, "height": 640})

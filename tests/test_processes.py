@@ -22,12 +22,15 @@ PROFILE = (
 
 TREE = """
     import os, signal, subprocess, sys, time
-    if STUBBORN: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stay = [sys.executable, "-c", "import signal, time; STUBBORN and signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"]
-    stay[2] = stay[2].replace("STUBBORN", str(STUBBORN))
-    nested = [sys.executable, "-c", "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:], start_new_session=True); print(p.pid, flush=True); time.sleep(300)", *stay]
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if STUBBORN else ""
+    exec(ignore)
+    stay = [sys.executable, "-c", ignore + "import time; time.sleep(300)"]
+    start_session = (
+        "import subprocess, sys, time;"
+        "print(subprocess.Popen(sys.argv[1:], start_new_session=True).pid, flush=True); time.sleep(300)"
+    )
     a = subprocess.Popen(stay)
-    b = subprocess.Popen(nested, stdout=subprocess.PIPE, text=True)
+    b = subprocess.Popen([sys.executable, "-c", start_session, *stay], stdout=subprocess.PIPE, text=True)
     print("pids", os.getpid(), a.pid, b.pid, b.stdout.readline().strip(), flush=True)
     time.sleep(300)
 """
@@ -54,7 +57,11 @@ def gone_within(pids: list[int], seconds: float) -> bool:
 
 
 def test_lines_of_both_streams_arrive_in_order_while_the_command_runs(tmp_path):
-    script = "import sys, time\nfor i in range(3):\n  print('out', i, flush=True); print('err', i, file=sys.stderr, flush=True); time.sleep(0.3)"
+    script = (
+        "import sys, time\n"
+        "for i in range(3):\n"
+        "    print('out', i, flush=True); print('err', i, file=sys.stderr, flush=True); time.sleep(0.3)"
+    )
     seen = []
     code = run_process([sys.executable, "-c", script], on_line=lambda line: seen.append((time.monotonic(), line)),
                        log_path=tmp_path / "deep" / "log")  # fmt: skip
