@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nbg_core import accuracy, config, lineage
-from nbg_core.config import Profile, ProfileError, load_profile
+from nbg_core.config import Profile, load_profile
 from nbg_core.lake import Lake, LakeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -27,7 +27,9 @@ def main() -> None:
     """Entry point: errors that a user can mend end in one line and exit code 1."""
     try:
         app()
-    except (ProfileError, LakeError, LookupError, FileNotFoundError, PermissionError) as e:
+    except (KeyError, IndexError):  # defects of ours: the traceback is what helps
+        raise
+    except (LakeError, LookupError, ValueError, OSError) as e:
         console.print(f"[red]error:[/red] {e}", soft_wrap=True)
         sys.exit(1)
 

@@ -10,9 +10,10 @@ From plain DuckDB: `ATTACH 'ducklake:sqlite:data/lake/catalog.sqlite' AS lake (R
 from __future__ import annotations
 
 import json
+import sqlite3
 import uuid
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -273,7 +274,8 @@ class Lake:
             if kind == "sqlite":
                 path = Path(where)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if path.with_suffix(".ready").exists() and path.exists():
+                ready = path.with_suffix(".ready")  # holds the data path
+                if path.exists() and ready.exists() and ready.read_text() == self.data_path:
                     return
                 lock = FileLock(path.with_suffix(".lock"))
         except OSError as e:
@@ -284,8 +286,34 @@ class Lake:
             self._create_tables()
             return
         with lock:
+            if path.exists():
+                self._follow_move(path)
             self._create_tables()
-            Path(where).with_suffix(".ready").touch()
+            temporary = ready.with_suffix(".tmp")
+            temporary.write_text(self.data_path)
+            temporary.rename(ready)
+
+    def _follow_move(self, catalog: Path) -> None:
+        """A catalog holds absolute paths: when its folder was moved or copied, point it at the files' new place."""
+        with closing(sqlite3.connect(catalog, timeout=10)) as con, con:
+            known = con.execute("SELECT 1 FROM sqlite_master WHERE name = 'ducklake_metadata'").fetchone()
+            old = known and con.execute("SELECT value FROM ducklake_metadata WHERE key = 'data_path'").fetchone()
+            if not old or Path(old[0]) == Path(self.data_path):
+                return
+            old, new = old[0].rstrip("/") + "/", self.data_path.rstrip("/") + "/"
+            paths = [p for (p,) in con.execute("SELECT path FROM ducklake_data_file WHERE NOT path_is_relative")]
+            gone = [p for p in paths if not Path(new, p.removeprefix(old)).exists()]
+            if gone:
+                raise LakeError(
+                    f"the lake at {catalog} was made with its files in {old}; now they should be in {new}, but "
+                    f"{gone[0].removeprefix(old)} is not there ({len(gone)} missing); move the files there, or set "
+                    "lake.data_path to where they are"
+                )
+            con.execute("UPDATE ducklake_metadata SET value = ? WHERE key = 'data_path'", [new])
+            for table in ("ducklake_data_file", "ducklake_delete_file"):
+                there = "NOT path_is_relative AND substr(path, 1, ?) = ?"
+                moved = f"UPDATE {table} SET path = ? || substr(path, ?) WHERE {there}"
+                con.execute(moved, [new, len(old) + 1, len(old), old])
 
     def _create_tables(self) -> None:
         with self._connection(read_only=False) as con:

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from nbg_core import schemas
-from nbg_core.lake import Lake, Record, Write
+from nbg_core.lake import Lake, LakeError, Record, Write
 
 
 @pytest.fixture
@@ -159,3 +159,24 @@ def test_every_table_takes_an_empty_frame_and_describes_its_columns(lake, table)
         assert column.description, f"{table}.{name} says nothing"
         wanted = schemas.sql_type(column.dtype).replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE").replace("STRUCT", "")
         assert described[name].replace('"', "").replace("STRUCT", "") == wanted
+
+
+def test_a_lake_whose_folder_was_moved_still_opens_and_one_without_its_files_says_so(tmp_path):
+    def opened(folder, files="files") -> Lake:
+        lake = Lake(f"sqlite:{folder}/catalog.sqlite", str(folder / files))
+        lake._create()
+        return lake
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    rows = pl.DataFrame([{"slice": "a", "sample_id": "s1", "model_id": "m", "token_logprobs": [-0.5]}])
+    lake = opened(old)
+    lake.commit(record(), [Write("reference_logprobs", rows, as_file=True)])
+    lake.commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
+    old.rename(new)
+    moved = opened(new)
+    assert moved.sql("SELECT token_logprobs FROM reference_logprobs").item().to_list() == [-0.5]
+    assert moved.sql("SELECT score FROM scores").item() == 1.0
+    assert moved.commit(record(), [Write("scores", pl.DataFrame([score("s2")]))]).n_rows == 1
+    with pytest.raises(LakeError, match=r"made with its files in .*move the files there, or set lake.data_path"):
+        opened(new, "elsewhere")
+    assert opened(new).sql("SELECT count(*) FROM scores").item() == 2
