@@ -117,7 +117,9 @@ def test_sigkill_of_the_caller_ends_the_tree():
 def start_caller() -> tuple[subprocess.Popen, list[int]]:
     """A process that sits in run_process over `tree()`, and the pids of that tree and its supervisor."""
     script = (
-        f"from nbg_core.processes import run_process\nrun_process({tree()!r}, on_line=lambda s: print(s, flush=True))"
+        "import signal\nfrom nbg_core.processes import run_process\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs have it ignored
+        f"run_process({tree()!r}, on_line=lambda s: print(s, flush=True))"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
