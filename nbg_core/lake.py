@@ -10,6 +10,7 @@ From plain DuckDB: `ATTACH 'ducklake:sqlite:data/lake/catalog.sqlite' AS lake (R
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import uuid
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_ex
 
 from nbg_core import schemas
 from nbg_core.config import Profile
+from nbg_core.processes import redact
 
 CODE_VERSION = "1"
 """Raised when the same settings and inputs would give other rows: everything made before is then stale."""
@@ -144,19 +146,38 @@ class Lake:
 
     def _attach(self, read_only: bool, snapshot: int | None) -> duckdb.DuckDBPyConnection:
         kind = self.catalog.partition(":")[0]
-        _import_extensions(kind)
-        con = duckdb.connect()
-        for extension in _extensions(kind):
-            con.load_extension(extension)
         options = [f"DATA_PATH '{_quoted(self.data_path)}'"]
         if kind == "sqlite":
-            options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
+            options.append("META_BUSY_TIMEOUT 10000")
+            if not read_only:  # setting it is a write; the file remembers it
+                options.append("META_JOURNAL_MODE 'WAL'")
         if read_only:
             options.append("READ_ONLY")
         if snapshot is not None:
             options.append(f"SNAPSHOT_VERSION {int(snapshot)}")
-        con.execute(f"ATTACH 'ducklake:{_quoted(self.catalog)}' AS lake ({', '.join(options)})")
+        con = duckdb.connect()
+        try:
+            _import_extensions(kind)
+            for extension in _extensions(kind):
+                con.load_extension(extension)
+            con.execute(f"ATTACH 'ducklake:{_quoted(self.catalog)}' AS lake ({', '.join(options)})")
+        except duckdb.Error as e:  # its text holds the connection string: it may not be shown, nor be a cause
+            con.close()
+            if _is_contention(e):
+                raise
+            raise self._error("opened", e) from None
         return con
+
+    def _error(self, what: str, error: Exception) -> LakeError:
+        """The sentence for a user: place, cause without secrets, remedy."""
+        kind, _, where = self.catalog.partition(":")
+        if kind == "sqlite":
+            folders = f"{Path(where).parent} and {self.data_path}"
+            remedy = f"{folders} must be writable for this user, for reading too (SQLite keeps files of its own beside "
+            remedy += "the catalog): make them so, or set `lake` in the profile to a folder that is"
+        else:
+            remedy = "check lake.catalog in the profile, and that the database is up and lets this user in"
+        return LakeError(redact(f"the lake at {self.catalog} cannot be {what}: {error}; {remedy}"))
 
     def sql(self, query: str, params: Sequence = (), *, snapshot: int | None = None) -> pl.DataFrame:
         """The rows of a read-only query, at `snapshot` if given. Lists and structs come as polars types."""
@@ -179,13 +200,10 @@ class Lake:
         return self._commit(record, ready)
 
     def _commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
-        attempt = retry(
-            retry=retry_if_exception(_is_contention),
-            wait=wait_random_exponential(multiplier=0.05, max=5),
-            stop=stop_after_delay(RETRY_SECONDS),
-            reraise=True,
-        )(self._try_commit)
-        return attempt(record, ready)
+        try:
+            return _patiently(self._try_commit, record, ready)
+        except (duckdb.IOException, OSError) as e:  # a folder that is read-only, a disk that is full
+            raise self._error("written", e) from None
 
     def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
         files: list[Path] = []
@@ -265,29 +283,28 @@ class Lake:
             con.close()
 
     def _create(self) -> None:
-        """Make catalog, tables and views where they are missing; one process at a time."""
+        """Make catalog, tables and views where they are missing.
+
+        One process at a time in a SQLite catalog; in a Postgres one, whoever comes second tries again."""
         kind, _, where = self.catalog.partition(":")
         try:
             if "://" not in self.data_path:
                 Path(self.data_path).mkdir(parents=True, exist_ok=True)
-            lock = None
             if kind == "sqlite":
-                path = Path(where)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                ready = path.with_suffix(".ready")  # holds the data path
-                if path.exists() and ready.exists() and ready.read_text() == self.data_path:
-                    return
-                lock = FileLock(path.with_suffix(".lock"))
-        except OSError as e:
-            raise LakeError(
-                f"the lake at {self.catalog} cannot be created: {e}; make the folder writable or set `lake`"
-            ) from e
-        if lock is None:
-            self._create_tables()
+                self._create_file(Path(where))
+            else:
+                _patiently(self._create_tables)
+        except (OSError, sqlite3.Error) as e:
+            raise self._error("created", e) from None
+
+    def _create_file(self, catalog: Path) -> None:
+        ready = catalog.with_suffix(".ready")  # holds the data path
+        if catalog.exists() and ready.exists() and ready.read_text() == self.data_path:
             return
-        with lock:
-            if path.exists():
-                self._follow_move(path)
+        catalog.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(catalog.with_suffix(".lock")):
+            if catalog.exists():
+                self._follow_move(catalog)
             self._create_tables()
             temporary = ready.with_suffix(".tmp")
             temporary.write_text(self.data_path)
@@ -339,10 +356,23 @@ def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
     return rows.join(present, on=key, how="anti", maintain_order="left")
 
 
+_CONTENTION = re.compile(r"\b(lock|locked|deadlock|busy|conflict|conflicts|conflicting|serialize)\b", re.IGNORECASE)
+
+
 def _is_contention(error: BaseException) -> bool:
     """Whether another writer was in the way and the transaction can simply be tried again."""
-    text = str(error).lower()
-    return isinstance(error, duckdb.Error) and ("lock" in text or "conflict" in text or "busy" in text)
+    mistakes = (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)  # may name any word
+    return isinstance(error, duckdb.Error) and not isinstance(error, mistakes) and bool(_CONTENTION.search(str(error)))
+
+
+def _patiently(attempt, *args):
+    """`attempt(*args)`, again and again while other writers are in the way, for RETRY_SECONDS at most."""
+    return retry(
+        retry=retry_if_exception(_is_contention),
+        wait=wait_random_exponential(multiplier=0.05, max=5),
+        stop=stop_after_delay(RETRY_SECONDS),
+        reraise=True,
+    )(attempt)(*args)
 
 
 def _quietly_rollback(con) -> None:

@@ -2,13 +2,21 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
+from pathlib import Path
 
 import dataframely as dy
 import duckdb
 import polars as pl
 import pytest
 
+from nbg_core import lake as lake_module
 from nbg_core import schemas
 from nbg_core.lake import Lake, LakeError, Record, Write
 
@@ -180,3 +188,79 @@ def test_a_lake_whose_folder_was_moved_still_opens_and_one_without_its_files_say
     with pytest.raises(LakeError, match=r"made with its files in .*move the files there, or set lake.data_path"):
         opened(new, "elsewhere")
     assert opened(new).sql("SELECT count(*) FROM scores").item() == 2
+
+
+def test_a_catalog_that_does_not_open_shows_no_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    lake = Lake("postgres:host=127.0.0.1 port=1 dbname=x user=me password=s3cretpw", str(tmp_path / "files"))
+    with pytest.raises(LakeError, match=r"(?s)password=\*\*\*.* cannot be opened.*check lake.catalog") as e:
+        lake.sql("SELECT 1")
+    assert "s3cretpw" not in "".join(traceback.format_exception(e.value))
+
+
+READ_ONLY = """
+import sys
+import polars as pl
+from nbg_core.lake import Lake, LakeError, Record, Write
+folder, act = sys.argv[1:]
+lake = Lake(f"sqlite:{folder}/catalog.sqlite", f"{folder}/files")
+try:
+    lake._create()
+    if act == "read":
+        print(lake.sql("SELECT count(*) AS n FROM scores").item())
+    else:
+        lake.commit(Record("filtered_pairs", "a", "r", "t"), [Write("scores", pl.DataFrame([%r]))])
+except LakeError as e:
+    print("LakeError:", e)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become another user")
+@pytest.mark.parametrize("act", ["read", "write", "create"])
+def test_a_folder_that_may_only_be_read_is_named_with_a_remedy(act):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        place, home = Path(folder, "lake"), Path(folder, "home")
+        home.mkdir(mode=0o777)
+        home.chmod(0o777)
+        if act == "create":
+            place.mkdir()
+        else:
+            lake = Lake(f"sqlite:{place}/catalog.sqlite", str(place / "files"))
+            lake._create()
+            lake.commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]
+        out = subprocess.run(
+            [*command, READ_ONLY % score("s2"), str(place), act], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "HOME": str(home)},
+        )  # fmt: skip
+    assert out.stdout.startswith("LakeError: the lake at sqlite:"), out.stdout + out.stderr
+    assert f"{place} and {place}/files must be writable for this user" in out.stdout and "set `lake`" in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("IO Error: database is locked", True),
+        ("Failed to commit DuckLake transaction: Transaction conflict - attempting to insert", True),
+        ("ERROR: could not serialize access due to concurrent update", True),
+        ("Invalid Input Error: cannot decode block 7", False),
+        ("Out of Range Error: clock moved", False),
+    ],
+)
+def test_only_another_writer_is_waited_for(message, expected):
+    assert lake_module._is_contention(duckdb.IOException(message)) is expected
+    assert not lake_module._is_contention(duckdb.BinderException('column "lock" not found'))
+
+
+def test_tables_that_another_process_makes_at_the_same_time_are_waited_for(tmp_path, monkeypatch):
+    calls = []
+
+    def create_tables(self):
+        calls.append(self)
+        if len(calls) < 3:
+            raise duckdb.TransactionException("Transaction conflict: schema already made")
+
+    monkeypatch.setattr(Lake, "_create_tables", create_tables)
+    Lake("postgres:host=nowhere", str(tmp_path))._create()
+    assert len(calls) == 3
