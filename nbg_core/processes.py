@@ -4,7 +4,8 @@
 command and collects its orphans. The whole tree ends when the command ends, when the caller raises (an interrupt, a
 Dagster termination), and when the caller disappears, even by SIGKILL: on Linux the kernel tells the supervisor
 (PR_SET_PDEATHSIG) and hands it every orphaned descendant (PR_SET_CHILD_SUBREAPER), also those that opened a session
-of their own; elsewhere the supervisor looks at its parent twice a second. Ending is SIGTERM, a grace, SIGKILL.
+of their own; elsewhere the supervisor looks at its parent twice a second. Ending is SIGTERM, a grace, SIGKILL. When
+the supervisor itself is killed, the command goes with it (Linux), and then the rest of its process group.
 
 `run_worker` runs one stage (nbg_core.worker) like this; Dagster and the command line both go through it.
 """
@@ -30,6 +31,7 @@ import psutil
 GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class WorkerFailed(RuntimeError):
@@ -66,7 +68,10 @@ def run_process(
                 line = redact(line.rstrip("\n"))
                 log.write(line + "\n")
                 on_line(line)
-        return process.wait()
+        code = process.wait()
+        if code == -signal.SIGKILL:  # the command's end, or the supervisor's own
+            _kill_group(process.pid)
+        return code
     except BaseException:
         _end_supervisor(process, grace)
         raise
@@ -127,6 +132,14 @@ def redact(text: str) -> str:
     return text
 
 
+def sentence(error: BaseException) -> str:
+    """What a user is told of an error: secrets blanked, and the remedy where a folder cannot be written."""
+    text = redact(str(error)) or type(error).__name__
+    if isinstance(error, PermissionError):
+        text += "; make it writable for this user, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
+    return text
+
+
 def _secret_values() -> list[str]:
     names = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
     return [v for k, v in os.environ.items() if names.search(k) and len(v) >= 8]
@@ -155,9 +168,16 @@ def _end_supervisor(process: subprocess.Popen, grace: float) -> None:
     except BaseException:  # also a second interrupt: nothing may survive it, and the first one is raised on
         pass
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _kill_group(process.pid)
+        process.wait()
+
+
+def _kill_group(group: int) -> None:
+    """End what a supervisor that was killed itself has left in its group."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:  # nothing is left
+        pass
 
 
 def supervise(command: Sequence[str], parent: int, grace: float) -> int:
@@ -168,11 +188,10 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _frame: stop.append(n))
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
-        main = subprocess.Popen(command)
+        main = subprocess.Popen(command, preexec_fn=_die_with_parent)
     except OSError as e:
         print(f"{command[0]} cannot be started: {e}", flush=True)
         return 127
@@ -190,6 +209,12 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
         time.sleep(_POLL_SECONDS)
         left = _living()
     return main.wait()
+
+
+def _die_with_parent() -> None:
+    """In the command, before it starts: also a supervisor that is killed outright (out of memory) takes it along."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _living() -> list[psutil.Process]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from nbg_core.config import Profile, load_profile
 from nbg_core.lake import Lake
 from nbg_core.lineage import UNPARTITIONED, UPSTREAM
+from nbg_core.processes import sentence
 from nbg_core.run import Run
 
 STAGES = {
@@ -82,7 +83,7 @@ def main() -> int:
         report = materialise(args.asset, args.slice, args.run_id)
     except Exception as e:  # whatever went wrong is reported in one sentence; the log has the traceback
         traceback.print_exc()
-        report = {"error": f"{e}" if str(e) else type(e).__name__, "error_type": type(e).__name__}
+        report = {"error": sentence(e), "error_type": type(e).__name__}
     if args.report:
         write_json(args.report, report)
     else:

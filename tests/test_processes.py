@@ -114,6 +114,35 @@ def test_sigkill_of_the_caller_ends_the_tree():
     assert gone_within(pids, 5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_sigkill_of_the_supervisor_ends_the_command_and_is_reported():
+    pids = []
+
+    def on_line(line):
+        pids.extend(pids_of(line))
+        psutil.Process(pids[0]).parent().kill()
+
+    code = run_process(["bash", "-c", "sleep 300 & echo pids $$ $!; wait"], on_line=on_line, grace=1.0)
+    assert code == -signal.SIGKILL and len(pids) == 2
+    assert gone_within(pids, 5)
+
+
+def test_an_exception_after_the_supervisor_was_killed_ends_the_group():
+    pids = []
+
+    def on_line(line):
+        if not pids:
+            pids.extend(pids_of(line))
+            supervisor = psutil.Process(pids[0]).parent()
+            supervisor.kill()
+            assert gone_within([supervisor.pid], 5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_process(["bash", "-c", "sleep 300 & echo pids $$ $!; wait"], on_line=on_line, grace=1.0)
+    assert len(pids) == 2 and gone_within(pids, 5)
+
+
 def start_caller() -> tuple[subprocess.Popen, list[int]]:
     """A process that sits in run_process over `tree()`, and the pids of that tree and its supervisor."""
     script = (
