@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,24 +14,30 @@ import polars as pl
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nbg_core import accuracy, config, lineage
 from nbg_core.config import Profile, load_profile
 from nbg_core.lake import Lake, LakeError
+from nbg_core.processes import redact, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+# No markup, no emoji codes: names, errors and answers are shown as they are, whatever brackets and colons they hold.
+console, errors = (
+    Console(highlight=False, markup=False, emoji=False, stderr=e, width=None if sys.stdout.isatty() else 160)
+    for e in (False, True)
+)
 Slices = Annotated[list[str] | None, typer.Option("--slice", "-s", help="Only this slice (repeatable).")]
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend end in one line and exit code 1."""
+    """Entry point: errors that a user can mend end in one line on stderr and exit code 1."""
     try:
         app()
     except (KeyError, IndexError):  # defects of ours: the traceback is what helps
         raise
     except (LakeError, LookupError, ValueError, OSError) as e:
-        console.print(f"[red]error:[/red] {e}", soft_wrap=True)
+        errors.print(Text.assemble(("error: ", "red"), sentence(e)), soft_wrap=True)
         sys.exit(1)
 
 
@@ -45,21 +52,24 @@ def run(slice: Slices = None) -> None:
     from nbg_assets.driver import dagster_instance, materialise_stale
 
     profile, _ = _open()
-    console.print(f"profile [bold]{profile.name}[/bold], slices: {', '.join(slice or lineage.slices(profile))}")
-    with dagster_instance(profile) as instance:
-        results = materialise_stale(instance, profile, slices=slice, on_line=_say)
-    ran = [r for r in results if r.ran]
-    failed = [r for r in ran if not r.success]
+    _say(f"profile {profile.name}, slices: {', '.join(slice or lineage.slices(profile))}")
+    try:
+        with dagster_instance(profile) as instance:
+            results = materialise_stale(instance, profile, slices=slice, on_line=_say)
+    except KeyboardInterrupt:
+        errors.print("stopped; what was committed is kept, and the next `nbg run` goes on from there")
+        raise typer.Exit(130) from None
+    failed = [r for r in results if not r.success]
     for r in failed:
-        console.print(f"[red]failed:[/red] {r.name}: {r.message}", soft_wrap=True)
-    fresh = sum(not r.ran for r in results)
-    console.print(f"{len(ran) - len(failed)} materialised, {fresh} already up to date, {len(failed)} failed")
+        console.print(Text.assemble(("failed: ", "red"), f"{r.name}: {redact(r.message)}"), soft_wrap=True)
+    made = sum(r.ran and r.success for r in results)
+    console.print(f"{made} materialised, {len(results) - made - len(failed)} already up to date, {len(failed)} failed")
     if failed:
         raise typer.Exit(1)
 
 
 def _say(line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -70,7 +80,7 @@ def demo() -> None:
     console.print("\nNext:")
     console.print("  make dev                                            the Dagster UI at http://127.0.0.1:3000")
     console.print('  .venv/bin/nbg sql "SELECT reason, count(*) AS n FROM rejections GROUP BY ALL ORDER BY n DESC"')
-    console.print("  cp my_queries.jsonl data/queries/ && .venv/bin/nbg run     a slice of your own", markup=False)
+    console.print("  cp my_queries.jsonl data/queries/ && .venv/bin/nbg run     a slice of your own")
 
 
 @app.command()
@@ -114,10 +124,10 @@ def sql(
         raise LookupError(f"{e}") from e
     if format == "csv":
         nested = [c for c, t in df.schema.items() if t.is_nested()]
-        df = df.with_columns(pl.col(c).map_elements(lambda v: json.dumps(list(v)), pl.String) for c in nested)
-        sys.stdout.write(df.write_csv())
+        texts = {c: [None if v is None else _json(v) for v in df[c].to_list()] for c in nested}
+        sys.stdout.write(df.with_columns(pl.Series(c, v, pl.String) for c, v in texts.items()).write_csv())
     elif format == "json":
-        sys.stdout.write(json.dumps(df.to_dicts(), default=str, ensure_ascii=False) + "\n")
+        sys.stdout.write(_json(df.to_dicts()) + "\n")
     else:
         table = Table(*df.columns)
         for row in df.head(rows).iter_rows():
@@ -126,10 +136,22 @@ def sql(
         console.print(f"{df.height} rows" + (f", first {rows} shown" if df.height > rows else ""))
 
 
+def _json(value: object) -> str:
+    """Valid JSON: it has no infinities and no NaN, so these become null."""
+
+    def plain(v: object) -> object:
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        if isinstance(v, list):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(plain(value), default=str, ensure_ascii=False, allow_nan=False)
+
+
 def _short(value: object, width: int = 60) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("\n", "\\n")
-    text = text if len(text) <= width else text[: width - 1] + "…"
-    return text.replace("[", r"\[")
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 @app.command()
@@ -142,7 +164,7 @@ def tables() -> None:
         n = lake.sql(f"SELECT count(*) AS n FROM {name}")["n"][0]
         table = Table("column", "type", "meaning", title=f"{name}: {n} rows", title_justify="left")
         for column, spec in schema.columns().items():
-            table.add_row(column, sql_type(spec.dtype).replace("[", r"\["), spec.description or "")
+            table.add_row(column, sql_type(spec.dtype), spec.description or "")
         console.print(table)
 
 
@@ -187,7 +209,7 @@ def show_profile(
         return
 
     profile = load_profile(which)
-    console.print(yaml.safe_dump(json.loads(profile.model_dump_json()), sort_keys=False), markup=False)
+    console.print(redact(yaml.safe_dump(json.loads(profile.model_dump_json()), sort_keys=False)), soft_wrap=True)
 
 
 @app.command()
@@ -199,8 +221,9 @@ def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
     profile, _ = _open()
     with dagster_instance(profile) as instance:
         sync_partitions(instance)
-    root = Path(__file__).resolve().parent.parent
-    os.chdir(root)
+    if (which := os.environ.get("NBG_PROFILE", "")).endswith((".yaml", ".yml")):
+        os.environ["NBG_PROFILE"] = str(Path(which).resolve())  # relative to where the user is, not to the project
+    os.chdir(config.PROJECT_ROOT)
     command = [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
     os.execvp(command[0], command)
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import dagster as dg
 import psutil
-from dagster import DagsterRunStatus, RunsFilter
+from dagster import DagsterExecutionInterruptedError, DagsterRunStatus, RunsFilter
 
 from nbg_assets import pipes
 from nbg_assets.definitions import build
-from nbg_assets.partitions import find_slices, sync_partitions
+from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core import lineage
+from nbg_core.checks import not_in_this_version
 from nbg_core.config import PROJECT_ROOT, Profile
 from nbg_core.lake import Lake
 
@@ -32,7 +33,8 @@ QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one partition: `ran` is false for what was fresh already, `message` is why a run failed."""
+    """What became of one partition: `ran` is false for what was fresh already or could not start, `message` is why it
+    did not succeed."""
 
     asset: str
     slice: str | None
@@ -67,10 +69,13 @@ def materialise_stale(
     """Materialise what is missing or stale, slice by slice, then training and evaluation once every slice is fresh.
 
     `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
-    of a failure or a slice that is not fresh is said on `on_line`. Raises LookupError for an unknown slice, ValueError
-    for one whose name cannot be a partition."""
+    of a failure is said on `on_line`. Training that is due and waits for a slice that is not fresh is a failure,
+    unless `slices` was given. Raises LookupError for an unknown slice, ValueError for one whose name cannot be a
+    partition and for a profile that this version cannot run, KeyboardInterrupt when a run was interrupted."""
+    if problem := not_in_this_version(profile):
+        raise ValueError(problem)
     defs, lake = build(), Lake.of(profile)
-    good, refused = find_slices(profile)
+    good, refused = lineage.find_slices(profile)
     for name in slices or ():
         if name in refused:
             raise ValueError(refused[name])
@@ -91,24 +96,32 @@ def materialise_stale(
         due = stale_student(states)
         results += [Result(s.asset, None, ran=False) for s in states if s.slice is None and s.asset not in due]
         if due and waiting:
-            on_line(f"{', '.join(due)} not started: these slices are not fresh: {', '.join(waiting)}")
+            why = f"not started: these slices are not fresh: {', '.join(waiting)}"
+            on_line(f"{', '.join(due)} {why}")
+            if slices is None:
+                results += [Result(asset, None, ran=False, success=False, message=why) for asset in due]
         elif due:
             results += _run(defs, instance, "train", due, None, on_line)
     return results
 
 
 def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str | None, on_line) -> list[Result]:
-    """One Dagster run of some assets of a job."""
+    """One Dagster run of some assets of a job. Raises KeyboardInterrupt when it was interrupted."""
     where = f"[{slice}]" if slice else ""
     on_line(f"run {', '.join(assets)} {where}".rstrip())
-    outcome = defs.resolve_job_def(job).execute_in_process(
-        instance=instance,
-        partition_key=slice,
-        asset_selection=[dg.AssetKey(a) for a in assets],
-        run_config=QUIET,
-        tags={PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
-        raise_on_error=False,
-    )
+    try:
+        outcome = defs.resolve_job_def(job).execute_in_process(
+            instance=instance,
+            partition_key=slice,
+            asset_selection=[dg.AssetKey(a) for a in assets],
+            run_config=QUIET,
+            tags={PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
+            raise_on_error=False,
+        )
+    except DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
+    if _interrupted(instance, outcome):  # Dagster turns the signal into one more failed step
+        raise KeyboardInterrupt
     made = {e.asset_key.path[-1] for e in outcome.get_asset_materialization_events()}
     failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
     results = []
@@ -127,15 +140,26 @@ def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str
     return results
 
 
+def _interrupted(instance, outcome) -> bool:
+    if instance.get_run_by_id(outcome.run_id).status in (DagsterRunStatus.CANCELED, DagsterRunStatus.CANCELING):
+        return True
+    errors = [e.step_failure_data.error for e in outcome.all_events if e.is_step_failure]
+    return any("Interrupt" in (link.cls_name or "") for error in errors if error for link in _chain(error))
+
+
+def _chain(error) -> Iterator:
+    while error:
+        yield error
+        error = error.cause
+
+
 def _sentence(event: dg.DagsterEvent) -> str:
     """Why a step failed: the description of its dagster.Failure, else the innermost error's message."""
     data = event.step_failure_data
     if data.user_failure_data:
         return data.user_failure_data.description or ""
-    error = data.error
-    while error.cause:
-        error = error.cause
-    return error.message.strip()
+    *_, innermost = _chain(data.error)
+    return innermost.message.strip()
 
 
 @contextmanager

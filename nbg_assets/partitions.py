@@ -14,25 +14,10 @@ from nbg_core.config import Profile, load_profile
 slices = dg.DynamicPartitionsDefinition(name="slice")
 
 
-def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
-    """Names of the query files that can be partitions, and the reason for each that cannot."""
-    from nbg_core.queries.readers import check_slice_name
-
-    good, refused = [], {}
-    for name in lineage.slices(profile):
-        try:
-            check_slice_name(name)
-            good.append(name)
-        except ValueError as e:
-            refused[name] = str(e)
-    return good, refused
-
-
 def sync_partitions(instance: dg.DagsterInstance, profile: Profile | None = None) -> list[str]:
     """Make a partition of every query file that has none; return those added."""
-    good, _ = find_slices(profile or load_profile())
     present = set(instance.get_dynamic_partitions(slices.name))
-    added = [name for name in good if name not in present]
+    added = [name for name in lineage.slices(profile or load_profile()) if name not in present]
     if added:
         instance.add_dynamic_partitions(slices.name, added)
     return added

@@ -16,7 +16,7 @@ from nbg_assets import metadata
 from nbg_assets.plots import Plot
 from nbg_assets.resources import NbgResource
 from nbg_core import lineage
-from nbg_core.checks import CHECKS, Subject, broken_upstream
+from nbg_core.checks import CHECKS, Subject, broken_upstream, not_in_this_version
 from nbg_core.processes import WorkerFailed, run_worker
 
 progress = logging.getLogger("nbg.progress")
@@ -45,8 +45,11 @@ def materialise(
     Raises dagster.Failure with the worker's sentence when it failed."""
     asset = context.asset_key.path[-1]
     slice = None if asset in lineage.UNPARTITIONED else context.partition_key
-    profile, lake = nbg.load(), nbg.lake()
+    profile = nbg.load()
     context.log.info(f"profile {profile.name}")
+    if problem := not_in_this_version(profile):
+        raise dg.Failure(problem, allow_retries=False)
+    lake = nbg.lake()
     if problem := broken_upstream(lake, profile, asset, slice):
         raise dg.Failure(f"not started: {problem}", allow_retries=False)
     start = time.monotonic()

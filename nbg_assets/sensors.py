@@ -7,7 +7,7 @@ import time
 import dagster as dg
 
 from nbg_assets.jobs import refresh_slice, train
-from nbg_assets.partitions import find_slices, slices
+from nbg_assets.partitions import slices
 from nbg_assets.resources import NbgResource
 from nbg_assets.schedules import training_is_running
 from nbg_assets.stale import stale_slices, stale_student, training_key
@@ -25,7 +25,7 @@ SETTLE_SECONDS = 3
 )
 def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
     profile = nbg.load()
-    good, refused = find_slices(profile)
+    good, refused = lineage.find_slices(profile)
     for reason in refused.values():
         context.log.warning(reason)
     present = set(context.instance.get_dynamic_partitions(slices.name))

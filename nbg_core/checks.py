@@ -28,6 +28,13 @@ class Check:
     blocking: bool = True
 
 
+def not_in_this_version(profile: Profile) -> str | None:
+    """What the profile asks for that cannot be done yet, as a sentence, or None: asked before any work is."""
+    asked = {"sampling.backend": profile.sampling.backend, "teacher.engine": profile.teacher.engine}
+    later = [f"{key} {value!r}" for key, value in asked.items() if value != "transformers"]
+    return f"not in this version: {', '.join(later)}; set it to 'transformers' in the profile" if later else None
+
+
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice: str | None) -> str | None:
     """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
     for upstream in lineage.UPSTREAM[asset]:

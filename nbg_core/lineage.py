@@ -59,9 +59,40 @@ def current_policy(lake: Lake, profile: Profile) -> Policy:
 
 
 def slices(profile: Profile) -> list[str]:
-    """The slices: names of the query files, sorted."""
+    """The slices: names of the query files that can be slices, sorted."""
+    return find_slices(profile)[0]
+
+
+def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
+    """Names of the query files that can be slices, sorted, and the reason for each name that cannot."""
     folder = profile.resolve(profile.paths.queries)
-    return sorted({p.stem for p in folder.glob("*") if p.suffix in (".jsonl", ".parquet")})
+    good, refused = [], {}
+    for name in sorted({p.stem for p in folder.glob("*") if p.suffix in (".jsonl", ".parquet") and p.is_file()}):
+        try:
+            check_slice_name(name)
+            good.append(name)
+        except ValueError as e:
+            refused[name] = str(e)
+    return good, refused
+
+
+def check_slice_name(name: str) -> None:
+    """Raises ValueError, with the reason, for a name that cannot be a partition key and a file name."""
+    reason = None
+    if not name.strip():
+        reason = "it is empty"
+    elif "..." in name:
+        reason = "it holds '...', which separates the ends of a partition range"
+    elif name.startswith("."):
+        reason = "it starts with '.', as hidden files do"
+    elif "/" in name or "\\" in name:
+        reason = "it holds a path separator"
+    elif not name.isprintable() or name != name.strip():
+        reason = "it holds control characters (such as tab or newline), or spaces at an end"
+    elif len(name.encode()) > 200:
+        reason = "it is longer than 200 bytes"
+    if reason:
+        raise ValueError(f"{name!r} cannot be a slice: {reason}; rename the query file, e.g. to 'addition.jsonl'")
 
 
 def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None) -> dict:
@@ -237,5 +268,6 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
     return found
 
 
-__all__ = ["UPSTREAM", "UNPARTITIONED", "Policy", "Status", "content_version", "current_policy", "input_of", "latest",
-           "query_file", "settings_id", "settings_of", "slices", "status", "trace"]  # fmt: skip
+__all__ = ["UPSTREAM", "UNPARTITIONED", "Policy", "Status", "check_slice_name", "content_version", "current_policy",
+           "find_slices", "input_of", "latest", "query_file", "settings_id", "settings_of", "slices", "status",
+           "trace"]  # fmt: skip

@@ -6,6 +6,10 @@ The first part uses a fake worker (10 s); the last test runs the real stages on 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from contextlib import contextmanager
 
 import dagster as dg
 import polars as pl
@@ -113,8 +117,59 @@ def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(ins
     results = materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
     assert {r.slice for r in results} == {s for _, s in fake.calls} == {"a"}
     assert "student_checkpoint, student_eval not started: these slices are not fresh: b" in lines
+    assert all(r.success for r in results), "nothing but slice a was asked for"
     with pytest.raises(LookupError, match="no slice 'c'; slices: a, b"):
         materialise_stale(instance, profile, slices=["c"])
+
+
+def test_a_file_that_cannot_be_a_slice_holds_nothing_up(instance, profile, fake):
+    (profile.root / "queries" / "._a.jsonl").write_text("{}\n")
+    (profile.root / "queries" / "folder.jsonl").mkdir()
+    lines = []
+    results = materialise_stale(instance, profile, on_line=lines.append)
+    assert all(r.ran and r.success for r in results) and fake.calls[-1] == ("student_eval", None)
+    assert any(line.startswith("left out: '._a' cannot be a slice") for line in lines)
+    with pytest.raises(ValueError, match="'._a' cannot be a slice"):
+        materialise_stale(instance, profile, slices=["._a"])
+
+
+def test_training_that_is_due_and_cannot_start_is_a_failure(instance, profile, fake):
+    fake.spoil["filtered_pairs"] = lambda df: df.with_columns(pl.lit(0.4).alias("margin"))
+    results = materialise_stale(instance, profile, on_line=lambda _: None)
+    why = "not started: these slices are not fresh: a, b"
+    assert Result("student_checkpoint", None, False, False, why) in results
+
+
+def test_a_profile_for_a_later_version_is_refused_before_the_first_stage(instance, tmp_path, monkeypatch, fake):
+    path = write_profile(tmp_path / "later", teacher={"engine": "vllm"})
+    monkeypatch.setenv("NBG_PROFILE", str(path))
+    name, sentence = step_failure(run_slice(instance, "a", ["queries"]))
+    assert (name, fake.calls) == ("queries", [])
+    assert sentence == "not in this version: teacher.engine 'vllm'; set it to 'transformers' in the profile"
+
+
+def test_an_interrupt_in_a_step_ends_everything(instance, profile, monkeypatch):
+    calls = []
+
+    def interrupted(asset, slice, *_, **__):
+        calls.append((asset, slice))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(pipes, "run_worker", interrupted)
+    with default_interrupt(), pytest.raises(KeyboardInterrupt):
+        materialise_stale(instance, profile, on_line=lambda _: None)
+    assert calls == [("queries", "a")]
+
+
+@contextmanager
+def default_interrupt():
+    """SIGINT raises, also where pytest was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_failed_worker_fails_the_step_with_its_own_sentence(instance, profile, fake):

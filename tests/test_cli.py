@@ -1,13 +1,24 @@
 """The `nbg` command, as a user runs it."""
 
+import csv
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
+from fake_worker import write_profile
+from typer.testing import CliRunner
 
+from nbg_assets import cli
+from nbg_core.config import PROJECT_ROOT
 from nbg_core.lake import Lake, Record, Write
 
 
@@ -33,19 +44,114 @@ def add_pair(profile) -> None:
 def test_sql_in_three_formats(profile):
     add_pair(profile)
     query = "SELECT pair_id, margin, [1, 2] AS l FROM pairs"
-    table, rows, csv = (nbg("sql", query, *extra) for extra in ([], ["--format", "json"], ["--format", "csv"]))
+    table, rows, as_csv = (nbg("sql", query, *extra) for extra in ([], ["--format", "json"], ["--format", "csv"]))
     assert "p1" in table.stdout and "1 rows" in table.stdout
     assert json.loads(rows.stdout) == [{"pair_id": "p1", "margin": 1.0, "l": [1, 2]}]
-    assert csv.stdout.splitlines() == ["pair_id,margin,l", 'p1,1.0,"[1, 2]"']
+    assert as_csv.stdout.splitlines() == ["pair_id,margin,l", 'p1,1.0,"[1, 2]"']
 
 
 def test_sql_cannot_write_and_names_its_mistakes(profile):
     add_pair(profile)
     for query, expected in [("DELETE FROM pairs", "read-only"), ("SELECT x FROM pairs", '"x" not found')]:
         result = nbg("sql", query)
-        assert (result.returncode, result.stderr) == (1, "")
-        assert expected in result.stdout
-        assert "Traceback" not in result.stdout
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("error: ") and expected in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_programs_get_valid_json_and_whole_structs(profile):
+    query = (
+        "SELECT '-inf'::DOUBLE AS a, ['nan'::DOUBLE, 1] AS l, {'role': 'user', 'n': [{'k': 2}]} AS s, NULL::INT[] AS e"
+    )
+    rows = json.loads(nbg("sql", query, "--format", "json").stdout, parse_constant=pytest.fail)
+    assert rows == [{"a": None, "l": [None, 1.0], "s": {"role": "user", "n": [{"k": 2}]}, "e": None}]
+    header, row = csv.reader(nbg("sql", query, "--format", "csv").stdout.splitlines())
+    assert header == ["a", "l", "s", "e"]
+    assert (json.loads(row[1]), json.loads(row[2]), row[3]) == ([None, 1.0], {"role": "user", "n": [{"k": 2}]}, "")
+
+
+def test_brackets_and_colons_are_shown_as_they_are(profile):
+    texts = ["[addition]", "[/path]", "[bold]", ":smile:", "[1, 2]"]
+    table = nbg("sql", f'SELECT unnest({texts}) AS "[red]"')
+    assert table.returncode == 0
+    assert all(text in table.stdout for text in [*texts, "[red]"]), table.stdout
+    broken = nbg("sql", "SELECT '[/path]' FROM \"[addition]\"")
+    assert broken.returncode == 1 and "[/path]" in broken.stderr and "Traceback" not in broken.stderr
+
+
+def test_no_password_is_shown(profile, tmp_path, monkeypatch):
+    data = json.loads(profile.model_dump_json())
+    data["lake"]["catalog"] = "postgres:host=127.0.0.1 port=1 dbname=x password=s3cretpw"
+    path = tmp_path / "postgres.yaml"
+    path.write_text(yaml.safe_dump(data))
+    monkeypatch.setenv("NBG_PROFILE", str(path))
+    shown, failed = nbg("profile"), nbg("status")
+    assert shown.returncode == 0 and "dbname=x password=***" in shown.stdout
+    assert failed.returncode == 1 and "check lake.catalog" in failed.stderr
+    assert "s3cretpw" not in shown.stdout + shown.stderr + failed.stdout + failed.stderr
+
+
+def test_a_run_that_this_version_cannot_do_is_refused_before_any_work(profile, tmp_path, monkeypatch):
+    data = json.loads(profile.model_dump_json())
+    data["sampling"]["backend"] = data["teacher"]["engine"] = "vllm"
+    path = tmp_path / "vllm.yaml"
+    path.write_text(yaml.safe_dump(data))
+    monkeypatch.setenv("NBG_PROFILE", str(path))
+    (profile.resolve(profile.paths.queries) / "a.jsonl").write_text('{"prompt": "x"}\n')
+    result = nbg("run")
+    assert result.returncode == 1
+    wanted = "not in this version: sampling.backend 'vllm', teacher.engine 'vllm'; set it to 'transformers'"
+    assert wanted in result.stderr and Lake.of(profile).sql("SELECT * FROM lineage.materialisations").is_empty()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become another user")
+def test_a_project_that_may_only_be_read_says_so():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        path = write_profile(Path(folder, "project"))
+        command = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            sys.executable,
+            "-m",
+            "nbg_assets.cli",
+        ]
+        env = {**os.environ, "NBG_PROFILE": str(path), "HOME": folder}
+        result = subprocess.run([*command, "run"], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "writable for this user" in result.stderr
+
+
+def test_a_relative_profile_means_the_same_to_dev(profile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NBG_PROFILE", "cli.yaml")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    seen = {}
+    monkeypatch.setattr(os, "execvp", lambda *_: seen.update(profile=os.environ["NBG_PROFILE"], cwd=os.getcwd()))
+    CliRunner().invoke(cli.app, ["dev"], catch_exceptions=False)
+    assert seen == {"profile": str(tmp_path / "cli.yaml"), "cwd": str(PROJECT_ROOT)}
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_run_and_starts_nothing_more(profile, tmp_path):
+    for name in ("a", "b"):
+        row = {"prompt": f"say {name}", "answer": name, "verifier": "exact", "split": "train"}
+        (profile.resolve(profile.paths.queries) / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nbg_assets.cli", "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "DAGSTER_HOME": str(tmp_path / "home")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs have it ignored
+    )  # fmt: skip
+    while not (line := process.stdout.readline()).startswith("run queries"):
+        assert line, process.stderr.read()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, out + err
+    assert "stopped; what was committed is kept" in err and "Traceback" not in err
+    assert "run " not in out and "failed" not in out
 
 
 def test_sql_at_a_snapshot(profile):
@@ -61,7 +167,7 @@ def test_an_unknown_profile_key_is_one_line(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("NBG_PROFILE", str(bad))
     result = nbg("status")
     assert result.returncode == 1
-    assert "unknown key 'samplign'; did you mean 'sampling'" in result.stdout
+    assert "unknown key 'samplign'; did you mean 'sampling'" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
 
 
@@ -80,12 +186,12 @@ def test_a_missing_model_folder_is_named(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("NBG_PROFILE", str(path))
     result = nbg("status")
     assert result.returncode == 1
-    assert f"no model at {tmp_path / 'nowhere'}" in result.stdout.replace("\n", "")
+    assert f"no model at {tmp_path / 'nowhere'}" in result.stderr
 
 
 def test_trace_and_report_say_when_there_is_nothing(profile):
-    assert "starts with 'abc'" in nbg("trace", "abc").stdout
-    assert "nothing is evaluated yet" in nbg("report").stdout
+    assert "starts with 'abc'" in nbg("trace", "abc").stderr
+    assert "nothing is evaluated yet" in nbg("report").stderr
 
 
 def test_tables_explain_every_table(profile):

@@ -16,7 +16,7 @@ from nbg_core.ids import query_id
 from nbg_core.lake import Lake
 from nbg_core.queries import ingest
 from nbg_core.queries.dedup import COMMON_ROWS, find_drops, item
-from nbg_core.queries.readers import QueryFileError, check_slice_name, read_rows
+from nbg_core.queries.readers import QueryFileError, read_rows
 from nbg_core.run import Run
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -144,12 +144,12 @@ def test_problems_of_parquet_name_the_row(tmp_path):
 )
 def test_names_that_cannot_be_a_slice_are_refused_with_the_reason(name):
     with pytest.raises(ValueError, match="cannot be a slice: it .*rename the query file"):
-        check_slice_name(name)
+        lineage.check_slice_name(name)
 
 
 @pytest.mark.parametrize("name", ["addition", "a.b", "2026-11 math_v2", "東京", "a..b"])
 def test_other_names_are_slices(name):
-    check_slice_name(name)
+    lineage.check_slice_name(name)
 
 
 # --- duplicates and contamination, against a reference that compares everything with everything ----------------------

@@ -22,7 +22,7 @@ from nbg_core import lineage, schemas
 from nbg_core.ids import content_version, seed_from
 from nbg_core.lake import Write
 from nbg_core.queries.dedup import find_drops, item, text_key
-from nbg_core.queries.readers import QueryFileError, QueryRow, check_slice_name, read_rows
+from nbg_core.queries.readers import QueryFileError, QueryRow, read_rows
 from nbg_core.run import Run
 
 ASSET = "queries"
@@ -39,7 +39,7 @@ def materialise(run: Run, slice: str) -> dict:
 
     Raises ValueError for a name that cannot be a slice, QueryFileError for a file with a problem or without a training
     query that can be kept."""
-    check_slice_name(slice)
+    lineage.check_slice_name(slice)
     path = _file(run, slice)
     settings = run.settings(ASSET, slice)
     rows = read_rows(path)

@@ -57,25 +57,6 @@ class QueryRow:
     split: str | None
 
 
-def check_slice_name(name: str) -> None:
-    """Raises ValueError, with the reason, for a name that cannot be a partition key and a file name."""
-    reason = None
-    if not name.strip():
-        reason = "it is empty"
-    elif "..." in name:
-        reason = "it holds '...', which separates the ends of a partition range"
-    elif name.startswith("."):
-        reason = "it starts with '.', as hidden files do"
-    elif "/" in name or "\\" in name:
-        reason = "it holds a path separator"
-    elif not name.isprintable() or name != name.strip():
-        reason = "it holds control characters (such as tab or newline), or spaces at an end"
-    elif len(name.encode()) > 200:
-        reason = "it is longer than 200 bytes"
-    if reason:
-        raise ValueError(f"{name!r} cannot be a slice: {reason}; rename the query file, e.g. to 'addition.jsonl'")
-
-
 def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
     found = Problems(path)
