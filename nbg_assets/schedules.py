@@ -1,9 +1,14 @@
-"""The refresh schedule: one run per stale slice, only of what is stale; training follows by its sensor."""
+"""The refresh schedule: one run per stale slice, only of what is stale.
+
+It is the one switch of the loop: while it is on, the sensor `train_when_slices_fresh` trains once these runs have made
+every slice fresh.
+"""
 
 from __future__ import annotations
 
 import dagster as dg
 from dagster import DagsterRunStatus, RunsFilter
+from dagster._core.definitions.run_request import InstigatorType  # no public way to ask whether a schedule is on
 
 from nbg_assets.jobs import refresh_slice
 from nbg_assets.resources import NbgResource
@@ -20,16 +25,20 @@ UNFINISHED = [
 ]
 
 
+NAME = "refresh_all_slices"
+
+
 def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
     """The schedule at the profile's time; off until it is switched on in the UI."""
 
     @dg.schedule(
-        name="refresh_all_slices",
+        name=NAME,
         job=refresh_slice,
         cron_schedule=profile.refresh.cron,
         execution_timezone=profile.refresh.timezone,
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="One run per stale slice, of its stale assets only; skips when everything is fresh.",
+        description="One run per stale slice, of its stale assets only. While it is on, training follows once every "
+        "slice is fresh (sensor train_when_slices_fresh).",
     )
     def schedule(context: dg.ScheduleEvaluationContext, nbg: NbgResource):
         present = set(context.instance.get_dynamic_partitions("slice"))
@@ -49,6 +58,12 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
         ]
 
     return schedule
+
+
+def is_on(instance: dg.DagsterInstance) -> bool:
+    """Whether the schedule is switched on in this instance."""
+    states = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+    return any(s.instigator_name == NAME and s.is_running for s in states)
 
 
 def busy_slices(instance: dg.DagsterInstance) -> set[str]:

@@ -1,4 +1,5 @@
-"""Two sensors: a new query file becomes a partition with a run; training starts once all slices are fresh."""
+"""Two sensors: a new query file becomes a partition with a run; while the refresh schedule is on, training starts once
+all slices are fresh."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import dagster as dg
 from nbg_assets.jobs import refresh_slice, train
 from nbg_assets.partitions import slices
 from nbg_assets.resources import NbgResource
-from nbg_assets.schedules import training_is_running
+from nbg_assets.schedules import is_on, training_is_running
 from nbg_assets.stale import stale_slices, stale_student, training_key
 from nbg_core import lineage
 
@@ -43,11 +44,13 @@ def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
 @dg.sensor(
     job=train,
     minimum_interval_seconds=30,
-    default_status=dg.DefaultSensorStatus.STOPPED,
-    description="Trains and evaluates when every slice is fresh and the checkpoint or its evaluation is not; once per "
-    "state of the slices, settings and policy.",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="While the schedule refresh_all_slices is on: trains and evaluates when every slice is fresh and the "
+    "checkpoint or its evaluation is not; once per state of the slices, settings and policy.",
 )
 def train_when_slices_fresh(context: dg.SensorEvaluationContext, nbg: NbgResource):
+    if not is_on(context.instance):
+        return dg.SkipReason("the schedule refresh_all_slices is off")
     profile, lake = nbg.load(), nbg.lake()
     states = lineage.status(lake, profile)
     waiting = stale_slices(states)
@@ -60,4 +63,4 @@ def train_when_slices_fresh(context: dg.SensorEvaluationContext, nbg: NbgResourc
         return dg.SkipReason("the checkpoint and its evaluation are fresh")
     if training_is_running(context.instance):
         return dg.SkipReason("training is running")
-    return dg.RunRequest(run_key=training_key(lake, profile), asset_selection=[dg.AssetKey(a) for a in due])
+    return dg.RunRequest(run_key=training_key(lake, profile, due), asset_selection=[dg.AssetKey(a) for a in due])

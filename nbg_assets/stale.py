@@ -26,8 +26,9 @@ def stale_student(states: Sequence[lineage.Status]) -> list[str]:
     return [s.asset for s in states if s.slice is None and s.state != "fresh"]
 
 
-def training_key(lake: Lake, profile: Profile) -> str:
-    """Changes when a training run would give something else: settings, policy, or a slice's content."""
+def training_key(lake: Lake, profile: Profile, due: Sequence[str]) -> str:
+    """Changes when a training run would give something else: settings, policy, or a slice's content; or when other
+    assets are `due`, so that an evaluation that failed after its training is asked for once more."""
     policy = lineage.current_policy(lake, profile)
     settings = [lineage.settings_of(a, profile, policy, None) for a in lineage.UNPARTITIONED]
     versions = lake.sql(
@@ -36,4 +37,6 @@ def training_key(lake: Lake, profile: Profile) -> str:
         "DESC) = 1 ORDER BY asset, slice",
         [lineage.slices(profile)],
     )
-    return digest("training", [lineage.settings_id(s) for s in settings], [list(r) for r in versions.iter_rows()])
+    return digest(
+        "training", list(due), [lineage.settings_id(s) for s in settings], [list(r) for r in versions.iter_rows()]
+    )

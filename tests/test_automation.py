@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_assets import partitions
+from nbg_assets import partitions, sensors
 from nbg_assets.definitions import build
 from nbg_core.config import load_profile
 
@@ -88,7 +88,11 @@ def check_schedule(instance, profile):
     assert schedule_tick(instance).skip_message == "no stale slice can start; already running: b"
 
 
-def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile):
+def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile, monkeypatch):
+    with dg.instance_for_test() as on_disk:  # only such an instance keeps which schedules are on
+        tick = sensor_tick(on_disk, "train_when_slices_fresh")
+    assert tick.skip_message == "the schedule refresh_all_slices is off"
+    monkeypatch.setattr(sensors, "is_on", lambda _: True)  # the live test switches it on for real
     tick = sensor_tick(instance, "train_when_slices_fresh")
     assert tick.skip_message == "slices are not fresh: a, b"
     fake = Fake()
@@ -100,7 +104,11 @@ def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile):
     run = instance.create_run_for_job(build().resolve_job_def("train"))
     assert sensor_tick(instance, "train_when_slices_fresh").skip_message == "training is running"
     instance.report_run_failed(run)
-    fill(fake, ["student_checkpoint", "student_eval"])
+    fill(fake, ["student_checkpoint"])
+    evaluation = requests(sensor_tick(instance, "train_when_slices_fresh"))[0]
+    assert [k.path[-1] for k in evaluation.asset_selection] == ["student_eval"]
+    assert evaluation.run_key != key, "an evaluation that failed is asked for again"
+    fill(fake, ["student_eval"])
     assert (
         sensor_tick(instance, "train_when_slices_fresh").skip_message == "the checkpoint and its evaluation are fresh"
     )

@@ -89,7 +89,7 @@ def test_jobs_schedules_and_sensors(defs):
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     files, training = (defs.resolve_sensor_def(n) for n in ("new_query_files", "train_when_slices_fresh"))
     assert (files.job_name, files.default_status) == ("refresh_slice", dg.DefaultSensorStatus.RUNNING)
-    assert (training.job_name, training.default_status) == ("train", dg.DefaultSensorStatus.STOPPED)
+    assert (training.job_name, training.default_status) == ("train", dg.DefaultSensorStatus.RUNNING)
 
 
 def test_cron_and_profile_come_from_the_chosen_profile(tmp_path):
