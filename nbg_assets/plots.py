@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
 
+from nbg_core import lineage
+
 if TYPE_CHECKING:
     from nbg_assets.metadata import Made
 
 MAX_BYTES = 100_000
+BINS = 40
 CHOSEN, REJECTED, TEACHER = "#1f77b4", "#ff7f0e", "#7f7f7f"
 
 
@@ -31,41 +35,51 @@ class Plot:
 
 def response_lengths(made: Made) -> Plot | None:
     """Tokens per response, truncated ones apart."""
-    df = made.sql(
-        "SELECT len(token_ids) AS n, finish_reason FROM samples WHERE slice = $1 AND sampling_id = $2 ORDER BY ALL",
-        made.slice,
-        made.profile.sampling.sampling_id(),
-    )
-    groups = {
-        f"finished: {reason}": df.filter(pl.col("finish_reason") == reason)["n"].to_list()
-        for reason in ("stop", "length")
-    }
-    return _histogram(groups, "response tokens", "response lengths", [CHOSEN, REJECTED])
+    query = f"SELECT 'finished: ' || finish_reason AS name, len(token_ids) AS value FROM samples s WHERE {_CURRENT}"
+    colours = {"finished: stop": CHOSEN, "finished: length": REJECTED}
+    return _histogram(made, query, _current(made), "response tokens", "response lengths", colours)
 
 
 def scores(made: Made) -> Plot | None:
-    """Scores of the slice's responses by scorer."""
-    df = made.sql("SELECT scorer, score FROM scores WHERE slice = $1 ORDER BY scorer, sample_id", made.slice)
-    groups = {str(name): part["score"].to_list() for (name,), part in df.group_by("scorer", maintain_order=True)}
-    return _histogram(groups, "score", "scores of all responses", [CHOSEN, TEACHER])
+    """Scores of the slice's present responses by scorer."""
+    query = (
+        "SELECT scorer AS name, score AS value FROM scores JOIN samples s USING (sample_id) "
+        f"JOIN lineage.materialisations m ON m.materialisation_id = scores.materialisation_id WHERE {_CURRENT} "
+        "QUALIFY row_number() OVER (PARTITION BY sample_id, scorer ORDER BY m.created_at DESC) = 1"
+    )
+    colours = {"verifier": CHOSEN, "teacher_loglik": TEACHER}
+    return _histogram(made, query, _current(made), "score", "scores of all responses", colours)
 
 
 def margins(made: Made) -> Plot | None:
     """Margins of the kept pairs."""
-    df = made.sql("SELECT margin FROM pairs WHERE slice = $1 ORDER BY pair_id", made.slice)
-    return _histogram({"kept pairs": df["margin"].to_list()}, "chosen score - rejected score", "margins", [CHOSEN])
+    query = "SELECT 'kept pairs' AS name, margin AS value FROM pairs WHERE slice = $1"
+    return _histogram(made, query, [made.slice], "chosen score - rejected score", "margins", {"kept pairs": CHOSEN})
 
 
 def entries_per_position(made: Made) -> Plot | None:
     """Entries stored per response position: how peaked the teacher is."""
-    df = made.sql(
-        "SELECT unnest(head_counts) AS head, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
-        "AND settings_id = $2 ORDER BY sample_id LIMIT 200000",
-        made.slice,
-        made.profile.teacher.storage_id(),
+    query = (
+        "SELECT unnest(['head (exact)', 'tail (sampled)']) AS name, unnest([head, tail]) AS value FROM (SELECT "
+        "unnest(head_counts) AS head, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
+        "AND settings_id = $2)"
     )
-    groups = {"head (exact)": df["head"].to_list(), "tail (sampled)": df["tail"].to_list()}
-    return _histogram(groups, "entries per position", "stored distribution", [CHOSEN, REJECTED])
+    params = [made.slice, made.profile.teacher.storage_id()]
+    colours = {"head (exact)": CHOSEN, "tail (sampled)": REJECTED}
+    return _histogram(made, query, params, "entries per position", "stored distribution", colours)
+
+
+_CURRENT = (
+    "s.slice = $1 AND s.sampling_id = $2 "
+    "AND (s.model_id = $3 AND s.sample_index < $4 OR s.model_id = $5 AND s.sample_index < $6)"
+)
+"""Leaves out responses of earlier policies and settings, which stay in the table."""
+
+
+def _current(made: Made) -> list:
+    """Parameters of _CURRENT: what the slice was last sampled with."""
+    sampled = json.loads(lineage.latest(made.lake, "student_samples", made.slice)["settings"])
+    return [made.slice, *(sampled[k] for k in ("sampling_id", "student", "n_student", "teacher", "n_teacher"))]
 
 
 def losses(made: Made) -> Plot | None:
@@ -120,16 +134,29 @@ def _curves(made: Made, title: str, columns: dict[str, str]) -> Plot | None:
     return _plot(figure, title)
 
 
-def _histogram(groups: dict[str, list[float]], label: str, title: str, colours: list[str]) -> Plot | None:
-    groups = {name: values for name, values in groups.items() if values}
-    if not groups:
+def _histogram(made: Made, query: str, params: list, label: str, title: str, colours: dict[str, str]) -> Plot | None:
+    """Bars of the `value` of a query's rows, by `name`. The lake counts: only counts come into this process."""
+    whole = f"bool_and(value = floor(value)) AND max(value) - min(value) < {BINS}"  # one bar per number
+    df = made.sql(
+        f"WITH v AS ({query}), r AS (SELECT min(value)::DOUBLE AS low, max(value)::DOUBLE AS high, {whole} AS whole "
+        f"FROM v), w AS (SELECT *, CASE WHEN whole THEN 1.0 WHEN high > low THEN (high - low) / {BINS} ELSE 1.0 END "
+        "AS width FROM r) SELECT name, CASE WHEN whole THEN value - low ELSE "
+        f"least(floor((value - low) / width), {BINS - 1}) END::INT AS bin, count(*) AS n, any_value(low) AS low, "
+        "any_value(width) AS width, any_value(whole) AS whole FROM v, w GROUP BY ALL ORDER BY name, bin",
+        *params,
+    )
+    if df.is_empty():
         return None
     figure, axes = _figure(title)
-    values = [v for group in groups.values() for v in group]
-    low, high = min(values), max(values)
-    whole = isinstance(values[0], int) and high - low < 60  # one bar per number
-    bins = [low - 0.5 + i for i in range(int(high - low) + 2)] if whole else 30
-    axes.hist(list(groups.values()), bins=bins, label=list(groups), color=colours[: len(groups)])
+    low, width, whole = df.row(0, named=True)["low"], df["width"][0], df["whole"][0]
+    start = low - width / 2 if whole else low
+    edges = [start + i * width for i in range(df["bin"].max() + 2)]
+    names = df["name"].unique(maintain_order=True).to_list()
+    parts = [df.filter(pl.col("name") == name) for name in names]
+    axes.hist(
+        [[start + (b + 0.5) * width for b in part["bin"]] for part in parts], bins=edges,
+        weights=[part["n"].to_list() for part in parts], label=names, color=[colours[n] for n in names],
+    )  # fmt: skip
     axes.set_xlabel(label)
     axes.legend(fontsize=8)
     return _plot(figure, title)

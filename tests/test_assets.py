@@ -17,13 +17,13 @@ import pytest
 import yaml
 from fake_worker import Fake, write_profile
 
-from nbg_assets import driver, pipes
+from nbg_assets import driver, metadata, pipes, plots
 from nbg_assets.definitions import build
 from nbg_assets.driver import Result, materialise_stale
 from nbg_core import lineage
 from nbg_core.checks import CHECKS
 from nbg_core.config import load_profile
-from nbg_core.lake import Lake
+from nbg_core.lake import Lake, Record, Write
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
 
@@ -83,6 +83,23 @@ def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(insta
         assert len(image) < 100_000
     passed = {(c.asset_key.path[-1], c.check_name): c.passed for c in result.get_asset_check_evaluations()}
     assert passed == {(a, c.name): True for a in SLICED for c in CHECKS[a]}
+
+
+def test_plots_leave_out_responses_of_earlier_settings_and_count_in_the_lake(instance, profile, fake, monkeypatch):
+    run_slice(instance, "a")
+    counted = []
+    monkeypatch.setattr(
+        metadata.Made, "sql", lambda made, *q: counted.append(made.lake.sql(q[0], q[1:])) or counted[-1]
+    )
+    old = Lake.of(profile).sql("SELECT * EXCLUDE (materialisation_id) FROM samples WHERE slice = 'a'")
+    old = old.with_columns(pl.format("old-{}", "sample_id").alias("sample_id"), pl.lit("before").alias("sampling_id"))
+    Lake.of(profile).commit(Record("student_samples", "a", "r", "t", status="chunk"), [Write("samples", old)])
+    made = metadata.Made("student_samples", "a", profile, Lake.of(profile), {}, 0.0)
+    for draw, names in ((plots.response_lengths, ["finished: stop"]), (plots.scores, ["verifier"] * 2),
+                        (plots.margins, ["kept pairs"])):  # fmt: skip
+        assert draw(made).png.startswith(b"\x89PNG")
+        assert counted[-1]["name"].to_list() == names
+    assert [df["n"].to_list() for df in counted] == [[6], [3, 3], [3]]
 
 
 def test_everything_stale_is_materialised_once_and_training_comes_last(instance, profile, fake):
