@@ -89,7 +89,7 @@ class Rejections(Produced):
     query_id = dy.String(nullable=True, description="query concerned")
     chosen_id = dy.String(nullable=True, description="best candidate positive, if any")
     rejected_id = dy.String(nullable=True, description="candidate negative, if any")
-    reason = dy.String(description="short code, see README")
+    reason = dy.String(description="short code; the README lists them")
     detail = dy.String(description="the values behind the reason")
 
 

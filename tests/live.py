@@ -131,7 +131,7 @@ def _answers(live: Live) -> bool:
 
 
 def processes_naming(text: str) -> list[psutil.Process]:
-    """Live processes that have `text` in their command line or environment."""
+    """Live processes that have `text` in their command line."""
     found = []
     for p in psutil.process_iter():
         try:
