@@ -1,11 +1,10 @@
 """Assets through Dagster on a temporary instance: what a run shows, what its checks stop, what a failure says.
 
-The first part uses a fake worker (10 s); the last test runs the real stages on tiny models (60 s).
+A fake worker stands in for the stages (15 s); test_command.py runs the real ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 import dagster as dg
 import polars as pl
 import pytest
-import yaml
 from fake_worker import Fake, write_profile
 
 from nbg_assets import driver, metadata, pipes, plots
@@ -241,35 +239,3 @@ def test_a_run_whose_command_was_killed_is_ended_and_frees_the_pool(profile, tmp
         assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
         assert instance.get_run_by_id(alive.run_id).status == dg.DagsterRunStatus.NOT_STARTED
         assert storage.claim_concurrency_slot("model", alive.run_id, "step").is_claimed
-
-
-@pytest.mark.slow
-def test_a_slice_goes_through_the_real_stages_with_its_checks_green(instance, make_profile, tmp_path, monkeypatch):
-    profile = make_profile(
-        sampling={"n_student": 3, "n_teacher": 1, "max_tokens": 6},
-        preference={
-            "weights": {"teacher_loglik": 1.0, "verifier": 0.0},
-            "min_margin": 1e-3,
-            "truncated_positive": True,
-        },
-        queries={"eval_fraction": 0.3},
-        training={"micro_batch_pairs": 4, "global_batch_pairs": 4},
-    )
-    rows = [{"prompt": f"say {i} and {i * i}", "answer": str(i), "verifier": "exact"} for i in range(12)]
-    (tmp_path / "data" / "queries" / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    path = tmp_path / "real.yaml"
-    path.write_text(yaml.safe_dump(json.loads(profile.model_dump_json())))
-    monkeypatch.setenv("NBG_PROFILE", str(path))
-
-    lines = []
-    results = materialise_stale(instance, profile, on_line=lines.append)
-    assert [(r.name, r.message) for r in results if not (r.ran and r.success)] == []
-    assert len(results) == 7
-    broken = [line for line in lines if line.startswith("check ")]
-    random_models = ("few_truncated", "few_empty", "better_than_before")
-    assert [line for line in broken if not any(name in line for name in random_models)] == []
-    assert any(line.startswith("teacher_logits[talk]: ") for line in lines), "worker lines reach the caller"
-    log = profile.resolve(profile.paths.work) / "logs"
-    assert len(list(log.glob("*/teacher_logits[[]talk].log"))) == 1
-    again = materialise_stale(instance, profile, on_line=lambda _: None)
-    assert [r.name for r in again if r.ran] == []
