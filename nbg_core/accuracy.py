@@ -95,11 +95,12 @@ def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: 
 
 
 def checkpoint_row(lake: Lake, checkpoint: str) -> dict:
-    """The newest row of `checkpoints` whose id starts with `checkpoint`. Raises LookupError naming those known."""
-    rows = lake.sql(
-        "SELECT * FROM checkpoints WHERE checkpoint_id LIKE ? ORDER BY created_at DESC LIMIT 1", [checkpoint + "%"]
-    )
-    if rows.is_empty():
-        known = ", ".join(lake.sql("SELECT checkpoint_id FROM checkpoints ORDER BY created_at")["checkpoint_id"])
+    """The newest row of `checkpoints` of this id, or of the only one that starts so. Raises LookupError otherwise,
+    naming those known."""
+    rows = lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC")
+    found = rows.filter(pl.col("checkpoint_id").str.starts_with(checkpoint))
+    if rows.is_empty() or (checkpoint and found.is_empty()):
+        known = ", ".join(reversed(rows["checkpoint_id"].unique(maintain_order=True)))
         raise LookupError(f"no checkpoint {checkpoint!r}; known: {known or 'none yet'}")
-    return rows.row(0, named=True)
+    whole = lineage.only_one(checkpoint, sorted(set(found["checkpoint_id"])), "checkpoint")
+    return found.filter(pl.col("checkpoint_id") == whole).row(0, named=True)
