@@ -34,7 +34,7 @@ def response_lengths(made: Made) -> Plot | None:
     df = made.sql(
         "SELECT len(token_ids) AS n, finish_reason FROM samples WHERE slice = $1 AND sampling_id = $2 ORDER BY ALL",
         made.slice,
-        made.profile.sampling.sampling_id(),
+        made.profile.sampling_id(),
     )
     groups = {
         f"finished: {reason}": df.filter(pl.col("finish_reason") == reason)["n"].to_list()
@@ -62,7 +62,7 @@ def entries_per_position(made: Made) -> Plot | None:
         "SELECT unnest(head_counts) AS head, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
         "AND settings_id = $2 ORDER BY sample_id LIMIT 200000",
         made.slice,
-        made.profile.teacher.storage_id(),
+        made.profile.storage_id(),
     )
     groups = {"head (exact)": df["head"].to_list(), "tail (sampled)": df["tail"].to_list()}
     return _histogram(groups, "entries per position", "stored distribution", [CHOSEN, REJECTED])

@@ -12,16 +12,11 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from nbg_core import ids, lineage
+from nbg_core import lineage
 from nbg_core.config import Profile
 from nbg_core.lake import Lake, Record, Write
 
 Z = 1.959964
-
-
-def settings_id(profile: Profile) -> str:
-    """Hash of the decoding settings an answer depends on."""
-    return ids.digest("evaluation", profile.evaluation.max_tokens)
 
 
 def latest_summary(lake: Lake, profile: Profile) -> tuple[str, pl.DataFrame]:
@@ -33,7 +28,7 @@ def latest_summary(lake: Lake, profile: Profile) -> tuple[str, pl.DataFrame]:
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     teacher = json.loads(row["settings"])["teacher"]
     models = {"before": parent, "after": checkpoint, "teacher": teacher}
-    return checkpoint, summarise(lake, settings_id(profile), models)
+    return checkpoint, summarise(lake, profile.answering_id(), models)
 
 
 def summarise(lake: Lake, settings: str, models: dict[str, str]) -> pl.DataFrame:

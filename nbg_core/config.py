@@ -100,10 +100,6 @@ class SamplingSettings(Section):
             raise ValueError("n_student + n_teacher must be at least 2: a pair needs two responses")
         return self
 
-    def sampling_id(self) -> str:
-        """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
-        return digest("sampling", self.backend, self.temperature, self.top_p, self.max_tokens, self.seed)
-
 
 class PreferenceSettings(Section):
     weights: dict[Literal["verifier", "teacher_loglik"], float] = {"verifier": 1.0, "teacher_loglik": 0.0}
@@ -133,10 +129,6 @@ class TeacherSettings(Section):
     """Tokens per forward pass, padding included."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
     """Responses per commit: what a crash can lose."""
-
-    def storage_id(self) -> str:
-        """Hash of what changes the stored rows."""
-        return digest("teacher", self.engine, self.k_head, self.m_tail, self.epsilon, self.temperature, self.seed)
 
 
 class LossConfig(Section):
@@ -262,6 +254,24 @@ class Profile(Section):
         if self.training.loss.estimator == "sampled_tail" and not self.teacher.m_tail:
             raise ValueError("training.loss.estimator 'sampled_tail' needs teacher.m_tail > 0; or use 'bucket'")
         return self
+
+    def sampling_id(self) -> str:
+        """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
+        s = self.sampling
+        return digest("sampling", self.models.dtype, s.backend, s.temperature, s.top_p, s.max_tokens, s.seed)
+
+    def storage_id(self) -> str:
+        """Hash of what changes the stored teacher rows, besides the teacher."""
+        t = self.teacher
+        return digest("teacher", self.models.dtype, t.engine, t.k_head, t.m_tail, t.epsilon, t.temperature, t.seed)
+
+    def scoring_id(self) -> str:
+        """Hash of what changes the log-probabilities that a model gives a response, besides the model."""
+        return digest("scoring", self.models.dtype)
+
+    def answering_id(self) -> str:
+        """Hash of what changes a model's greedy answer to a held-out query, besides the model."""
+        return digest("evaluation", self.models.dtype, self.evaluation.max_tokens)
 
     def resolve(self, path: Path | str) -> Path:
         """`path` below the project root, unless it is absolute."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from nbg_core import ids, lineage
-from nbg_core.accuracy import checkpoint_row, gate, promote, settings_id, summarise
+from nbg_core.accuracy import checkpoint_row, gate, promote, summarise
 from nbg_core.lake import Write
 from nbg_core.preference.verifiers import verify
 from nbg_core.run import Run
@@ -43,7 +43,7 @@ def materialise(run: Run, slice: None = None) -> dict:
     models = {"before": _parent(run, checkpoint), "after": after, "teacher": teacher}
     new_rows = sum(_evaluate(run, role, path, queries, inputs) for role, path in models.items())
     version = ids.content_version([f"{ids.model_id(p)}:{q}" for p in models.values() for q in queries["query_id"]])
-    summary = summarise(run.lake, settings_id(run.profile), {role: ids.model_id(p) for role, p in models.items()})
+    summary = summarise(run.lake, run.profile.answering_id(), {role: ids.model_id(p) for role, p in models.items()})
     refusal = gate(summary)
     promoted = refusal is None and run.profile.evaluation.auto_promote
     commit = run.commit(ASSET, None, inputs=inputs, data_version=version)
@@ -58,7 +58,7 @@ def materialise(run: Run, slice: None = None) -> dict:
 
 
 def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) -> int:
-    model, settings = ids.model_id(path), settings_id(run.profile)
+    model, settings = ids.model_id(path), run.profile.answering_id()
     done = run.lake.sql("SELECT query_id FROM evaluations WHERE model_id = ? AND settings_id = ?", [model, settings])[
         "query_id"
     ]

@@ -83,27 +83,27 @@ def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None)
             return {**profile.queries.model_dump(), "file": stat, "max_tokens": longest, "student": student}
         case "student_samples":
             s = profile.sampling
-            return {"sampling_id": s.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,
+            return {"sampling_id": profile.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,
                     "student": policy.model_id, "teacher": teacher() if s.n_teacher else None}  # fmt: skip
         case "filtered_pairs":
             p = profile.preference
             uses_teacher = bool(p.weights.get("teacher_loglik"))
-            return {**p.model_dump(), "teacher": teacher() if uses_teacher else None}
+            scores = {"teacher": teacher(), "scoring_id": profile.scoring_id()} if uses_teacher else {"teacher": None}
+            return {**p.model_dump(), **scores}
         case "teacher_logits":
-            return {"storage_id": profile.teacher.storage_id(), "teacher": teacher()}
+            return {"storage_id": profile.storage_id(), "teacher": teacher()}
         case "reference_logprobs":
-            return {"reference": policy.model_id}
+            return {"reference": policy.model_id, "scoring_id": profile.scoring_id()}
         case "student_checkpoint":
             t = profile.training.model_dump(mode="json", exclude={"hostfile", "save_every"})
             return {
                 **t,
                 "initial": policy.model_id,
                 "teacher": teacher(),
-                "storage_id": profile.teacher.storage_id(),
+                "storage_id": profile.storage_id(),
             }
         case "student_eval":
-            e = profile.evaluation
-            return {"max_tokens": e.max_tokens, "teacher": teacher()}
+            return {"answering_id": profile.answering_id(), "teacher": teacher()}
     raise KeyError(asset)
 
 
@@ -232,9 +232,9 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
 
 def whole_id(lake: Lake, start: str) -> str:
     """The only id that starts with `start`. Raises LookupError when there is none, or more than one."""
-    columns = [("checkpoints", "checkpoint_id"), ("checkpoints", "training_id"), ("checkpoint_pairs", "pair_id"),
-               ("pairs", "pair_id"), ("samples", "sample_id"), ("samples", "query_id"), ("queries", "query_id")]  # fmt: skip
-    ids = " UNION ".join(f"SELECT {column} AS id FROM {table}" for table, column in columns)
+    columns = ("checkpoints.checkpoint_id", "checkpoints.training_id", "checkpoint_pairs.pair_id", "pairs.pair_id",
+               "samples.sample_id", "samples.query_id", "queries.query_id")  # fmt: skip
+    ids = " UNION ".join(f"SELECT {c} AS id FROM {c.partition('.')[0]}" for c in columns)
     found = lake.sql(f"SELECT id FROM ({ids}) WHERE starts_with(id, ?) ORDER BY id", [start])["id"].to_list()
     return only_one(start, found, "checkpoint, pair, sample or query")
 
@@ -254,8 +254,8 @@ def _ever(lake: Lake, table: str, condition: str, param: object, snapshot: int |
     """The newest version of each row that a table had until `snapshot`, rows deleted since included, by primary key."""
     key, newest = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
     return lake.sql(
-        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {newest}) "
-        f"WHERE {condition} QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY snapshot_id DESC) = 1 ORDER BY {key}",
+        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {newest}) WHERE {condition} "
+        f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY snapshot_id DESC) = 1 ORDER BY {key}",
         [param],
     )
 

@@ -207,7 +207,7 @@ def _rows_of(s: Subject, table: str) -> tuple[str, list[str]]:
     made = s.made_with(table)
     if table == "teacher_logits":
         return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2", [made["reference"]]
+    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
 
 
 def _newest_checkpoint(s: Subject) -> dict:

@@ -104,7 +104,7 @@ def _queries(run: Run, slice: str) -> list:
 def _samples(run: Run, slice: str) -> list:
     return [("samples", pl.DataFrame([
         {"slice": slice, "sample_id": s, "query_id": q, "source": "student", "model_id": run.policy.model_id,
-         "sampling_id": run.profile.sampling.sampling_id(), "sample_index": int(s[-1]), "seed": 1,
+         "sampling_id": run.profile.sampling_id(), "sample_index": int(s[-1]), "seed": 1,
          "prompt_token_ids": [1, 2], "token_ids": [3, 63], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
          "text": "text"}
         for q, s in _samples_of(slice)
@@ -128,7 +128,7 @@ def _teacher(run: Run, slice: str) -> list:
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
     half = math.log(0.5)
     return [("teacher_logits", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.teacher.storage_id(),
+        {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.storage_id(),
          "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
          "tail_counts": [2, 0], "entry_ids": [3, 4, 5, 63], "entry_logprobs": [half, -2.0, -3.0, 0.0]}
         for _, s in _samples_of(slice)
@@ -137,7 +137,8 @@ def _teacher(run: Run, slice: str) -> list:
 
 def _reference(run: Run, slice: str) -> list:
     return [("reference_logprobs", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": run.policy.model_id, "token_logprobs": [-0.1, -0.2]}
+        {"slice": slice, "sample_id": s, "model_id": run.policy.model_id, "settings_id": run.profile.scoring_id(),
+         "token_logprobs": [-0.1, -0.2]}
         for _, s in _samples_of(slice)
     ]))]  # fmt: skip
 
@@ -172,7 +173,7 @@ def _evaluations(run: Run, slice: None) -> list:
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT query_id, slice FROM queries WHERE split = 'eval' ORDER BY query_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": accuracy.settings_id(run.profile), "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": run.profile.answering_id(), "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
         for model, correct in right.items() for q, s in queries.iter_rows()
     ]))]  # fmt: skip

@@ -70,11 +70,20 @@ def test_every_setting_is_documented():
     assert list(undocumented(Profile)) == []
 
 
+def changed(profile: Profile, section: str, **values) -> Profile:
+    return profile.model_copy(update={section: getattr(profile, section).model_copy(update=values)})
+
+
 def test_ids_of_settings_change_with_what_matters_only():
     base = load_profile("embedded")
-    more = base.sampling.model_copy(update={"n_student": 16, "batch_size": 3})
-    hotter = base.sampling.model_copy(update={"temperature": 0.5})
-    assert more.sampling_id() == base.sampling.sampling_id() != hotter.sampling_id()
+    assert changed(base, "sampling", n_student=16, batch_size=3).sampling_id() == base.sampling_id()
+    assert changed(base, "sampling", temperature=0.5).sampling_id() != base.sampling_id()
+    assert changed(base, "teacher", batch_tokens=7).storage_id() == base.storage_id()
+    assert changed(base, "evaluation", batch_size=7).answering_id() == base.answering_id()
+    assert changed(base, "evaluation", max_tokens=7).answering_id() != base.answering_id()
+    rounded = changed(base, "models", dtype="bfloat16")
+    for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
+        assert getattr(rounded, id)() != getattr(base, id)()
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():

@@ -96,6 +96,23 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_above(run):
     assert stale == {"filtered_pairs", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
 
 
+def test_another_dtype_makes_stale_whatever_a_model_computed(run):
+    make_all(run)
+    models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
+    rounded = run.profile.model_copy(update={"models": models})
+    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
+    assert {a for a, reason in why.items() if reason} == set(lineage.UPSTREAM) - {"queries"}
+    changed = "settings, policy or file changed"
+    own = {"student_samples", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
+    assert {a for a, reason in why.items() if reason == changed} == own
+    preference = run.profile.preference.model_copy(update={"weights": {"teacher_loglik": 1.0}})
+    scored = run.profile.model_copy(update={"preference": preference})
+    make_all(Run(scored, run.lake, log=lambda line: None))
+    rounded = scored.model_copy(update={"models": models})
+    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
+    assert why["filtered_pairs"] == changed
+
+
 def test_a_new_slice_and_a_gone_one_are_noticed(run):
     make_all(run)
     folder = run.profile.resolve("data/queries")

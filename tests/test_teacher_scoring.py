@@ -9,11 +9,13 @@ import torch
 from transformers import AutoTokenizer
 
 from nbg_core import ids
+from nbg_core.checks import CHECKS, Subject
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.models import check_same_tokenizer, load_model
 from nbg_core.run import Run
 from nbg_core.teacher import reference, score
 from nbg_core.teacher.store import targets
+from nbg_core.training.pairs import read_responses
 
 PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
 TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
@@ -85,6 +87,26 @@ def test_reference_rows_are_the_policys_logprobs(run, tiny_models):
     assert set(run.lake.sql("SELECT model_id FROM reference_logprobs")["model_id"]) == {
         ids.model_id(tiny_models.student)
     }
+
+
+def test_another_dtype_is_other_rows_and_training_reads_its_own(run):
+    exact = {m.ASSET: m.materialise(run, "a") for m in (score, reference)}
+    models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
+    rounded = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
+    for module in (score, reference):
+        report = module.materialise(rounded, "a")
+        assert report["new_rows"] == 3
+        assert report["data_version"] != exact[module.ASSET]["data_version"]
+    for r in (run, rounded):
+        where = dict(teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)),
+                     storage_id=r.profile.storage_id(), reference_id=r.policy.model_id)  # fmt: skip
+        scoring = r.profile.scoring_id()
+        read = read_responses(run.lake, run.lake.snapshot(), ["a"], **where, scoring_id=scoring)
+        assert read.height == 4
+        mine = run.lake.sql("SELECT token_logprobs FROM reference_logprobs WHERE settings_id = ?", [scoring])
+        assert set(map(tuple, read["reference_logprobs"])) == set(map(tuple, mine["token_logprobs"]))
+        check = next(c for c in CHECKS["reference_logprobs"] if c.name == "one_row_per_response")
+        assert check.violations(Subject(run.lake, r.profile, "a")).is_empty()
 
 
 def test_every_row_names_a_commit_with_its_input(run):

@@ -3,7 +3,7 @@
 | scorer | score | scorer_id: hash of |
 |---|---|---|
 | verifier | in [0, 1], see verifiers.py; none for a query without a verifier | verifier, answer, arguments |
-| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher |
+| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher and its dtype |
 
 A scorer of weight 0 does not run. To add one: a weight in PreferenceSettings, a branch in `scorer_ids` and `_compute`.
 """
@@ -48,7 +48,9 @@ def scorer_ids(run: Run, scorer: str, samples: pl.DataFrame) -> pl.DataFrame:
     """(sample_id, scorer_id) of the samples that the scorer applies to."""
     if scorer == "teacher_loglik":
         teacher = model_id(run.profile.resolve(run.profile.models.teacher))
-        return samples.select("sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher)))
+        return samples.select(
+            "sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher, run.profile.scoring_id()))
+        )
     rows = samples.filter(pl.col("verifier").is_not_null()).select("sample_id", "verifier", "answer", "verifier_args")
     found = [digest("verifier", verifiers.VERSION, *row[1:]) for row in rows.iter_rows()]
     return rows.select("sample_id").with_columns(scorer_id=pl.Series(found, dtype=pl.String))

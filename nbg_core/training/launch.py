@@ -43,7 +43,8 @@ def materialise(run: Run, slice: None = None) -> dict:
     slices = lineage.slices(profile)
     inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
-    rows = dict(teacher_id=teacher, storage_id=profile.teacher.storage_id(), reference_id=run.policy.model_id)
+    rows = dict(teacher_id=teacher, storage_id=profile.storage_id(), reference_id=run.policy.model_id,
+                scoring_id=profile.scoring_id())  # fmt: skip
     pairs = read_pairs(lake, snapshot, slices, **rows)
     steps = plan(pairs.height, profile.training)
     training_id = ids.digest(
@@ -60,7 +61,7 @@ def materialise(run: Run, slice: None = None) -> dict:
     request = Request(
         training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
         policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
-        storage_id=profile.teacher.storage_id(), temperature=profile.teacher.temperature,
+        storage_id=profile.storage_id(), scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature,
         training=profile.training.model_copy(update={"hostfile": hostfile and profile.resolve(hostfile)}),
         work=profile.resolve(profile.paths.work) / "training" / training_id,
         trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,
