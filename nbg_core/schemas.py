@@ -176,7 +176,8 @@ class Evaluations(dy.Schema):
 
     model_id = _id("model evaluated", primary_key=True)
     query_id = _id("held-out query", primary_key=True)
-    settings_id = _id("hash of the decoding settings", primary_key=True)
+    settings_id = _id("hash of the decoding settings and the dtype", primary_key=True)
+    scorer_id = _id("hash of the verifier, its arguments and the reference answer", primary_key=True)
     slice = dy.String(description="partition of the query")
     score = dy.Float64(description="verifier score in [0, 1]")
     correct = dy.Bool(description="score >= 1")

@@ -18,6 +18,7 @@ import yaml
 from nbg_core import accuracy, ids, lineage
 from nbg_core.config import load_profile
 from nbg_core.lake import Lake, Write
+from nbg_core.preference.verifiers import scorer_ids
 from nbg_core.processes import WorkerFailed
 from nbg_core.run import Run
 
@@ -78,7 +79,7 @@ class Fake:
             version = ids.content_version([str(row) for row in main.rows()])
         writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
         commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
-        summary = accuracy.latest_summary(run.lake, loaded)[1].to_dicts() if asset == "student_eval" else []
+        summary = accuracy.latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
         return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
                 "rows": main.height, "new_rows": main.height, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
@@ -171,11 +172,12 @@ def _checkpoint(run: Run, slice: None) -> list:
 def _evaluations(run: Run, slice: None) -> list:
     newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
-    queries = run.lake.sql("SELECT query_id, slice FROM queries WHERE split = 'eval' ORDER BY query_id")
+    queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
+    queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": run.profile.answering_id(), "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": run.profile.answering_id(), "scorer_id": v, "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
-        for model, correct in right.items() for q, s in queries.iter_rows()
+        for model, correct in right.items() for q, s, v in queries.iter_rows()
     ]))]  # fmt: skip
 
 

@@ -51,9 +51,8 @@ def scorer_ids(run: Run, scorer: str, samples: pl.DataFrame) -> pl.DataFrame:
         return samples.select(
             "sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher, run.profile.scoring_id()))
         )
-    rows = samples.filter(pl.col("verifier").is_not_null()).select("sample_id", "verifier", "answer", "verifier_args")
-    found = [digest("verifier", verifiers.VERSION, *row[1:]) for row in rows.iter_rows()]
-    return rows.select("sample_id").with_columns(scorer_id=pl.Series(found, dtype=pl.String))
+    rows = samples.filter(pl.col("verifier").is_not_null())
+    return rows.select("sample_id").with_columns(verifiers.scorer_ids(rows))
 
 
 def _scored(run: Run, scorer: str, wanted: pl.DataFrame) -> pl.DataFrame:
