@@ -38,7 +38,8 @@ def fill(lake: Lake, answers: dict[str, dict[str, list[bool]]], splits: dict[str
                             "prompt": "", "answer": "1", "verifier": "exact", "verifier_args": "{}", "source_file": "",
                             "source_line": 1})  # fmt: skip
             rows += [{"model_id": role, "query_id": q, "settings_id": "s", "scorer_id": RIGHT, "slice": slice,
-                      "score": float(c[i]), "correct": c[i], "text": "", "finish_reason": "stop"} for role, c in roles.items()]  # fmt: skip
+                      "score": float(c[i]), "correct": c[i], "text": "", "finish_reason": "stop"}
+                     for role, c in roles.items()]  # fmt: skip
     lake.commit(Record("x", None, "r", "t"), [
         Write("queries", pl.DataFrame(queries, schema_overrides={
             "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String})), "answer": pl.String,

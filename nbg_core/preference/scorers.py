@@ -30,7 +30,8 @@ def score_samples(
 ) -> tuple[dict[str, pl.DataFrame], int]:
     """Score what is not scored yet and return, per scorer with a weight, (sample_id, score); and the new rows' number.
 
-    `samples` as from `current_samples`. Raises SpecError naming the query whose verifier cannot work."""
+    `samples` as from `current_samples`. Raises SpecError naming the query whose verifier cannot work,
+    ValueError when the teacher has another tokenizer than the student."""
     scores, new_rows = {}, 0
     for scorer in [name for name, weight in sorted(run.profile.preference.weights.items()) if weight]:
         wanted = samples.join(scorer_ids(run, scorer, samples), on="sample_id", maintain_order="left")
@@ -75,9 +76,11 @@ def _compute(run: Run, slice: str, scorer: str, missing: pl.DataFrame) -> Iterat
             yield chunk.select("sample_id", "scorer_id").with_columns(scores)
             progress.advance(chunk.height)
     elif missing.height:
-        from nbg_core.teacher.forward import response_logprobs  # torch: only where a model runs
+        from nbg_core.models import check_same_tokenizer  # torch: only where a model runs
+        from nbg_core.teacher.forward import response_logprobs
 
         path = run.profile.resolve(run.profile.models.teacher)
+        check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
         for chunk in response_logprobs(run, path, missing, what):
             means = chunk.select("sample_id", score=pl.col("token_logprobs").cast(pl.List(pl.Float64)).list.mean())
             yield means.join(missing.select("sample_id", "scorer_id"), on="sample_id")

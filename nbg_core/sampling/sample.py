@@ -44,9 +44,9 @@ def materialise(run: Run, slice: str) -> dict:
         snapshot=snapshot,
     )
     models = [("student", run.policy.path, run.policy.model_id, s.n_student)]
+    path = run.profile.resolve(run.profile.models.teacher)
+    check_same_tokenizer(run.policy.path, path, trust_remote_code=trust)  # before work that the teacher could not score
     if s.n_teacher:
-        path = run.profile.resolve(run.profile.models.teacher)
-        check_same_tokenizer(run.policy.path, path, trust_remote_code=trust)
         models.append(("teacher", path, ids.model_id(path), s.n_teacher))
     new_rows, expected = 0, []
     for source, path, model, n in models:
