@@ -47,7 +47,7 @@ def main() -> None:
                 for status in lineage.status(Lake.of(profile), profile):
                     if status.state != "fresh":
                         materialise(status.asset, status.slice, "benchmark", profile)
-                _, summary = accuracy.latest_summary(Lake.of(profile), profile)
+                _, summary = accuracy.latest_summary(Lake.of(profile))
                 rows += [{"seed": seed, "terms": name, **row} for row in summary.to_dicts()]
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(rows, indent=1))

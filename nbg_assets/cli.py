@@ -87,7 +87,7 @@ def demo() -> None:
 def report() -> None:
     """Held-out accuracy per slice: before, after, teacher, with 95% intervals."""
     profile, lake = _open()
-    checkpoint, summary = accuracy.latest_summary(lake, profile)
+    checkpoint, summary = accuracy.latest_summary(lake)
     table = Table("slice", "queries", "before", "after", "teacher", "after - before")
     for r in summary.iter_rows(named=True):
         cell = {k: f"{r[k]:.1%} [{r[k + '_low']:.1%}, {r[k + '_high']:.1%}]" for k in ("before", "after", "teacher")}

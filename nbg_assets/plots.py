@@ -64,7 +64,7 @@ def entries_per_position(made: Made) -> Plot | None:
         "unnest(head_counts) AS head, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
         "AND settings_id = $2)"
     )
-    params = [made.slice, made.profile.teacher.storage_id()]
+    params = [made.slice, made.profile.storage_id()]
     colours = {"head (exact)": CHOSEN, "tail (sampled)": REJECTED}
     return _histogram(made, query, params, "entries per position", "stored distribution", colours)
 

@@ -12,44 +12,48 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from nbg_core import ids, lineage
+from nbg_core import lineage
 from nbg_core.config import Profile
 from nbg_core.lake import Lake, Record, Write
+from nbg_core.preference.verifiers import scorer_ids
 
 Z = 1.959964
 
 
-def settings_id(profile: Profile) -> str:
-    """Hash of the decoding settings an answer depends on."""
-    return ids.digest("evaluation", profile.evaluation.max_tokens)
+def latest_summary(lake: Lake) -> tuple[str, pl.DataFrame]:
+    """The newest evaluated checkpoint's id, and its summary over the queries and with the settings of that evaluation.
 
-
-def latest_summary(lake: Lake, profile: Profile) -> tuple[str, pl.DataFrame]:
-    """The newest evaluated checkpoint's id, and its summary. Raises LookupError before the first evaluation."""
+    Raises LookupError before the first evaluation."""
     row = lineage.latest(lake, "student_eval", None)
     if row is None:
         raise LookupError("nothing is evaluated yet; materialise student_eval first (nbg run, or the UI)")
-    checkpoint = next(i["data_version"] for i in json.loads(row["inputs"]) if i["asset"] == "student_checkpoint")
+    read = next(i for i in json.loads(row["inputs"]) if i["asset"] == "student_checkpoint")
+    checkpoint, made_with = read["data_version"], json.loads(row["settings"])
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
-    teacher = json.loads(row["settings"])["teacher"]
-    models = {"before": parent, "after": checkpoint, "teacher": teacher}
-    return checkpoint, summarise(lake, settings_id(profile), models)
+    models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
+    return checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"])
 
 
-def summarise(lake: Lake, settings: str, models: dict[str, str]) -> pl.DataFrame:
+def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: int | None = None) -> pl.DataFrame:
     """Accuracy per slice and over all ('overall'), for `models`: {'before', 'after', 'teacher'} -> model id.
 
     Columns: slice, n, and for each role its accuracy, low, high (95%); difference, difference_low, difference_high of
-    after - before. Only queries that are held out today count."""
-    answers = lake.sql(
-        "SELECT e.model_id, e.query_id, e.slice, e.correct FROM evaluations e JOIN queries q USING (query_id) "
-        "WHERE q.split = 'eval' AND e.settings_id = ? ORDER BY query_id",
-        [settings],
+    after - before. Only queries held out at `snapshot` (now) count, and answers verified as those queries then say.
+    Raises LookupError when there is none that all the models have answered."""
+    queries = lake.sql(
+        "SELECT query_id, verifier, answer, verifier_args FROM queries WHERE split = 'eval' AND verifier IS NOT NULL",
+        snapshot=snapshot,
     )
+    answers = lake.sql(
+        "SELECT model_id, query_id, scorer_id, slice, correct FROM evaluations WHERE settings_id = ? ORDER BY query_id",
+        [answering_id],
+    ).join(queries.with_columns(scorer_ids(queries)), on=["query_id", "scorer_id"], how="semi")
     wide = None
     for role, model in models.items():
         one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
         wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
+    if wide.is_empty():
+        raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
     groups = [(s, wide.filter(pl.col("slice") == s)) for s in wide["slice"].unique().sort()]
     rows = []
     for name, group in [*groups, ("overall", wide)]:
@@ -85,21 +89,27 @@ def gate(summary: pl.DataFrame) -> str | None:
     return None
 
 
-def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
-    """Make a checkpoint the policy that samples next. Raises LookupError for an unknown checkpoint."""
+def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
+    """The row that makes a checkpoint the policy that samples next. Raises LookupError for an unknown checkpoint."""
     row = checkpoint_row(lake, checkpoint)
-    rows = pl.DataFrame(
+    return Write("promotions", pl.DataFrame(
         [{"model_id": row["checkpoint_id"], "path": row["path"], "promoted_at": datetime.now(UTC), "reason": reason}]
-    )
-    lake.commit(Record("promotion", None, run_id, profile.name), [Write("promotions", rows)])
+    ))  # fmt: skip
+
+
+def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
+    """Promote a checkpoint by hand. Raises LookupError for an unknown checkpoint."""
+    write = promotion(lake, checkpoint, reason)
+    lake.commit(Record("promotion", None, run_id, profile.name), [write])
 
 
 def checkpoint_row(lake: Lake, checkpoint: str) -> dict:
-    """The newest row of `checkpoints` whose id starts with `checkpoint`. Raises LookupError naming those known."""
-    rows = lake.sql(
-        "SELECT * FROM checkpoints WHERE checkpoint_id LIKE ? ORDER BY created_at DESC LIMIT 1", [checkpoint + "%"]
-    )
-    if rows.is_empty():
-        known = ", ".join(lake.sql("SELECT checkpoint_id FROM checkpoints ORDER BY created_at")["checkpoint_id"])
+    """The newest row of `checkpoints` of this id, or of the only one that starts so. Raises LookupError otherwise,
+    naming those known."""
+    rows = lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC")
+    found = rows.filter(pl.col("checkpoint_id").str.starts_with(checkpoint))
+    if rows.is_empty() or (checkpoint and found.is_empty()):
+        known = ", ".join(reversed(rows["checkpoint_id"].unique(maintain_order=True)))
         raise LookupError(f"no checkpoint {checkpoint!r}; known: {known or 'none yet'}")
-    return rows.row(0, named=True)
+    whole = lineage.only_one(checkpoint, sorted(set(found["checkpoint_id"])), "checkpoint")
+    return found.filter(pl.col("checkpoint_id") == whole).row(0, named=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import zoneinfo
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +27,8 @@ class ProfileError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(),
+                              allow_inf_nan=False)  # fmt: skip
 
     def settings_id(self, *more: Any) -> str:
         """Hash of this section (and `more`), the part of lineage that says 'made with other settings'."""
@@ -100,13 +103,12 @@ class SamplingSettings(Section):
             raise ValueError("n_student + n_teacher must be at least 2: a pair needs two responses")
         return self
 
-    def sampling_id(self) -> str:
-        """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
-        return digest("sampling", self.backend, self.temperature, self.top_p, self.max_tokens, self.seed)
-
 
 class PreferenceSettings(Section):
-    weights: dict[Literal["verifier", "teacher_loglik"], float] = {"verifier": 1.0, "teacher_loglik": 0.0}
+    weights: dict[Literal["verifier", "teacher_loglik"], Annotated[float, Field(ge=0)]] = {
+        "verifier": 1.0,
+        "teacher_loglik": 0.0,
+    }
     """Weight of each scorer in the combined score; weight 0 scores nothing."""
     min_margin: Annotated[float, Field(gt=0)] = 0.5
     """Smallest chosen - rejected combined score: positive >> negative."""
@@ -114,6 +116,12 @@ class PreferenceSettings(Section):
     """At most this many pairs of one query, widest margins first, no response twice."""
     truncated_positive: bool = False
     """Let a truncated response (finish reason `length`) be a positive."""
+
+    @model_validator(mode="after")
+    def _something_scores(self):
+        if not any(self.weights.values()):
+            raise ValueError("weights has no scorer with a weight; set verifier or teacher_loglik above 0")
+        return self
 
 
 class TeacherSettings(Section):
@@ -134,29 +142,30 @@ class TeacherSettings(Section):
     chunk_samples: Annotated[int, Field(ge=1)] = 512
     """Responses per commit: what a crash can lose."""
 
-    def storage_id(self) -> str:
-        """Hash of what changes the stored rows."""
-        return digest("teacher", self.engine, self.k_head, self.m_tail, self.epsilon, self.temperature, self.seed)
+
+DpoVariant = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"]
+Divergence = Literal["forward", "reverse", "jsd"]
+Estimator = Literal["sampled_tail", "bucket"]
 
 
 class LossConfig(Section):
-    w_dpo: float = 1.0
-    """Weight of the sequence-level DPO term."""
-    w_pos: float = 1.0
+    w_dpo: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the sequence-level DPO term; a term of weight 0 is reported and not trained on."""
+    w_pos: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the token-level divergence on the chosen."""
-    w_neg: float = 1.0
+    w_neg: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the token-level divergence on the rejected."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """DPO inverse temperature."""
-    dpo_variant: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"] = "sigmoid"
+    dpo_variant: DpoVariant = "sigmoid"
     """DPO loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of flipped preferences (conservative DPO)."""
+    """Assumed share of flipped preferences (cDPO)."""
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen's negative log-likelihood (RPO anchor)."""
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """Token-level divergence between teacher and student."""
-    estimator: Literal["sampled_tail", "bucket"] = "sampled_tail"
+    """Weight of the chosen's negative log-likelihood per token (RPO anchor)."""
+    divergence: Divergence = "forward"
+    """Token-level divergence between teacher and student; forward is KL(teacher || student)."""
+    estimator: Estimator = "sampled_tail"
     """`sampled_tail`: unbiased forward KL; `bucket`: everything outside the head is one outcome."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Teacher's weight in the generalised Jensen-Shannon mixture."""
@@ -193,7 +202,7 @@ class TrainingSettings(Section):
     """Learning rate at the end, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW betas."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping norm."""
@@ -227,6 +236,32 @@ class RefreshSettings(Section):
     """When the refresh schedule runs (cron, `timezone`)."""
     timezone: str = "UTC"
     """Time zone of `cron`."""
+
+    @model_validator(mode="after")
+    def _can_be_scheduled(self):
+        fields = self.cron.split()
+        if len(fields) != len(CRON):
+            raise ValueError(
+                f"cron {self.cron!r} does not have the fields {', '.join(CRON)}; '0 3 * * *' is 3 at night"
+            )
+        for field, (name, allowed) in zip(fields, CRON.items(), strict=True):
+            if not all(_is_cron_part(part, allowed) for part in field.lower().split(",")):
+                raise ValueError(
+                    f"cron {self.cron!r}: {field!r} is not a {name}; use *, numbers from {allowed[0]} to "
+                    f"{allowed[-1]}, ranges (1-5), lists (1,3) and steps (*/2)"
+                )
+        if self.timezone not in zoneinfo.available_timezones():
+            raise ValueError(f"timezone {self.timezone!r} is not known; use a name like 'UTC' or 'Europe/Berlin'")
+        return self
+
+
+CRON = {"minute": range(60), "hour": range(24), "day": range(1, 32), "month": range(1, 13), "weekday": range(8)}
+"""Fields of a cron line, and the numbers that each may hold."""
+
+
+def _is_cron_part(part: str, allowed: range) -> bool:
+    match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
+    return match is not None and all(int(n) in allowed for n in match.groups()[:2] if n)
 
 
 class Profile(Section):
@@ -262,6 +297,24 @@ class Profile(Section):
         if self.training.loss.estimator == "sampled_tail" and not self.teacher.m_tail:
             raise ValueError("training.loss.estimator 'sampled_tail' needs teacher.m_tail > 0; or use 'bucket'")
         return self
+
+    def sampling_id(self) -> str:
+        """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
+        s = self.sampling
+        return digest("sampling", self.models.dtype, s.backend, s.temperature, s.top_p, s.max_tokens, s.seed)
+
+    def storage_id(self) -> str:
+        """Hash of what changes the stored teacher rows, besides the teacher."""
+        t = self.teacher
+        return digest("teacher", self.models.dtype, t.engine, t.k_head, t.m_tail, t.epsilon, t.temperature, t.seed)
+
+    def scoring_id(self) -> str:
+        """Hash of what changes the log-probabilities that a model gives a response, besides the model."""
+        return digest("scoring", self.models.dtype)
+
+    def answering_id(self) -> str:
+        """Hash of what changes a model's greedy answer to a held-out query, besides the model."""
+        return digest("evaluation", self.models.dtype, self.evaluation.max_tokens)
 
     def resolve(self, path: Path | str) -> Path:
         """`path` below the project root, unless it is absolute."""

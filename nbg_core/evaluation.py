@@ -1,7 +1,7 @@
 """`student_eval`: accuracy on held-out queries before and after training, and of the teacher; the gate for promotion.
 
-Answers are greedy, verified by the query's own verifier, and kept one row per model and query, so that a model is
-never evaluated twice.
+Answers are greedy, verified by the query's own verifier, and kept: a model answers a query once. When the query's
+answer or verifier is corrected, the kept text is verified again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 import polars as pl
 
 from nbg_core import ids, lineage
-from nbg_core.accuracy import checkpoint_row, gate, promote, settings_id, summarise
+from nbg_core.accuracy import checkpoint_row, gate, promotion, summarise
 from nbg_core.lake import Write
-from nbg_core.preference.verifiers import verify
+from nbg_core.preference.verifiers import scorer_ids, verify
 from nbg_core.run import Run
 from nbg_core.sampling.sample import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
 
 ASSET = "student_eval"
+KEY = ["query_id", "scorer_id"]
 
 
 def materialise(run: Run, slice: None = None) -> dict:
@@ -41,14 +42,17 @@ def materialise(run: Run, slice: None = None) -> dict:
     teacher = run.profile.resolve(run.profile.models.teacher)
     after = _folder(run, checkpoint)
     models = {"before": _parent(run, checkpoint), "after": after, "teacher": teacher}
+    queries = queries.with_columns(scorer_ids(queries))
     new_rows = sum(_evaluate(run, role, path, queries, inputs) for role, path in models.items())
-    version = ids.content_version([f"{ids.model_id(p)}:{q}" for p in models.values() for q in queries["query_id"]])
-    summary = summarise(run.lake, settings_id(run.profile), {role: ids.model_id(p) for role, p in models.items()})
+    settings = run.profile.answering_id()
+    version = ids.content_version(
+        [f"{ids.model_id(p)}:{settings}:{q}:{s}" for p in models.values() for q, s in queries[KEY].iter_rows()]
+    )
+    summary = summarise(run.lake, settings, {role: ids.model_id(p) for role, p in models.items()}, snapshot)
     refusal = gate(summary)
     promoted = refusal is None and run.profile.evaluation.auto_promote
-    commit = run.commit(ASSET, None, inputs=inputs, data_version=version)
-    if promoted:
-        promote(run.lake, run.profile, checkpoint, "passed the promotion gate", run.run_id)
+    writes = [promotion(run.lake, checkpoint, "passed the promotion gate")] if promoted else []
+    commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=version)
     return {
         "asset": ASSET, "slice": None, "snapshot": commit.snapshot, "data_version": version,
         "rows": queries.height * len(models), "new_rows": new_rows, "checkpoint_id": checkpoint,
@@ -58,33 +62,45 @@ def materialise(run: Run, slice: None = None) -> dict:
 
 
 def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) -> int:
-    model, settings = ids.model_id(path), settings_id(run.profile)
-    done = run.lake.sql("SELECT query_id FROM evaluations WHERE model_id = ? AND settings_id = ?", [model, settings])[
-        "query_id"
-    ]
-    missing = queries.filter(~pl.col("query_id").is_in(done.implode()))
+    """Make a model's missing rows, and return how many: an answer that is there is only verified again."""
+    model, settings = ids.model_id(path), run.profile.answering_id()
+    done = run.lake.sql(
+        "SELECT query_id, scorer_id, text, finish_reason FROM evaluations WHERE model_id = ? AND settings_id = ?",
+        [model, settings],
+    )
+    missing = queries.join(done, on=KEY, how="anti", maintain_order="left")
     run.log(f"{ASSET}: {role}: {queries.height - missing.height} of {queries.height} answers already there")
     if missing.is_empty():
         return 0
+
+    def commit(answered: pl.DataFrame) -> int:
+        scores = [
+            verify(q["text"], q["answer"], q["verifier"], json.loads(q["verifier_args"] or "{}"), q["prompt"])
+            for q in answered.iter_rows(named=True)
+        ]
+        rows = answered.select(*KEY, "slice", "text", "finish_reason").with_columns(
+            model_id=pl.lit(model), settings_id=pl.lit(settings), score=pl.Series(scores, dtype=pl.Float64)
+        )
+        rows = rows.with_columns(correct=pl.col("score") >= 1)
+        return run.commit(ASSET, None, [Write("evaluations", rows)], inputs=inputs).n_rows
+
+    texts = done.unique("query_id", keep="first", maintain_order=True).drop("scorer_id")
+    known = missing.join(texts, on="query_id", maintain_order="left")
+    unknown = missing.join(texts, on="query_id", how="anti", maintain_order="left")
+    new_rows = commit(known) if known.height else 0
+    if unknown.is_empty():
+        return new_rows
     e = run.profile.evaluation
     sampler = open_sampler(run.profile, path, e.batch_size)
-    progress = run.progress(f"{ASSET}: {role}", missing.height)
-    new_rows = 0
-    for chunk in missing.iter_slices(e.batch_size):
-        rows = []
-        queries_ = list(chunk.iter_rows(named=True))
-        answers = sampler.sample(
-            [Request(sampler.encode(q["messages"]), [0]) for q in queries_], Decoding(0.0, 1.0, e.max_tokens)
-        )
-        for q, (answer,) in zip(queries_, answers, strict=True):
-            text = sampler.decode(answer.token_ids)
-            score = verify(text, q["answer"], q["verifier"], json.loads(q["verifier_args"] or "{}"), q["prompt"])
-            rows.append({
-                "model_id": model, "query_id": q["query_id"], "settings_id": settings, "slice": q["slice"],
-                "score": score, "correct": score >= 1, "text": text, "finish_reason": answer.finish_reason,
-            })  # fmt: skip
-        new_rows += run.commit(ASSET, None, [Write("evaluations", pl.DataFrame(rows))], inputs=inputs).n_rows
-        progress.advance(len(rows))
+    progress = run.progress(f"{ASSET}: {role}", unknown.height)
+    for chunk in unknown.iter_slices(e.batch_size):
+        requests = [Request(sampler.encode(messages), [0]) for messages in chunk["messages"].to_list()]
+        answers = [a for (a,) in sampler.sample(requests, Decoding(0.0, 1.0, e.max_tokens))]
+        new_rows += commit(chunk.with_columns(
+            text=pl.Series([sampler.decode(a.token_ids) for a in answers], dtype=pl.String),
+            finish_reason=pl.Series([a.finish_reason for a in answers], dtype=pl.String),
+        ))  # fmt: skip
+        progress.advance(chunk.height)
     return new_rows
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import polars as pl
 
 from nbg_core.config import Profile
-from nbg_core.ids import content_version, digest, model_id
+from nbg_core.ids import digest, model_id
 from nbg_core.lake import CODE_VERSION, Input, Lake
+from nbg_core.schemas import TABLES
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "queries": (),
@@ -113,27 +114,27 @@ def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None)
             return {**profile.queries.model_dump(), "file": stat, "max_tokens": longest, "student": student}
         case "student_samples":
             s = profile.sampling
-            return {"sampling_id": s.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,
+            return {"sampling_id": profile.sampling_id(), "n_student": s.n_student, "n_teacher": s.n_teacher,
                     "student": policy.model_id, "teacher": teacher() if s.n_teacher else None}  # fmt: skip
         case "filtered_pairs":
             p = profile.preference
             uses_teacher = bool(p.weights.get("teacher_loglik"))
-            return {**p.model_dump(), "teacher": teacher() if uses_teacher else None}
+            scores = {"teacher": teacher(), "scoring_id": profile.scoring_id()} if uses_teacher else {"teacher": None}
+            return {**p.model_dump(), **scores}
         case "teacher_logits":
-            return {"storage_id": profile.teacher.storage_id(), "teacher": teacher()}
+            return {"storage_id": profile.storage_id(), "teacher": teacher()}
         case "reference_logprobs":
-            return {"reference": policy.model_id}
+            return {"reference": policy.model_id, "scoring_id": profile.scoring_id()}
         case "student_checkpoint":
             t = profile.training.model_dump(mode="json", exclude={"hostfile", "save_every"})
             return {
                 **t,
                 "initial": policy.model_id,
                 "teacher": teacher(),
-                "storage_id": profile.teacher.storage_id(),
+                "storage_id": profile.storage_id(),
             }
         case "student_eval":
-            e = profile.evaluation
-            return {"max_tokens": e.max_tokens, "teacher": teacher()}
+            return {"answering_id": profile.answering_id(), "teacher": teacher()}
     raise KeyError(asset)
 
 
@@ -151,19 +152,19 @@ def query_file(profile: Profile, slice: str) -> Path:
     raise FileNotFoundError(f"no {slice}.jsonl or {slice}.parquet in {folder}; slices there: {known}")
 
 
-def latest(lake: Lake, asset: str, slice: str | None) -> dict | None:
-    """The newest complete materialisation of a partition, with its snapshot id, or None."""
+def latest(lake: Lake, asset: str, slice: str | None, snapshot: int | None = None) -> dict | None:
+    """The newest complete materialisation of a partition (as of `snapshot`), with its snapshot id, or None."""
     rows = lake.sql(
         "SELECT * FROM lineage.commits WHERE asset = ? AND slice IS NOT DISTINCT FROM ? AND status = 'complete' "
-        "ORDER BY snapshot_id DESC LIMIT 1",
-        [asset, slice],
+        "AND snapshot_id <= coalesce(?, snapshot_id) ORDER BY snapshot_id DESC LIMIT 1",
+        [asset, slice, snapshot],
     )
     return None if rows.is_empty() else rows.row(0, named=True)
 
 
 def input_of(lake: Lake, asset: str, slice: str | None, snapshot: int) -> Input:
-    """The input record for reading a partition at `snapshot`. Raises LookupError if it was never materialised."""
-    row = latest(lake, asset, slice)
+    """The input record for reading a partition at `snapshot`. Raises LookupError if it was not materialised by then."""
+    row = latest(lake, asset, slice, snapshot)
     if row is None:
         where = asset + (f"[{slice}]" if slice else "")
         raise LookupError(f"{where} has not been materialised; materialise it first (nbg run, or the UI)")
@@ -229,45 +230,62 @@ def _state(row: dict | None, inputs: list, done: dict, result: dict, wanted: str
 
 
 def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
-    """Everything connected to an id, up and down: a checkpoint, pair, sample or query id (a unique prefix will do).
+    """Everything connected to an id, up and down: a checkpoint, training, pair, sample or query id, or its beginning.
 
-    Returns frames by name: queries, samples, pairs, checkpoints. Checkpoints are followed at the snapshot their
-    training set was read at, so that pairs replaced since then are found. Raises LookupError for an unknown id."""
-    like = [id + "%"]
-    checkpoints = lake.sql("SELECT * FROM checkpoints WHERE checkpoint_id LIKE ? OR training_id LIKE ?", like * 2)
+    Returns frames by name: queries, samples, pairs, checkpoints. Pairs and queries that were replaced since are found
+    too, as they last were; those of a checkpoint as they were when it was trained. Raises LookupError for an unknown
+    id, and for a beginning that several ids share."""
+    id = whole_id(lake, id)
+    checkpoints = lake.sql("SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1", [id])
     if checkpoints.height:
-        snapshot = checkpoints["input_snapshot"][-1]
-        used = lake.sql(
-            "SELECT DISTINCT pair_id FROM checkpoint_pairs WHERE training_id = ?",
-            [checkpoints["training_id"][-1]],
-        )
-        pairs = lake.sql("SELECT * FROM pairs ORDER BY pair_id", snapshot=snapshot).filter(
-            pl.col("pair_id").is_in(used["pair_id"].implode())
-        )
+        pairs = _ever(
+            lake, "pairs", "pair_id IN (SELECT pair_id FROM checkpoint_pairs WHERE training_id = ?)",
+            checkpoints["training_id"][-1], snapshot=checkpoints["input_snapshot"][-1],
+        )  # fmt: skip
     else:
-        snapshot = None
-        pairs = lake.sql(
-            "SELECT * FROM pairs WHERE pair_id LIKE ? OR chosen_id LIKE ? OR rejected_id LIKE ? OR query_id LIKE ? "
-            "ORDER BY pair_id", like * 4)  # fmt: skip
+        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", id)
+        checkpoints = lake.sql(
+            "SELECT * FROM checkpoints WHERE training_id IN (SELECT training_id FROM checkpoint_pairs "
+            "WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) ORDER BY created_at",
+            [pairs["pair_id"].to_list()],
+        )
     members = pairs["chosen_id"].to_list() + pairs["rejected_id"].to_list()
     samples = lake.sql(
-        "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?)) OR sample_id LIKE ? OR query_id LIKE ? "
+        "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?::VARCHAR[])) OR ? IN (sample_id, query_id) "
         "ORDER BY sample_id",
-        [members or [""], *like * 2], snapshot=snapshot)  # fmt: skip
-    queries = lake.sql(
-        "SELECT * FROM queries WHERE query_id IN (SELECT unnest(?)) OR query_id LIKE ? ORDER BY query_id",
-        [samples["query_id"].to_list() or [""], *like], snapshot=snapshot)  # fmt: skip
-    if not checkpoints.height:
-        checkpoints = lake.sql(
-            "SELECT * FROM checkpoints WHERE training_id IN "
-            "(SELECT training_id FROM checkpoint_pairs WHERE pair_id IN (SELECT unnest(?)))",
-            [pairs["pair_id"].to_list() or [""]])  # fmt: skip
-    found = {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
-    if not any(df.height for df in found.values()):
-        raise LookupError(f"no checkpoint, pair, sample or query has an id that starts with {id!r}")
-    return found
+        [members, id],
+    )
+    queries = _ever(
+        lake, "queries", "query_id IN (SELECT unnest(?::VARCHAR[]))", [id, *samples["query_id"], *pairs["query_id"]]
+    )
+    return {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
 
 
-__all__ = ["UPSTREAM", "UNPARTITIONED", "Policy", "Status", "check_slice_name", "content_version", "current_policy",
-           "find_slices", "input_of", "latest", "query_file", "settings_id", "settings_of", "slices", "status",
-           "trace"]  # fmt: skip
+def whole_id(lake: Lake, start: str) -> str:
+    """The only id that starts with `start`. Raises LookupError when there is none, or more than one."""
+    columns = ("checkpoints.checkpoint_id", "checkpoints.training_id", "checkpoint_pairs.pair_id", "pairs.pair_id",
+               "samples.sample_id", "samples.query_id", "queries.query_id")  # fmt: skip
+    ids = " UNION ".join(f"SELECT {c} AS id FROM {c.partition('.')[0]}" for c in columns)
+    found = lake.sql(f"SELECT id FROM ({ids}) WHERE starts_with(id, ?) ORDER BY id", [start])["id"].to_list()
+    return only_one(start, found, "checkpoint, pair, sample or query")
+
+
+def only_one(start: str, found: Sequence[str], what: str) -> str:
+    """`start` if it is in `found`, else the only one in it. Raises LookupError naming `what` was looked for."""
+    if not start or not found:
+        raise LookupError(f"no {what} has an id that starts with {start!r}" if start else f"give the id of a {what}")
+    if start not in found and len(found) > 1:
+        raise LookupError(
+            f"{start!r} is the beginning of {len(found)} ids, {found[0]} and {found[1]} among them; give more of it"
+        )
+    return start if start in found else found[0]
+
+
+def _ever(lake: Lake, table: str, condition: str, param: object, snapshot: int | None = None) -> pl.DataFrame:
+    """The newest version of each row that a table had until `snapshot`, rows deleted since included, by primary key."""
+    key, newest = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
+    return lake.sql(
+        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {newest}) WHERE {condition} "
+        f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY snapshot_id DESC) = 1 ORDER BY {key}",
+        [param],
+    )

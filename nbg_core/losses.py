@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-DIVERGENCES = ("forward", "reverse", "jsd")
-ESTIMATORS = ("sampled_tail", "bucket")
-DPO_VARIANTS = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
+from nbg_core.config import LossConfig
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)  # -87.3
 """Reverse KL and JSD take log-probabilities below this, a mass of exactly 0 included, to be this: finite everywhere."""
@@ -69,45 +69,13 @@ class DpoTerms:
     """[B], detached: the same of the rejected."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """Knobs of the joint loss. Raises ValueError, naming value and remedy, for values that make no sense."""
+class LossSettings(LossConfig):
+    """Knobs of the joint loss: those of a profile (`training.loss`), and the temperature that the teacher's rows have.
 
-    w_dpo: float = 1.0
-    """Weight of the DPO term; a term of weight 0 is reported and not trained on."""
-    w_pos: float = 1.0
-    """Weight of the divergence on chosen tokens."""
-    w_neg: float = 1.0
-    """Weight of the divergence on rejected tokens."""
-    beta: float = 0.1
-    """DPO inverse temperature."""
-    dpo_variant: str = "sigmoid"
-    """One of DPO_VARIANTS."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped preferences (cDPO), in [0, 0.5)."""
-    nll_coef: float = 0.0
-    """Weight of the chosen's negative log-likelihood per token (RPO anchor)."""
-    divergence: str = "forward"
-    """One of DIVERGENCES, seen from the teacher: forward is KL(teacher || student)."""
-    estimator: str = "sampled_tail"
-    """`sampled_tail` (unbiased, forward only) or `bucket` (all outside the head is one outcome)."""
-    temperature: float = 1.0
+    Raises ValueError (pydantic's ValidationError), naming knob and value, for values that make no sense."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the divergence, the one the teacher was stored at; DPO and NLL are always at 1."""
-    scale_by_temperature_squared: bool = True
-    """Multiply the divergence by temperature^2: its gradient keeps its size (Hinton et al. 2015, section 2.1)."""
-    jsd_alpha: float = 0.5
-    """Teacher's weight in the JSD mixture, in (0, 1)."""
-
-    def __post_init__(self) -> None:
-        for name in ("w_dpo", "w_pos", "w_neg", "nll_coef"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: a loss weight is a finite number >= 0; use 0 to switch the term off")
-        _check_dpo(self.dpo_variant, self.beta, self.label_smoothing)
-        _check_divergence(self.divergence, self.temperature, self.jsd_alpha)
-        _check_choice("estimator", self.estimator, ESTIMATORS)
-        if self.estimator == "sampled_tail" and self.divergence != "forward":
-            raise ValueError(f"divergence={self.divergence!r} needs estimator='bucket', got 'sampled_tail'")
 
 
 @dataclass(frozen=True)
@@ -319,24 +287,9 @@ def _upcast(x: Tensor) -> Tensor:  # rounding logits to bf16 costs 0.02 nats a t
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
-
-
 def _check_dpo(variant: str, beta: float, label_smoothing: float) -> None:
-    _check_choice("dpo_variant", variant, DPO_VARIANTS)
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta={beta}: DPO's inverse temperature is a finite number > 0; 0.1 is the usual start")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: a share of flipped preferences is in [0, 0.5); use 0")
-    if label_smoothing and variant in ("ipo", "hinge"):
-        raise ValueError(f"label_smoothing={label_smoothing} has no meaning with dpo_variant={variant!r}; set it to 0")
+    LossSettings(dpo_variant=variant, beta=beta, label_smoothing=label_smoothing)
 
 
 def _check_divergence(kind: str, temperature: float, jsd_alpha: float) -> None:
-    _check_choice("divergence", kind, DIVERGENCES)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature}: must be > 0, the one that the teacher was stored at; 1 is plain")
-    if not 0 < jsd_alpha < 1:
-        raise ValueError(f"jsd_alpha={jsd_alpha}: must be inside (0, 1); 0.5 is the symmetric JSD")
+    LossSettings(divergence=kind, estimator="bucket", temperature=temperature, jsd_alpha=jsd_alpha)

@@ -73,6 +73,14 @@ def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remo
             f"teacher {teacher} and student {student} have different tokenizers: {len(differences)} tokens differ, "
             f"first {t!r} (student id {one.get(t)}, teacher id {two.get(t)}); use a teacher of the student's family"
         )
+    special = set(a.all_special_ids) ^ set(b.all_special_ids)
+    special -= {a.pad_token_id, b.pad_token_id}  # padding is masked, so it may differ
+    if special:
+        tokens = ", ".join(repr(t) for t in a.convert_ids_to_tokens(sorted(special)))
+        raise ValueError(
+            f"{tokens} special to only one of teacher {teacher} and student {student}; use models with the same "
+            "special tokens"
+        )
     if a.eos_token_id != b.eos_token_id:
         raise ValueError(
             f"teacher {teacher} ends a turn with token {b.eos_token_id}, student {student} with {a.eos_token_id}; "

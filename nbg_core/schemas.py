@@ -51,7 +51,7 @@ class Samples(Produced):
     query_id = _id("query answered")
     source = dy.String(description="'student' or 'teacher'")
     model_id = _id("hash of the weights and tokenizer that sampled")
-    sampling_id = _id("hash of the sampling parameters")
+    sampling_id = _id("hash of the sampling parameters and the dtype")
     sample_index = dy.Int32(description="0-based index among the responses of this model to this query")
     seed = dy.Int64(description="seed this response was drawn with")
     prompt_token_ids = _ints("prompt tokens, chat template applied")
@@ -103,7 +103,7 @@ class TeacherLogits(Produced):
 
     sample_id = _id("response scored", primary_key=True)
     model_id = _id("teacher", primary_key=True)
-    settings_id = _id("hash of the storage settings", primary_key=True)
+    settings_id = _id("hash of the storage settings and the dtype", primary_key=True)
     token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
     tail_logmass = _floats("log of the exact mass outside the head; -inf when none", allow_inf=True)
     head_counts = _ints("entries kept exactly, per position")
@@ -117,6 +117,7 @@ class ReferenceLogprobs(Produced):
 
     sample_id = _id("response scored", primary_key=True)
     model_id = _id("reference", primary_key=True)
+    settings_id = _id("hash of the scoring settings (dtype)", primary_key=True)
     token_logprobs = _floats("log-probability of each response token, nats")
 
 
@@ -175,7 +176,8 @@ class Evaluations(dy.Schema):
 
     model_id = _id("model evaluated", primary_key=True)
     query_id = _id("held-out query", primary_key=True)
-    settings_id = _id("hash of the decoding settings", primary_key=True)
+    settings_id = _id("hash of the decoding settings and the dtype", primary_key=True)
+    scorer_id = _id("hash of the verifier, its arguments and the reference answer", primary_key=True)
     slice = dy.String(description="partition of the query")
     score = dy.Float64(description="verifier score in [0, 1]")
     correct = dy.Bool(description="score >= 1")

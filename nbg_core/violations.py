@@ -207,7 +207,7 @@ def _rows_of(s: Subject, table: str) -> tuple[str, list[str]]:
     made = s.made_with(table)
     if table == "teacher_logits":
         return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2", [made["reference"]]
+    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
 
 
 def _newest_checkpoint(s: Subject) -> dict:
@@ -248,6 +248,6 @@ def training_set_lost(s: Subject) -> pl.DataFrame:
 
 
 def gate_refuses(s: Subject) -> pl.DataFrame:
-    checkpoint, summary = accuracy.latest_summary(s.lake, s.profile)
+    checkpoint, summary = accuracy.latest_summary(s.lake)
     refusal = accuracy.gate(summary)
     return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)

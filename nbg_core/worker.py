@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nbg_core.config import Profile, load_profile
+from nbg_core.files import write_json
 from nbg_core.lake import Lake
 from nbg_core.lineage import UNPARTITIONED, UPSTREAM
 from nbg_core.processes import sentence
@@ -63,13 +64,6 @@ def materialise(asset: str, slice: str | None, run_id: str = "local", profile: P
     with only_worker(profile, asset, slice, run_id):
         run = Run(profile, Lake.of(profile), run_id, log=lambda line: print(line, flush=True))
         return importlib.import_module(STAGES[asset]).materialise(run, slice)
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, default=str))
-    temporary.rename(path)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ import yaml
 from nbg_core import accuracy, ids, lineage
 from nbg_core.config import load_profile
 from nbg_core.lake import Lake, Write
+from nbg_core.preference.verifiers import scorer_ids
 from nbg_core.processes import WorkerFailed
 from nbg_core.run import Run
 
@@ -78,7 +79,7 @@ class Fake:
             version = ids.content_version([str(row) for row in main.rows()])
         writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
         commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
-        summary = accuracy.latest_summary(run.lake, loaded)[1].to_dicts() if asset == "student_eval" else []
+        summary = accuracy.latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
         return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
                 "rows": main.height, "new_rows": main.height, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
@@ -104,7 +105,7 @@ def _queries(run: Run, slice: str) -> list:
 def _samples(run: Run, slice: str) -> list:
     return [("samples", pl.DataFrame([
         {"slice": slice, "sample_id": s, "query_id": q, "source": "student", "model_id": run.policy.model_id,
-         "sampling_id": run.profile.sampling.sampling_id(), "sample_index": int(s[-1]), "seed": 1,
+         "sampling_id": run.profile.sampling_id(), "sample_index": int(s[-1]), "seed": 1,
          "prompt_token_ids": [1, 2], "token_ids": [3, 63], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
          "text": "text"}
         for q, s in _samples_of(slice)
@@ -128,7 +129,7 @@ def _teacher(run: Run, slice: str) -> list:
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
     half = math.log(0.5)
     return [("teacher_logits", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.teacher.storage_id(),
+        {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.storage_id(),
          "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
          "tail_counts": [2, 0], "entry_ids": [3, 4, 5, 63], "entry_logprobs": [half, -2.0, -3.0, 0.0]}
         for _, s in _samples_of(slice)
@@ -137,7 +138,8 @@ def _teacher(run: Run, slice: str) -> list:
 
 def _reference(run: Run, slice: str) -> list:
     return [("reference_logprobs", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": run.policy.model_id, "token_logprobs": [-0.1, -0.2]}
+        {"slice": slice, "sample_id": s, "model_id": run.policy.model_id, "settings_id": run.profile.scoring_id(),
+         "token_logprobs": [-0.1, -0.2]}
         for _, s in _samples_of(slice)
     ]))]  # fmt: skip
 
@@ -170,11 +172,12 @@ def _checkpoint(run: Run, slice: None) -> list:
 def _evaluations(run: Run, slice: None) -> list:
     newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
-    queries = run.lake.sql("SELECT query_id, slice FROM queries WHERE split = 'eval' ORDER BY query_id")
+    queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
+    queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": accuracy.settings_id(run.profile), "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": run.profile.answering_id(), "scorer_id": v, "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
-        for model, correct in right.items() for q, s in queries.iter_rows()
+        for model, correct in right.items() for q, s, v in queries.iter_rows()
     ]))]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from nbg_core import accuracy
 from nbg_core.lake import Lake, Record, Write
+from nbg_core.preference.verifiers import scorer_ids
 
 
 def test_wilson_against_published_values():
@@ -34,10 +35,11 @@ def fill(lake: Lake, answers: dict[str, dict[str, list[bool]]], splits: dict[str
         for i in range(len(next(iter(roles.values())))):
             q = f"{slice}{i}"
             queries.append({"slice": slice, "query_id": q, "split": (splits or {}).get(q, "eval"), "messages": [],
-                            "prompt": "", "answer": None, "verifier": None, "verifier_args": None, "source_file": "",
+                            "prompt": "", "answer": "1", "verifier": "exact", "verifier_args": "{}", "source_file": "",
                             "source_line": 1})  # fmt: skip
-            rows += [{"model_id": role, "query_id": q, "settings_id": "s", "slice": slice, "score": float(c[i]),
-                      "correct": c[i], "text": "", "finish_reason": "stop"} for role, c in roles.items()]  # fmt: skip
+            rows += [{"model_id": role, "query_id": q, "settings_id": "s", "scorer_id": RIGHT, "slice": slice,
+                      "score": float(c[i]), "correct": c[i], "text": "", "finish_reason": "stop"}
+                     for role, c in roles.items()]  # fmt: skip
     lake.commit(Record("x", None, "r", "t"), [
         Write("queries", pl.DataFrame(queries, schema_overrides={
             "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String})), "answer": pl.String,
@@ -45,6 +47,7 @@ def fill(lake: Lake, answers: dict[str, dict[str, list[bool]]], splits: dict[str
         Write("evaluations", pl.DataFrame(rows))])  # fmt: skip
 
 
+RIGHT = scorer_ids(pl.DataFrame({"verifier": "exact", "answer": "1", "verifier_args": "{}"})).item()
 ROLES = {"before": "before", "after": "after", "teacher": "teacher"}
 
 
@@ -66,6 +69,17 @@ def test_summary_is_paired_per_slice_and_overall(lake):
 def test_queries_that_are_not_held_out_any_more_do_not_count(lake):
     fill(lake, {"a": {r: [True, False] for r in ROLES}}, splits={"a1": "train"})
     assert accuracy.summarise(lake, "s", ROLES)["n"].to_list() == [1, 1]
+
+
+def test_answers_judged_by_an_answer_that_was_corrected_since_do_not_count(lake):
+    fill(lake, {"a": {r: [True, False] for r in ROLES}})
+    with lake.connect(read_only=False) as con:
+        con.execute("UPDATE queries SET answer = '2' WHERE query_id = 'a1'")
+    assert accuracy.summarise(lake, "s", ROLES)["after"].to_list() == [1.0, 1.0]
+    with lake.connect(read_only=False) as con:
+        con.execute("UPDATE queries SET answer = '2'")
+    with pytest.raises(LookupError, match="materialise student_eval again"):
+        accuracy.summarise(lake, "s", ROLES)
 
 
 def summary(*rows: tuple[str, float, float, float]) -> pl.DataFrame:

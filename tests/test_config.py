@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from nbg_core.config import PROJECT_ROOT, Profile, ProfileError, load_profile, reference
@@ -43,6 +44,18 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "teacher: {m_tail: 0}", "needs teacher.m_tail > 0; or use 'bucket'"),
         (MODELS + "training: {loss: {dpo_variant: ipo, label_smoothing: 0.1}}", "no meaning with dpo_variant 'ipo'"),
         (MODELS + "training: {loss: {divergence: jsd}}", "'jsd' needs estimator 'bucket'"),
+        (MODELS + "training: {loss: {w_dpo: -1}}", "training.loss.w_dpo = -1: .*greater than or equal to 0"),
+        (MODELS + "training: {loss: {w_pos: .nan}}", "training.loss.w_pos = nan: .*finite"),
+        (MODELS + "training: {learning_rate: .inf}", "training.learning_rate = inf: .*finite"),
+        (MODELS + "training: {adam_betas: [2, 5]}", "training.adam_betas.0 = 2: .*less than 1; training.adam_betas.1"),
+        (MODELS + "preference: {weights: {verifier: -1}}", "preference.weights.verifier = -1: .*equal to 0"),
+        (MODELS + "preference: {weights: {}}", "no scorer with a weight; set verifier or teacher_loglik above 0"),
+        (MODELS + "preference: {weights: {verifier: 0}}", "no scorer with a weight"),
+        (MODELS + "refresh: {cron: nonsense}", "cron 'nonsense' does not have the fields minute, hour, day, month"),
+        (MODELS + "refresh: {cron: 0 24 * * *}", "'24' is not a hour; use .* numbers from 0 to 23"),
+        (MODELS + "refresh: {cron: 0 3 * * mon-}", "'mon-' is not a weekday"),
+        (MODELS + "refresh: {cron: '*/0 3 * * *'}", r"'\*/0' is not a minute"),
+        (MODELS + "refresh: {timezone: Mars}", "timezone 'Mars' is not known; use a name like 'UTC'"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -52,6 +65,13 @@ def test_a_wrong_profile_names_file_key_and_remedy(tmp_path, text, expected):
     with pytest.raises(ProfileError, match=expected) as e:
         load_profile(path)
     assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("cron", ["0 3 * * *", "*/15 * * * *", "0,30 9-17 1-15/2 1,12 1-5", "59 23 31 12 7"])
+def test_cron_lines_that_dagster_takes_are_taken(tmp_path, cron):
+    assert dg.ScheduleDefinition(job_name="any", cron_schedule=cron).cron_schedule == cron
+    profile = load_profile(write(tmp_path, MODELS + f"refresh: {{cron: '{cron}', timezone: Europe/Berlin}}"))
+    assert profile.refresh.cron == cron
 
 
 def test_an_unknown_profile_lists_the_known_ones():
@@ -70,11 +90,20 @@ def test_every_setting_is_documented():
     assert list(undocumented(Profile)) == []
 
 
+def changed(profile: Profile, section: str, **values) -> Profile:
+    return profile.model_copy(update={section: getattr(profile, section).model_copy(update=values)})
+
+
 def test_ids_of_settings_change_with_what_matters_only():
     base = load_profile("embedded")
-    more = base.sampling.model_copy(update={"n_student": 16, "batch_size": 3})
-    hotter = base.sampling.model_copy(update={"temperature": 0.5})
-    assert more.sampling_id() == base.sampling.sampling_id() != hotter.sampling_id()
+    assert changed(base, "sampling", n_student=16, batch_size=3).sampling_id() == base.sampling_id()
+    assert changed(base, "sampling", temperature=0.5).sampling_id() != base.sampling_id()
+    assert changed(base, "teacher", batch_tokens=7).storage_id() == base.storage_id()
+    assert changed(base, "evaluation", batch_size=7).answering_id() == base.answering_id()
+    assert changed(base, "evaluation", max_tokens=7).answering_id() != base.answering_id()
+    rounded = changed(base, "models", dtype="bfloat16")
+    for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
+        assert getattr(rounded, id)() != getattr(base, id)()
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():

@@ -96,6 +96,23 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_above(run):
     assert stale == {"filtered_pairs", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
 
 
+def test_another_dtype_makes_stale_whatever_a_model_computed(run):
+    make_all(run)
+    models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
+    rounded = run.profile.model_copy(update={"models": models})
+    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
+    assert {a for a, reason in why.items() if reason} == set(lineage.UPSTREAM) - {"queries"}
+    changed = "settings, policy or file changed"
+    own = {"student_samples", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
+    assert {a for a, reason in why.items() if reason == changed} == own
+    preference = run.profile.preference.model_copy(update={"weights": {"teacher_loglik": 1.0}})
+    scored = run.profile.model_copy(update={"preference": preference})
+    make_all(Run(scored, run.lake, log=lambda line: None))
+    rounded = scored.model_copy(update={"models": models})
+    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
+    assert why["filtered_pairs"] == changed
+
+
 def test_a_new_slice_and_a_gone_one_are_noticed(run):
     make_all(run)
     folder = run.profile.resolve("data/queries")
@@ -182,6 +199,62 @@ def test_a_query_is_traced_to_the_checkpoints_it_trained(run):
     assert found["checkpoints"]["checkpoint_id"].to_list() == ["c1"]
     assert lineage.trace(run.lake, "q2")["checkpoints"].is_empty()
     assert lineage.trace(run.lake, "s2")["pairs"]["pair_id"].to_list() == ["p1"]
+
+
+def replace_pairs(run: Run, *pairs: dict) -> None:
+    rows = pl.DataFrame(list(pairs), schema=run.lake.sql("FROM pairs").drop("materialisation_id").schema)
+    run.commit("filtered_pairs", "a", [Write("pairs", rows, replace="slice = ?", params=("a",))], data_version="new")
+
+
+def test_what_a_replaced_pair_was_made_of_is_traced_to_the_checkpoint_it_trained(run):
+    add_rows(run)
+    add_checkpoint(run, "c1", "c1", ["p1"])
+    replace_pairs(run, {"slice": "a", "pair_id": "p2", "query_id": "q1", "chosen_id": "s1", "rejected_id": "s3",
+                        "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0})  # fmt: skip
+    add_checkpoint(run, "c2", "c2", ["p2"])
+    for id, pairs, checkpoints in [("p1", ["p1"], ["c1"]), ("s2", ["p1"], ["c1"]), ("s3", ["p2"], ["c2"]),
+                                   ("s1", ["p1", "p2"], ["c1", "c2"]), ("q1", ["p1", "p2"], ["c1", "c2"]),
+                                   ("c1", ["p1"], ["c1"]), ("t-c2", ["p2"], ["c2"])]:  # fmt: skip
+        found = lineage.trace(run.lake, id)
+        assert found["pairs"]["pair_id"].to_list() == pairs, id
+        assert found["checkpoints"]["checkpoint_id"].to_list() == checkpoints, id
+        assert found["queries"]["query_id"].to_list() == ["q1"], id
+
+
+def test_a_checkpoint_shows_its_pairs_as_they_were_when_it_was_trained(run):
+    add_rows(run)
+    add_checkpoint(run, "c1", "c1", ["p1"])
+    replace_pairs(run, {"slice": "a", "pair_id": "p1", "query_id": "q1", "chosen_id": "s1", "rejected_id": "s2",
+                        "chosen_score": 3.0, "rejected_score": 0.0, "margin": 3.0})  # fmt: skip
+    assert lineage.trace(run.lake, "c1")["pairs"]["margin"].to_list() == [1.0]
+    assert lineage.trace(run.lake, "p1")["pairs"]["margin"].to_list() == [3.0]
+
+
+def test_a_beginning_must_belong_to_one_id(run):
+    add_rows(run)
+    for checkpoint in ("c1", "c2", "c20"):
+        add_checkpoint(run, checkpoint, checkpoint, ["p1"])
+    assert lineage.trace(run.lake, "c2")["checkpoints"]["checkpoint_id"].to_list() == ["c2"]
+    assert lineage.trace(run.lake, "p")["checkpoints"].height == 3
+    for what, promise in [("", "give the id of a checkpoint"), ("c", "'c' is the beginning of 3 ids, c1 and c2 among")]:
+        with pytest.raises(LookupError, match=promise):
+            lineage.trace(run.lake, what)
+        with pytest.raises(LookupError, match=promise):
+            accuracy.promote(run.lake, run.profile, what, "test")
+    with pytest.raises(LookupError, match="no checkpoint '%'; known: c1, c2, c20"):
+        accuracy.promote(run.lake, run.profile, "%", "test")
+    assert run.lake.sql("FROM promotions").is_empty()
+
+
+def test_an_input_is_what_was_there_at_the_snapshot_read(run):
+    make(run, "queries", "a", "v1")
+    snapshot = run.lake.snapshot()
+    make(run, "queries", "a", "v2")
+    assert lineage.input_of(run.lake, "queries", "a", snapshot).data_version == "v1"
+    assert lineage.input_of(run.lake, "queries", "a", run.lake.snapshot()).data_version == "v2"
+    with pytest.raises(LookupError, match=r"queries\[b\] has not been materialised"):
+        make(run, "queries", "b")
+        lineage.input_of(run.lake, "queries", "b", snapshot)
 
 
 def test_an_unknown_id_is_said_to_be_unknown(run):

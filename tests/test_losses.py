@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbg_core.losses import (
-    DPO_VARIANTS,
     Denominators,
     LossSettings,
     TeacherTargets,
@@ -675,24 +674,25 @@ def test_each_side_trains_only_its_own_rows():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"w_dpo": -1.0}, r"w_dpo=-1.0.*>= 0"),
-    ({"w_neg": math.nan}, r"w_neg=nan.*finite"),
-    ({"nll_coef": -0.1}, r"nll_coef=-0.1.*use 0"),
-    ({"beta": 0.0}, r"beta=0.0.*> 0"),
-    ({"beta": math.inf}, r"beta=inf.*finite"),
-    ({"dpo_variant": "simpo"}, r"dpo_variant='simpo'.*use one of sigmoid, sigmoid_norm, ipo, hinge"),
-    ({"label_smoothing": 0.5}, r"label_smoothing=0.5.*\[0, 0.5\)"),
-    ({"label_smoothing": 0.1, "dpo_variant": "ipo"}, r"label_smoothing=0.1.*'ipo'.*set it to 0"),
-    ({"label_smoothing": 0.1, "dpo_variant": "hinge"}, r"'hinge'.*set it to 0"),
-    ({"divergence": "backward", "estimator": "bucket"}, r"divergence='backward'.*use one of forward, reverse, jsd"),
-    ({"estimator": "topk"}, r"estimator='topk'.*use one of sampled_tail, bucket"),
-    ({"divergence": "reverse"}, r"divergence='reverse'.*estimator='bucket'"),
-    ({"divergence": "jsd"}, r"divergence='jsd'.*estimator='bucket'"),
-    ({"temperature": 0.0}, r"temperature=0.0.*> 0"),
-    ({"jsd_alpha": 1.0}, r"jsd_alpha=1.0.*\(0, 1\)"),
+    ({"w_dpo": -1.0}, "w_dpo.*greater than or equal to 0.*input_value=-1.0"),
+    ({"w_neg": math.nan}, "w_neg.*finite.*input_value=nan"),
+    ({"nll_coef": -0.1}, "nll_coef.*greater than or equal to 0"),
+    ({"beta": 0.0}, "beta.*greater than 0"),
+    ({"beta": math.inf}, "beta.*finite"),
+    ({"dpo_variant": "simpo"}, "dpo_variant.*'sigmoid', 'sigmoid_norm', 'ipo' or 'hinge'.*input_value='simpo'"),
+    ({"label_smoothing": 0.5}, "label_smoothing.*less than 0.5"),
+    ({"label_smoothing": 0.1, "dpo_variant": "ipo"}, "label_smoothing.*'ipo'.*set it to 0"),
+    ({"label_smoothing": 0.1, "dpo_variant": "hinge"}, "'hinge'.*set it to 0"),
+    ({"divergence": "backward", "estimator": "bucket"}, "divergence.*'forward', 'reverse' or 'jsd'"),
+    ({"estimator": "topk"}, "estimator.*'sampled_tail' or 'bucket'"),
+    ({"divergence": "reverse"}, "divergence 'reverse' needs estimator 'bucket'"),
+    ({"divergence": "jsd"}, "divergence 'jsd' needs estimator 'bucket'"),
+    ({"temperature": 0.0}, "temperature.*greater than 0"),
+    ({"jsd_alpha": 1.0}, "jsd_alpha.*less than 1"),
+    ({"bata": 0.1}, "bata.*not permitted"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="(?s)" + message):
         LossSettings(**changes)
 
 
@@ -706,13 +706,13 @@ def test_functions_refuse_what_the_settings_refuse():
     teacher = randn(1, 4)
     targets = make_targets(teacher, top_ids(teacher, 2))
     for call, message in [
-        (lambda: bucket_divergence(teacher, targets, kind="kl"), "divergence='kl'"),
-        (lambda: bucket_divergence(teacher, targets, kind="jsd", jsd_alpha=0.0), "jsd_alpha=0.0"),
-        (lambda: sampled_tail_forward_kl(teacher, targets, temperature=-1.0), "temperature=-1.0"),
+        (lambda: bucket_divergence(teacher, targets, kind="kl"), "divergence.*input_value='kl'"),
+        (lambda: bucket_divergence(teacher, targets, kind="jsd", jsd_alpha=0.0), "jsd_alpha.*input_value=0.0"),
+        (lambda: sampled_tail_forward_kl(teacher, targets, temperature=-1.0), "temperature.*input_value=-1.0"),
         (lambda: sequence_dpo_loss(*PAIR, variant="sigmoid_norm"), "chosen_lengths"),
         (lambda: sequence_dpo_loss(*PAIR, variant="kto"), "'kto'"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="(?s)" + message):
             call()
 
 
@@ -720,7 +720,3 @@ def test_arrays_of_different_lengths_are_refused():
     batch = make_batch()
     with pytest.raises(ValueError, match=r"\[13, 12, 13, 13, 13, 13\] rows"):
         run(batch, token_ids=batch["token_ids"][:-1])
-
-
-def test_the_settings_know_every_variant():
-    assert [LossSettings(dpo_variant=v).dpo_variant for v in DPO_VARIANTS] == list(DPO_VARIANTS)

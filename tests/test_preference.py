@@ -336,12 +336,6 @@ def test_teacher_loglik_is_the_mean_log_probability_of_the_response_tokens(open_
     assert select.materialise(run, "a")["new_rows"] == 0
 
 
-def test_a_scorer_without_weight_does_not_run_and_one_is_needed(open_run):
-    run = open_run(sampling=FOUR, preference={"weights": {"verifier": 0.0, "teacher_loglik": 0.0}})
-    with pytest.raises(ValueError, match="no scorer with a weight"):
-        select.materialise(run, "a")
-
-
 def test_before_sampling_there_is_a_clear_error(open_run):
     run = open_run(sampling=FOUR)
     put_queries(run, [exact("1+1", "2")])

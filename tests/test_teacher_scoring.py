@@ -1,5 +1,6 @@
 """Teacher forcing: stored rows are those of the very token ids, at the right positions, scored once."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,11 +10,15 @@ import torch
 from transformers import AutoTokenizer
 
 from nbg_core import ids
+from nbg_core.checks import CHECKS, Subject
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.models import check_same_tokenizer, load_model
+from nbg_core.preference.scorers import score_samples
 from nbg_core.run import Run
+from nbg_core.sampling import sample as student_samples
 from nbg_core.teacher import reference, score
 from nbg_core.teacher.store import targets
+from nbg_core.training.pairs import read_responses
 
 PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
 TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
@@ -87,6 +92,26 @@ def test_reference_rows_are_the_policys_logprobs(run, tiny_models):
     }
 
 
+def test_another_dtype_is_other_rows_and_training_reads_its_own(run):
+    exact = {m.ASSET: m.materialise(run, "a") for m in (score, reference)}
+    models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
+    rounded = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
+    for module in (score, reference):
+        report = module.materialise(rounded, "a")
+        assert report["new_rows"] == 3
+        assert report["data_version"] != exact[module.ASSET]["data_version"]
+    for r in (run, rounded):
+        where = dict(teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)),
+                     storage_id=r.profile.storage_id(), reference_id=r.policy.model_id)  # fmt: skip
+        scoring = r.profile.scoring_id()
+        read = read_responses(run.lake, run.lake.snapshot(), ["a"], **where, scoring_id=scoring)
+        assert read.height == 4
+        mine = run.lake.sql("SELECT token_logprobs FROM reference_logprobs WHERE settings_id = ?", [scoring])
+        assert set(map(tuple, read["reference_logprobs"])) == set(map(tuple, mine["token_logprobs"]))
+        check = next(c for c in CHECKS["reference_logprobs"] if c.name == "one_row_per_response")
+        assert check.violations(Subject(run.lake, r.profile, "a")).is_empty()
+
+
 def test_every_row_names_a_commit_with_its_input(run):
     score.materialise(run, "a")
     joined = run.lake.sql(
@@ -107,6 +132,47 @@ def test_a_teacher_with_another_tokenizer_is_refused(tiny_models, tmp_path):
     with pytest.raises(ValueError, match="different tokenizers: 1 tokens differ, first '<|extra|>'"):
         check_same_tokenizer(tiny_models.student, folder)
     assert check_same_tokenizer(tiny_models.student, tiny_models.teacher) == 260
+
+
+def changed_tokenizer(folder, target, change):
+    """A copy of a model folder whose tokenizer.json `change` has edited in place."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / "tokenizer.json").read_text())
+    change(content)
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return target
+
+
+def test_special_tokens_must_be_the_same_but_padding_may_differ(tiny_models, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_models.teacher, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    assert check_same_tokenizer(tiny_models.student, folder) == 260
+    tokenizer.add_special_tokens({"bos_token": "A"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="'A' special to only one of teacher"):
+        check_same_tokenizer(tiny_models.student, folder)
+
+
+def test_no_response_is_drawn_or_scored_with_a_teacher_of_another_tokenizer(run, tiny_models, tmp_path, make_profile):
+    def swap(content):
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    other = changed_tokenizer(tiny_models.teacher, tmp_path / "other", swap)
+    profile = make_profile(
+        models={"student": tiny_models.student, "teacher": other}, preference={"weights": {"teacher_loglik": 1.0}}
+    )
+    run = Run(profile, run.lake, log=lambda line: None)
+    samples = run.lake.sql("SELECT *, NULL AS verifier, NULL AS answer, NULL AS verifier_args FROM samples")
+    with pytest.raises(ValueError, match="2 tokens differ, first 'a'"):
+        score_samples(run, "a", samples, [])
+    assert run.lake.sql("FROM scores").is_empty()
+    run.commit("queries", "a", data_version="v")
+    with pytest.raises(ValueError, match="2 tokens differ, first 'a'"):
+        student_samples.materialise(run, "a")
 
 
 def test_the_trainers_and_the_stores_rows_stay_in_step_after_a_new_pair(run):

@@ -95,6 +95,7 @@ def request_of(profile: Profile, name: str, **training) -> Request:
     return Request(
         training_id=name, catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(),
         slices=lineage.slices(profile), policy_id=policy.model_id, policy_path=policy.path,
-        teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=profile.teacher.storage_id(),
-        temperature=profile.teacher.temperature, training=settings, work=work, threads=profile.threads,
+        teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=profile.storage_id(),
+        scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature, training=settings, work=work,
+        threads=profile.threads,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 | scorer | score | scorer_id: hash of |
 |---|---|---|
 | verifier | in [0, 1], see verifiers.py; none for a query without a verifier | verifier, answer, arguments |
-| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher |
+| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher and its dtype |
 
 A scorer of weight 0 does not run. To add one: a weight in PreferenceSettings, a branch in `scorer_ids` and `_compute`.
 """
@@ -30,7 +30,8 @@ def score_samples(
 ) -> tuple[dict[str, pl.DataFrame], int]:
     """Score what is not scored yet and return, per scorer with a weight, (sample_id, score); and the new rows' number.
 
-    `samples` as from `current_samples`. Raises SpecError naming the query whose verifier cannot work."""
+    `samples` as from `current_samples`. Raises SpecError naming the query whose verifier cannot work,
+    ValueError when the teacher has another tokenizer than the student."""
     scores, new_rows = {}, 0
     for scorer in [name for name, weight in sorted(run.profile.preference.weights.items()) if weight]:
         wanted = samples.join(scorer_ids(run, scorer, samples), on="sample_id", maintain_order="left")
@@ -48,10 +49,11 @@ def scorer_ids(run: Run, scorer: str, samples: pl.DataFrame) -> pl.DataFrame:
     """(sample_id, scorer_id) of the samples that the scorer applies to."""
     if scorer == "teacher_loglik":
         teacher = model_id(run.profile.resolve(run.profile.models.teacher))
-        return samples.select("sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher)))
-    rows = samples.filter(pl.col("verifier").is_not_null()).select("sample_id", "verifier", "answer", "verifier_args")
-    found = [digest("verifier", verifiers.VERSION, *row[1:]) for row in rows.iter_rows()]
-    return rows.select("sample_id").with_columns(scorer_id=pl.Series(found, dtype=pl.String))
+        return samples.select(
+            "sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher, run.profile.scoring_id()))
+        )
+    rows = samples.filter(pl.col("verifier").is_not_null())
+    return rows.select("sample_id").with_columns(verifiers.scorer_ids(rows))
 
 
 def _scored(run: Run, scorer: str, wanted: pl.DataFrame) -> pl.DataFrame:
@@ -74,9 +76,11 @@ def _compute(run: Run, slice: str, scorer: str, missing: pl.DataFrame) -> Iterat
             yield chunk.select("sample_id", "scorer_id").with_columns(scores)
             progress.advance(chunk.height)
     elif missing.height:
-        from nbg_core.teacher.forward import response_logprobs  # torch: only where a model runs
+        from nbg_core.models import check_same_tokenizer  # torch: only where a model runs
+        from nbg_core.teacher.forward import response_logprobs
 
         path = run.profile.resolve(run.profile.models.teacher)
+        check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
         for chunk in response_logprobs(run, path, missing, what):
             means = chunk.select("sample_id", score=pl.col("token_logprobs").cast(pl.List(pl.Float64)).list.mean())
             yield means.join(missing.select("sample_id", "scorer_id"), on="sample_id")

@@ -54,8 +54,6 @@ def materialise(run: Run, slice: str) -> dict:
 
     Raises NoPairsError when there is none (the scores are kept), SpecError for a query whose verifier cannot work."""
     preference = run.profile.preference
-    if not any(preference.weights.values()):
-        raise ValueError("preference.weights has no scorer with a weight; set verifier or teacher_loglik above 0")
     snapshot, inputs = run.read("queries", "student_samples", slice=slice)
     samples = current_samples(run, slice, snapshot)
     scores, new_scores = score_samples(run, slice, samples, inputs)

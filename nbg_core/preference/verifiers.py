@@ -25,6 +25,10 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
+import polars as pl
+
+from nbg_core.ids import digest
+
 VERSION = "1"
 """Raised when a verifier would score differently: everything scored before is then scored again."""
 
@@ -211,3 +215,9 @@ def _time_limit():
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)
+
+
+def scorer_ids(queries: pl.DataFrame) -> pl.Series:
+    """`scorer_id`: hash of what a verdict depends on besides the response: verifier, answer, verifier_args."""
+    rows = queries.select("verifier", "answer", "verifier_args").iter_rows()
+    return pl.Series("scorer_id", [digest("verifier", VERSION, *row) for row in rows], dtype=pl.String)

@@ -35,7 +35,7 @@ def materialise(run: Run, slice: str) -> dict:
     """Draw the responses of a slice that are missing.
 
     Raises ValueError when prompt and response do not fit the model's context, or the tokenizers differ."""
-    s = run.profile.sampling
+    s, sampling = run.profile.sampling, run.profile.sampling_id()
     trust = run.profile.models.trust_remote_code
     snapshot, inputs = run.read("queries", slice=slice)
     queries = run.lake.sql(
@@ -44,15 +44,13 @@ def materialise(run: Run, slice: str) -> dict:
         snapshot=snapshot,
     )
     models = [("student", run.policy.path, run.policy.model_id, s.n_student)]
+    path = run.profile.resolve(run.profile.models.teacher)
+    check_same_tokenizer(run.policy.path, path, trust_remote_code=trust)  # before work that the teacher could not score
     if s.n_teacher:
-        path = run.profile.resolve(run.profile.models.teacher)
-        check_same_tokenizer(run.policy.path, path, trust_remote_code=trust)
         models.append(("teacher", path, ids.model_id(path), s.n_teacher))
     new_rows, expected = 0, []
     for source, path, model, n in models:
-        wanted = {
-            q: [ids.sample_id(q, model, s.sampling_id(), i) for i in range(n)] for q in queries["query_id"].to_list()
-        }
+        wanted = {q: [ids.sample_id(q, model, sampling, i) for i in range(n)] for q in queries["query_id"].to_list()}
         expected += [sample for row in wanted.values() for sample in row]
         new_rows += _draw_missing(run, slice, queries, wanted, source, path, model, inputs)
     version = ids.content_version(expected)
@@ -64,11 +62,11 @@ def materialise(run: Run, slice: str) -> dict:
 
 
 def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, source: str, path, model, inputs) -> int:
-    s = run.profile.sampling
+    s, sampling = run.profile.sampling, run.profile.sampling_id()
     present = run.lake.sql(
         "SELECT sample_id FROM samples WHERE model_id = ? AND sampling_id = ? "
         "AND query_id IN (SELECT query_id FROM queries WHERE slice = ?)",
-        [model, s.sampling_id(), slice],
+        [model, sampling, slice],
     )["sample_id"]
     present = set(present)
     n_all = sum(len(v) for v in wanted.values())
@@ -104,7 +102,7 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
             for (index, sid), seed, r in zip(missing, seeds, responses, strict=True):
                 records.append({
                     "slice": slice, "sample_id": sid, "query_id": query_id, "source": source, "model_id": model,
-                    "sampling_id": s.sampling_id(), "sample_index": index, "seed": seed, "prompt_token_ids": prompt,
+                    "sampling_id": sampling, "sample_index": index, "seed": seed, "prompt_token_ids": prompt,
                     "token_ids": r.token_ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason,
                     "text": sampler.decode(r.token_ids),
                 })  # fmt: skip

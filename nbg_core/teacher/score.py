@@ -25,7 +25,7 @@ def materialise(run: Run, slice: str) -> dict:
         )
     path = run.profile.resolve(run.profile.models.teacher)
     check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
-    teacher, storage = model_id(path), settings.storage_id()
+    teacher, storage = model_id(path), run.profile.storage_id()
     snapshot, inputs = run.read("filtered_pairs", slice=slice)
     wanted = samples_of_pairs(run, slice, snapshot)
     done = run.lake.sql(

@@ -98,7 +98,8 @@ class TrainingSet:
 
 def read_training_set(lake: Lake, request: Request) -> TrainingSet:
     """The training set of a request at its snapshot. Raises TrainingError naming the first pair that does not fit."""
-    where = dict(teacher_id=request.teacher_id, storage_id=request.storage_id, reference_id=request.policy_id)
+    where = dict(teacher_id=request.teacher_id, storage_id=request.storage_id, reference_id=request.policy_id,
+                 scoring_id=request.scoring_id)  # fmt: skip
     pairs = read_pairs(lake, request.snapshot, request.slices, **where)
     responses = read_responses(lake, request.snapshot, request.slices, **where)
 

@@ -23,6 +23,7 @@ import polars as pl
 import psutil
 
 from nbg_core import ids, lineage
+from nbg_core.files import link_folder
 from nbg_core.lake import CODE_VERSION, Write
 from nbg_core.run import Run
 from nbg_core.training.pairs import read_pairs
@@ -43,7 +44,8 @@ def materialise(run: Run, slice: None = None) -> dict:
     slices = lineage.slices(profile)
     inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
-    rows = dict(teacher_id=teacher, storage_id=profile.teacher.storage_id(), reference_id=run.policy.model_id)
+    rows = dict(teacher_id=teacher, storage_id=profile.storage_id(), reference_id=run.policy.model_id,
+                scoring_id=profile.scoring_id())  # fmt: skip
     pairs = read_pairs(lake, snapshot, slices, **rows)
     steps = plan(pairs.height, profile.training)
     training_id = ids.digest(
@@ -52,17 +54,19 @@ def materialise(run: Run, slice: None = None) -> dict:
     )  # fmt: skip
     checkpoints = profile.resolve(profile.paths.checkpoints)
     report = {"asset": ASSET, "slice": None, "training_id": training_id, "n_pairs": pairs.height, "n_steps": len(steps)}
+    work = profile.resolve(profile.paths.work) / "training" / training_id
     if (made := _made_before(run, training_id, checkpoints)) is not None:
         run.log(f"{ASSET}: checkpoint {made} is of exactly this training; nothing to do")
         commit = run.commit(ASSET, None, inputs=inputs, data_version=made)
+        shutil.rmtree(work, ignore_errors=True)  # what a kill right after the first commit left
         return report | _result(run, training_id, made, checkpoints, commit.snapshot, 0)
     hostfile = profile.training.hostfile
     request = Request(
         training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
         policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
-        storage_id=profile.teacher.storage_id(), temperature=profile.teacher.temperature,
+        storage_id=profile.storage_id(), scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature,
         training=profile.training.model_copy(update={"hostfile": hostfile and profile.resolve(hostfile)}),
-        work=profile.resolve(profile.paths.work) / "training" / training_id,
+        work=work,
         trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,
     )  # fmt: skip
     began = time.monotonic()
@@ -156,17 +160,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _place(request: Request, checkpoints: Path) -> str:
-    """Move the trained model among the checkpoints, under the hash of its content."""
+    """Put the trained model among the checkpoints, under the hash of its content. It also stays where it is: until the
+    commit, nothing else knows that this training is done."""
     checkpoint = ids.model_id(request.final)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    target = checkpoints / checkpoint
-    if target.is_dir():  # the same weights, from a run that was killed before its commit, or from other settings
-        shutil.rmtree(request.final)
-    else:
-        temporary = checkpoints / f".{checkpoint}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.move(request.final, temporary)  # a copy when `paths.work` is on another file system
-        temporary.rename(target)
+    if not (checkpoints / checkpoint).is_dir():  # the same weights may come from other settings, too
+        link_folder(request.final, checkpoints / checkpoint)
     return checkpoint
 
 

@@ -1,7 +1,7 @@
 """The training set in the lake: pairs joined with samples, teacher rows and reference log-probs at one snapshot.
 
 Nothing is trained on that does not fit together: every response has its teacher row (this teacher, these storage
-settings) and its reference row (this policy), and all of them have one entry per response token.
+settings) and its reference row (this policy and dtype), and all of them have one entry per response token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESPONSES = """
     FROM members m
     LEFT JOIN samples s ON s.sample_id = m.sample_id
     LEFT JOIN teacher_logits t ON t.sample_id = m.sample_id AND t.model_id = $2 AND t.settings_id = $3
-    LEFT JOIN reference_logprobs r ON r.sample_id = m.sample_id AND r.model_id = $4
+    LEFT JOIN reference_logprobs r ON r.sample_id = m.sample_id AND r.model_id = $4 AND r.settings_id = $5
     ORDER BY m.pair_id, m.side"""
 
 _LENGTHS = """
@@ -38,22 +38,36 @@ _CONTENT = """
 
 
 def read_pairs(
-    lake: Lake, snapshot: int, slices: Sequence[str], *, teacher_id: str, storage_id: str, reference_id: str
+    lake: Lake,
+    snapshot: int,
+    slices: Sequence[str],
+    *,
+    teacher_id: str,
+    storage_id: str,
+    reference_id: str,
+    scoring_id: str,
 ) -> pl.DataFrame:
     """The pairs in order of pair_id: pair_id, slice. Light: token ids and distributions stay where they are.
 
     Raises TrainingError naming the first pair with a row that is missing or of another length."""
-    params = [list(slices), teacher_id, storage_id, reference_id]
+    params = [list(slices), teacher_id, storage_id, reference_id, scoring_id]
     rows = lake.sql(_RESPONSES.format(columns=_LENGTHS), params, snapshot=snapshot)
     _check(rows, teacher_id, reference_id, snapshot)
     return rows.filter(pl.col("side") == 0).select("pair_id", "slice")
 
 
 def read_responses(
-    lake: Lake, snapshot: int, slices: Sequence[str], *, teacher_id: str, storage_id: str, reference_id: str
+    lake: Lake,
+    snapshot: int,
+    slices: Sequence[str],
+    *,
+    teacher_id: str,
+    storage_id: str,
+    reference_id: str,
+    scoring_id: str,
 ) -> pl.DataFrame:
     """The responses of those pairs with all that training needs: chosen and rejected of the first pair, and so on."""
-    params = [list(slices), teacher_id, storage_id, reference_id]
+    params = [list(slices), teacher_id, storage_id, reference_id, scoring_id]
     return lake.sql(_RESPONSES.format(columns=_CONTENT), params, snapshot=snapshot)
 
 
@@ -63,7 +77,7 @@ def _check(rows: pl.DataFrame, teacher: str, reference: str, snapshot: int) -> N
     missing = {
         "n_response": ("no samples row", "student_samples and filtered_pairs"),
         "n_teacher": (f"no teacher_logits row of teacher {teacher} with these storage settings", "teacher_logits"),
-        "n_reference": (f"no reference_logprobs row of policy {reference}", "reference_logprobs"),
+        "n_reference": (f"no reference_logprobs row of policy {reference} in this dtype", "reference_logprobs"),
     }
     for column, (what, asset) in missing.items():
         _refuse(rows.filter(pl.col(column).is_null()), snapshot, what, f"materialise {asset} of this slice again")

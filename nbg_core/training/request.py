@@ -36,6 +36,8 @@ class Request(Section):
     """Teacher whose stored distributions are used."""
     storage_id: str
     """Settings that they were stored with."""
+    scoring_id: str
+    """Settings that the reference log-probs were made with."""
     temperature: float
     """Temperature that they were stored at."""
     training: TrainingSettings

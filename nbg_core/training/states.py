@@ -16,7 +16,7 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
-from nbg_core.worker import write_json
+from nbg_core.files import write_json
 
 KEPT = 2
 

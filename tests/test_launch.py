@@ -1,0 +1,89 @@
+"""Between the end of a training and its commit: what a kill there costs (the training itself is a stand-in; 10 s)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from training_lake import make_profile
+
+from nbg_core import ids
+from nbg_core.files import link_folder
+from nbg_core.lake import Lake
+from nbg_core.run import Run
+from nbg_core.schemas import TrainingSteps
+from nbg_core.training import launch
+from nbg_core.training.plan import plan
+
+METRICS = set(TrainingSteps.column_names()) - {"training_id", "step", "materialisation_id"}
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[str]:
+    """Ids of the trainings that ran; each gives the policy's own weights back."""
+    ran = []
+
+    def train(run, request):
+        ran.append(request.training_id)
+        steps = plan(run.lake.sql("SELECT count(*) FROM pairs").item(), request.training)
+        request.work.mkdir(parents=True)
+        lines = [json.dumps({"step": s.index} | dict.fromkeys(METRICS, 1.0)) for s in steps]
+        request.steps_file.write_text("\n".join(lines))
+        shutil.copytree(request.policy_path, request.final)
+
+    monkeypatch.setattr(launch, "_train", train)
+    return ran
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])
+def test_a_training_that_ended_is_not_repeated(tmp_path, trainings, monkeypatch, after):
+    profile = make_profile(tmp_path, n_pairs=6)
+    run = Run(profile, Lake.of(profile), "first", log=lambda line: None)
+    real = Lake.commit
+
+    def killed(self, *args):
+        if after:
+            real(self, *args)
+        raise Killed
+
+    monkeypatch.setattr(Lake, "commit", killed)
+    with pytest.raises(Killed):
+        launch.materialise(run)
+    assert run.lake.sql("SELECT count(*) FROM checkpoints").item() == after
+    monkeypatch.setattr(Lake, "commit", real)
+    report = launch.materialise(Run(profile, run.lake, "second", log=lambda line: None))
+    assert trainings == [report["training_id"]]
+    assert run.lake.sql("SELECT checkpoint_id FROM checkpoints").item() == report["checkpoint_id"]
+    assert ids.model_id(report["path"]) == report["checkpoint_id"]
+    assert not list((tmp_path / "work" / "training").glob("*"))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [report["checkpoint_id"]]
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "there" / "target"
+    (source / "below").mkdir(parents=True)
+    (source / "a").write_text("a")
+    (source / "below" / "b").write_text("b")
+
+    def no_links(*args):
+        raise OSError("no links here")
+
+    with monkeypatch.context() as m:
+        m.setattr("os.link", no_links)
+        m.setattr("shutil.copy2", lambda *args: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            link_folder(source, target)
+        assert not target.exists()
+    for links in (True, False):
+        with monkeypatch.context() as m:
+            if not links:
+                m.setattr("os.link", no_links)
+            link_folder(source, target)
+        assert {p.name: p.read_text() for p in target.rglob("*") if p.is_file()} == {"a": "a", "b": "b"}
+        assert ((target / "a").stat().st_nlink == 2) == links
+        shutil.rmtree(target)
