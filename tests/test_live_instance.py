@@ -1,7 +1,8 @@
-"""A live instance: the sensor, the schedule and a termination, through the real daemon (70 s).
+"""A live instance: the sensor, the schedule, the training that follows it and a termination, through the real daemon
+(100 s).
 
 One `dagster dev` on tiny models. A training run of very many steps is started, and ended, while a schedule that ticks
-every minute and a new query file start runs of their own.
+every minute and a new query file start runs of their own. What the schedule refreshed is then trained on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ def live(folder):
     profile = make_training_profile(folder, epochs=100_000, global_batch_pairs=4, micro_batch_pairs=4, save_every=1000)
     give_queries(profile)
     path = folder / "live.yaml"
-    data = profile.model_dump(mode="json", exclude_unset=True) | {"refresh": {"cron": "* * * * *"}}
+    data = profile.model_dump(mode="json", exclude_unset=True) | {
+        "refresh": {"cron": "* * * * *"},
+        "sampling": {"n_student": 3, "max_tokens": 6},  # random models: the teacher's taste, not a right answer
+        "preference": {"weights": {"teacher_loglik": 1.0}, "min_margin": 1e-3, "truncated_positive": True},
+    }
     path.write_text(yaml.safe_dump(data))
     with dagster_dev(path, folder) as live:
         yield live
@@ -62,7 +67,9 @@ def give_queries(profile) -> None:
 def rows(seed: str, n: int = 8) -> str:
     rng = np.random.default_rng(ids.seed_from(seed))
     words = [" ".join(f"w{i}" for i in rng.integers(2, 40, 6)) for _ in range(n)]
-    return "".join(json.dumps({"prompt": w, "answer": "w3", "verifier": "exact"}) + "\n" for w in words)
+    row = {"answer": "w3", "verifier": "exact"}
+    split = ["eval" if i < 2 else "train" for i in range(n)]
+    return "".join(json.dumps({"prompt": w, "split": s, **row}) + "\n" for w, s in zip(words, split, strict=True))
 
 
 def run_with(live: Live, tag: str, value: str, partition: str | None = None) -> dict | None:
@@ -93,8 +100,8 @@ def test_termination_sensor_and_schedule(live, folder):
 
     family = [*processes_naming(training), *ranks]
     assert status_of(live, training) == "STARTED" and len(family) >= 3, family
-    ended = live.ask("mutation ($id: String!) { terminateRun(runId: $id) { __typename } }", id=training)
-    assert ended["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    answer = live.ask("mutation ($id: String!) { terminateRun(runId: $id) { __typename } }", id=training)
+    assert answer["terminateRun"]["__typename"] == "TerminateRunSuccess"
     live.until("end of the training run", lambda: status_of(live, training) == "CANCELED", 40)
     assert not [p for p in family if p.is_running()] and not training_ranks(folder)
 
@@ -105,6 +112,30 @@ def test_termination_sensor_and_schedule(live, folder):
     )
     assert run["jobName"] == "refresh_slice"
     live.until("queries of both", lambda: {"alpha", "dropped"} <= ingested(folder), 60)
+
+    # the new file goes again, so that what the schedule's own run refreshes is all there is to train on
+    dropped = run_with(live, "dagster/sensor_name", "new_query_files", "dropped")["runId"]
+    (folder / "queries" / "dropped.jsonl").unlink()
+    profile = yaml.safe_load((folder / "live.yaml").read_text())
+    profile["training"]["epochs"] = 1
+    (folder / "live.yaml").write_text(yaml.safe_dump(profile))
+    live.ask("mutation ($id: String!) { terminateRun(runId: $id) { __typename } }", id=dropped)
+    trained = live.until(
+        "run of training", lambda: run_with(live, "dagster/sensor_name", "train_when_slices_fresh"), 180
+    )["runId"]
+    live.until("trained checkpoint", lambda: committed(folder, trained) or ended(live, trained), 180)
+    assert "student_checkpoint" in committed(folder, trained), live.log.read_text()[-4000:]
+
+
+def committed(folder, run_id: str) -> set[str]:
+    """Assets that a Dagster run has made."""
+    lake = Lake.of(load_profile(folder / "live.yaml"))
+    query = "SELECT asset FROM lineage.materialisations WHERE run_id = ? AND status = 'complete'"
+    return set(lake.sql(query, [run_id])["asset"])
+
+
+def ended(live: Live, run_id: str) -> bool:
+    return status_of(live, run_id) in ("SUCCESS", "FAILURE", "CANCELED")
 
 
 def status_of(live: Live, run_id: str) -> str:
