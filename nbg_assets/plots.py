@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from nbg_core import lineage
+from nbg_core import drift, lineage
 
 if TYPE_CHECKING:
     from nbg_assets.metadata import Made
@@ -80,6 +81,19 @@ def _current(made: Made) -> list:
     """Parameters of _CURRENT: what the slice was last sampled with."""
     sampled = json.loads(lineage.latest(made.lake, "student_samples", made.slice)["settings"])
     return [made.slice, *(sampled[k] for k in ("sampling_id", "student", "n_student", "teacher", "n_teacher"))]
+
+
+def sampler_drift(made: Made) -> Plot | None:
+    """Tokens by how far the sampler's log-prob is from the reference's; the line is the bound of the check."""
+    df = drift.histogram(made.lake, made.slice)
+    if df.is_empty():
+        return None
+    figure, axes = _figure("sampler drift")
+    axes.bar(df["log10"].to_list(), df["tokens"].to_list(), width=0.25, align="edge", color=CHOSEN)
+    axes.axvline(math.log10(drift.BOUND), color=REJECTED, label=f"bound, {drift.BOUND} nats")
+    axes.set_xlabel("log10 of |sampler - reference| log-prob, nats a token")
+    axes.legend(fontsize=8)
+    return _plot(figure, "sampler drift")
 
 
 def losses(made: Made) -> Plot | None:

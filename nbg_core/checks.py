@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nbg_core import lineage
+from nbg_core import drift, lineage
 from nbg_core import violations as v
 from nbg_core.config import Profile
 from nbg_core.lake import Lake
@@ -87,6 +87,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         Check("one_row_per_response", "every response of a pair has exactly one row of this reference",
               v.not_scored_once("reference_logprobs")),
         Check("lengths_match", "one log-prob per response token, none above 0", v.wrong_lengths("reference_logprobs")),
+        Check("sampler_agrees", f"at most {drift.MAX_SHARE:.0%} of the tokens that the reference drew have a sampler's "
+              f"log-prob more than {drift.BOUND} nats from the reference's", v.drifted, blocking=False),
     ),
     "student_checkpoint": (
         Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",

@@ -56,7 +56,7 @@ class Samples(Produced):
     seed = dy.Int64(description="seed this response was drawn with")
     prompt_token_ids = _ints("prompt tokens, chat template applied")
     token_ids = _ints("response tokens, end-of-turn included")
-    logprobs = _floats("sampler's own log-probability of each response token, nats")
+    logprobs = _floats("sampler's log-prob of each token at temperature 1, nothing cut, however it was drawn; nats")
     finish_reason = dy.String(description="'stop' or 'length' (truncated)")
     text = dy.String(description="decoded response, without special tokens")
 

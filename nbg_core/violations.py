@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from nbg_core import accuracy, lineage
+from nbg_core import accuracy, drift, lineage
 from nbg_core.config import Profile
 from nbg_core.ids import model_id
 from nbg_core.lake import Lake
@@ -99,11 +99,12 @@ def _vocabulary_size(s: Subject) -> int:
 
 def share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
     def violations(s: Subject) -> pl.DataFrame:
+        made = s.made_with("student_samples")
         return s.sql(
             f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
-            "AND sampling_id = $2 GROUP BY source HAVING share > $3 ORDER BY source",
+            "AND sampling_id = $2 AND model_id IN ($3, $4) GROUP BY source HAVING share > $5 ORDER BY source",
             s.slice,
-            s.made_with("student_samples")["sampling_id"],
+            *(made[k] for k in ("sampling_id", "student", "teacher")),
             WARN_SHARE,
         )
 
@@ -208,6 +209,12 @@ def _rows_of(s: Subject, table: str) -> tuple[str, list[str]]:
     if table == "teacher_logits":
         return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
     return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
+
+
+def drifted(s: Subject) -> pl.DataFrame:
+    responses = drift.by_response(s.lake, s.slice)
+    bad = responses["past_bound"].sum() > drift.MAX_SHARE * responses["tokens"].sum()
+    return responses.filter(bad & (pl.col("past_bound") > 0))
 
 
 def _newest_checkpoint(s: Subject) -> dict:

@@ -75,7 +75,8 @@ def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(insta
     metadata = {a: result.asset_materializations_for_node(a)[0].metadata for a in SLICED}
     assert "| a \\| 0 |" in metadata["queries"]["preview"].value, "a cell may not break the table"
     for asset, plot in (("student_samples", "response lengths"), ("filtered_pairs", "margins"),
-                        ("filtered_pairs", "scores"), ("teacher_logits", "stored distribution")):  # fmt: skip
+                        ("filtered_pairs", "scores"), ("teacher_logits", "stored distribution"),
+                        ("reference_logprobs", "sampler drift")):  # fmt: skip
         image = metadata[asset][plot].value
         assert image.startswith(f"![{'scores of all responses' if plot == 'scores' else plot}](data:image/png;base64,")
         assert len(image) < 100_000

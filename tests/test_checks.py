@@ -15,6 +15,7 @@ from fake_worker import Fake, write_profile
 from nbg_core import lineage, violations
 from nbg_core.checks import CHECKS, Subject, broken_upstream
 from nbg_core.config import load_profile
+from nbg_core.lake import Record, Write
 
 SPOILED = {
     "overlap": ("queries", "no_train_eval_overlap", pl.lit([{"role": "user", "content": "one"}]).alias("messages")),
@@ -35,6 +36,7 @@ SPOILED = {
     "mass": ("teacher_logits", "mass_is_one", pl.lit([-1.0, -math.inf]).alias("tail_logmass")),
     "settings": ("teacher_logits", "one_row_per_response", pl.lit("other settings").alias("settings_id")),
     "positive": ("reference_logprobs", "lengths_match", pl.lit([-0.1, 0.2]).alias("token_logprobs")),
+    "drift": ("reference_logprobs", "sampler_agrees", pl.lit([-0.1, -0.31]).alias("token_logprobs")),
     "reference": ("reference_logprobs", "one_row_per_response", pl.lit("other model").alias("model_id")),
 }  # fmt: skip
 SLICED = ("queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs")
@@ -77,6 +79,18 @@ def test_damage_is_found_and_refuses_the_next_stage(made, slice):
         reason = broken_upstream(fake.lake, load_profile(path), reader, slice)
         assert (reason is not None) == blocking
         assert reason is None or reason.startswith(f"{asset}[{slice}] fails its check ")
+
+
+def test_responses_of_an_earlier_policy_are_not_counted(made):
+    path, fake = made
+    (n,) = fake.lake.sql("SELECT count(*) FROM samples WHERE slice = 'sound'").row(0)
+    old = fake.lake.sql("SELECT * EXCLUDE materialisation_id FROM samples WHERE slice = 'sound'").with_columns(
+        sample_id=pl.concat_str(pl.lit("old-"), "sample_id"), model_id=pl.lit("earlier policy"), text=pl.lit(""),
+        finish_reason=pl.lit("length"),
+    )  # fmt: skip
+    fake.lake.commit(Record("student_samples", "sound", "r", "t", "chunk"), [Write("samples", old)])
+    assert fake.lake.sql("SELECT count(*) FROM samples WHERE slice = 'sound'").item() == 2 * n
+    assert failing(path, fake, "sound") == []
 
 
 def test_a_truncated_positive_is_damage_unless_the_profile_allows_it(made):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from nbg_core import drift
 from nbg_core.ids import content_version
 from nbg_core.lake import Write
 from nbg_core.run import Run
@@ -35,6 +36,7 @@ def materialise(run: Run, slice: str) -> dict:
     version = content_version([f"{s}:{reference}:{scoring}" for s in wanted["sample_id"]])
     done = run.commit(ASSET, slice, inputs=inputs, data_version=version)
     return {
+        **drift.summary(run.lake, slice),
         "asset": ASSET, "slice": slice, "snapshot": done.snapshot, "data_version": version, "rows": wanted.height,
         "new_rows": new_rows, "reference_model_id": reference,
     }  # fmt: skip

@@ -1,0 +1,68 @@
+"""How far the sampler's log-probabilities are from the reference's, on the same tokens under the same weights.
+
+Sampler and trainer run other kernels, so they never agree exactly; when they disagree much, what is trained on is not
+what was drawn. Both sides are of the model's own distribution, temperature 1 and nothing cut, whatever the tokens were
+drawn at (`samples.logprobs`), so sampling settings do not matter here. Only responses that the reference itself drew
+are compared: those of the teacher, or of an earlier policy, have other log-probs for good reasons.
+"""
+
+from __future__ import annotations
+
+import json
+
+import polars as pl
+
+from nbg_core import lineage
+from nbg_core.lake import Lake
+
+BOUND = 0.1
+"""Nats a token may drift: some five times what rounding logits to bfloat16 costs."""
+MAX_SHARE = 0.01
+"""Share of tokens past the bound that is worth a warning."""
+
+_DRIFTS = """
+    SELECT r.sample_id, unnest(list_transform(list_zip(s.logprobs, r.token_logprobs), x -> abs(x[1] - x[2]))) AS drift
+    FROM reference_logprobs r JOIN samples s ON s.sample_id = r.sample_id AND s.model_id = r.model_id
+    WHERE r.model_id = $2 AND r.settings_id = $3 AND len(s.logprobs) = len(r.token_logprobs) AND r.sample_id IN (
+      SELECT chosen_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1)"""
+
+
+def by_response(lake: Lake, slice: str) -> pl.DataFrame:
+    """Drift of each compared response of a slice's pairs, widest first: sample_id, tokens, mean, max (nats a token),
+    past_bound (tokens)."""
+    return _sql(
+        lake,
+        "SELECT sample_id, count(*) AS tokens, avg(drift) AS mean, max(drift) AS max, "
+        f"count(*) FILTER (drift > {BOUND}) AS past_bound FROM ({_DRIFTS}) GROUP BY sample_id "
+        "ORDER BY max DESC, sample_id",
+        slice,
+    )
+
+
+def summary(lake: Lake, slice: str) -> dict[str, float | int | None]:
+    """Over all compared tokens of a slice: their number, mean and max drift in nats, and the share past BOUND.
+
+    All but the number are None when nothing was compared."""
+    df = by_response(lake, slice)
+    tokens = int(df["tokens"].sum())
+    return {
+        "compared_tokens": tokens,
+        "sampler_drift_mean": (df["mean"] * df["tokens"]).sum() / tokens if tokens else None,
+        "sampler_drift_max": df["max"].max(),
+        "sampler_drift_share": df["past_bound"].sum() / tokens if tokens else None,
+    }
+
+
+def histogram(lake: Lake, slice: str) -> pl.DataFrame:
+    """Compared tokens by drift: log10 (lower edge of a quarter decade; all below 1e-8 is in the first), tokens."""
+    return _sql(
+        lake,
+        f"SELECT floor(4 * log10(greatest(drift, 1e-8))) / 4 AS log10, count(*) AS tokens FROM ({_DRIFTS}) "
+        "GROUP BY ALL ORDER BY ALL",
+        slice,
+    )
+
+
+def _sql(lake: Lake, query: str, slice: str) -> pl.DataFrame:
+    made = json.loads(lineage.latest(lake, "reference_logprobs", slice)["settings"])
+    return lake.sql(query, [slice, made["reference"], made["scoring_id"]])
