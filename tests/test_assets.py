@@ -181,7 +181,7 @@ def test_a_slice_goes_through_the_real_stages_with_its_checks_green(instance, ma
             "truncated_positive": True,
         },
         queries={"eval_fraction": 0.3},
-        training={"micro_batch_pairs": 4, "global_batch_pairs": 4},
+        training={"global_batch_pairs": 4},
     )
     rows = [{"prompt": f"say {i} and {i * i}", "answer": str(i), "verifier": "exact"} for i in range(12)]
     (tmp_path / "data" / "queries" / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

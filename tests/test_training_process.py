@@ -27,7 +27,7 @@ from nbg_core.training.request import Request, TrainingError
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = dict(global_batch_pairs=8, micro_batch_pairs=4, epochs=2, save_every=100, learning_rate=3e-3)
+SETTINGS = dict(global_batch_pairs=8, epochs=2, save_every=100, learning_rate=3e-3)
 
 
 def steps_of(request: Request) -> list[dict]:
