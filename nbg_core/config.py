@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -328,7 +328,7 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
-            model = model.model_fields[part].annotation
+            model = _section(model.model_fields[part].annotation)
         near = difflib.get_close_matches(str(error["loc"][-1]), model.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
         return f"unknown key {where!r}; {hint}"
@@ -337,16 +337,23 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
     return f"{where or 'profile'} = {error['input']!r}: {error['msg']}"
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold (`Section | None`); None for a plain value."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def reference() -> str:
     """Every setting of a profile as a Markdown table: key, default, meaning."""
 
     def rows(model: type[BaseModel], prefix: str):
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from rows(field.annotation, f"{prefix}{name}.")
-            elif prefix + name != "root":
+            section = _section(field.annotation)
+            if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
                 yield f"| `{prefix}{name}` | {default} | {field.description} |"
+            if section is not None:
+                yield from rows(section, f"{prefix}{name}.")
 
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(Profile, "")]) + "\n"
 

@@ -1,6 +1,7 @@
 """Profiles: the shipped ones are valid; a wrong one is refused with the place and the remedy."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -43,6 +44,9 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "teacher: {m_tail: 0}", "needs teacher.m_tail > 0; or use 'bucket'"),
         (MODELS + "training: {loss: {dpo_variant: ipo, label_smoothing: 0.1}}", "no meaning with dpo_variant 'ipo'"),
         (MODELS + "training: {loss: {divergence: jsd}}", "'jsd' needs estimator 'bucket'"),
+        (MODELS + "training: {offload_optimizer: true}", "offload_optimizer needs zero_stage 1, 2 or 3"),
+        (MODELS + "training: {lora: {rnak: 8}}", "unknown key 'training.lora.rnak'; did you mean 'rank'"),
+        (MODELS + "training: {lora: {rank: 0}}", "training.lora.rank = 0: .*greater than or equal to 1"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -64,8 +68,9 @@ def test_every_setting_is_documented():
         for name, field in model.model_fields.items():
             if not field.description:
                 yield prefix + name
-            if hasattr(field.annotation, "model_fields"):
-                yield from undocumented(field.annotation, f"{prefix}{name}.")
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if hasattr(kind, "model_fields"):
+                    yield from undocumented(kind, f"{prefix}{name}.")
 
     assert list(undocumented(Profile)) == []
 
@@ -75,6 +80,20 @@ def test_ids_of_settings_change_with_what_matters_only():
     more = base.sampling.model_copy(update={"n_student": 16, "batch_size": 3})
     hotter = base.sampling.model_copy(update={"temperature": 0.5})
     assert more.sampling_id() == base.sampling.sampling_id() != hotter.sampling_id()
+
+
+def test_a_training_is_the_same_however_its_sums_are_shared_out():
+    base = load_profile("embedded").training
+    shared_out = dict(
+        n_processes=8, zero_stage=3, offload_optimizer=True, micro_batch_tokens=7, gradient_checkpointing=True,
+        hostfile="hosts", save_every=1,
+    )  # fmt: skip
+    assert base.model_copy(update=shared_out).deciding() == base.deciding()
+    decide = base.deciding().keys()
+    assert decide == type(base).model_fields.keys() - shared_out.keys()  # a new setting decides, unless it is named
+    assert {"loss", "global_batch_pairs", "precision", "lora", "seed"} <= decide
+    for change in (dict(precision="bf16"), dict(lora={"rank": 2}), dict(global_batch_pairs=3)):
+        assert type(base).model_validate({**base.model_dump(), **change}).deciding() != base.deciding()
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():

@@ -13,6 +13,7 @@ import torch
 import training_lake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from training_lake import make_model, make_profile, request_of
 
 from nbg_core import ids
@@ -246,7 +247,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("damage", [None, "damaged", "half-written"])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_was_cut_off_continues_to_the_same_checkpoint(profile, monkeypatch, capsys, stage, damage):
     changed = dict(save_every=2, zero_stage=stage, global_batch_pairs=4, micro_batch_tokens=50)
     undisturbed = request_of(profile, f"undisturbed-{stage}-{damage}", **changed)
@@ -378,6 +379,54 @@ def test_bf16_follows_fp32_and_a_bf16_parent_gives_bf16_weights(tmp_path):
     close(run(rounded), run(exact), 0.1)
     for request in (exact, rounded):
         assert set(weight_dtypes(request.final).values()) == {torch.bfloat16}
+
+
+LORA = {"rank": 2, "alpha": 3.0}
+
+
+def test_adapters_alone_train_and_are_merged_into_a_plain_model(profile):
+    changed = dict(lora=LORA, schedule="constant", warmup_fraction=0, save_every=1)
+    two, one = (request_of(profile, f"adapters {n}", max_steps=n, **changed) for n in (2, 1))
+    steps = run(two)
+    assert steps[0]["margin"] == run(one)[0]["margin"] == pytest.approx(0, abs=1e-6)
+    assert steps[1]["loss"] < steps[0]["loss"]
+    state = {}  # after the first step of `two`: what `one` ended with
+    for file in (two.states / "step-00000001").iterdir():
+        state |= load_file(file)
+    assert {name.split(".")[-3] for name in state} == {"lora_A", "lora_B"}  # frozen weights are not in it
+    before, after = weights(one.policy_path), weights(one.final)
+    assert before.keys() == after.keys()
+    for name, w in before.items():
+        if "_proj" not in name:
+            assert torch.equal(after[name], w), name
+            continue
+        a, b = (state[name.replace("weight", f"lora_{side}.default.weight/weight")] for side in "AB")
+        assert b.abs().max() > 0
+        torch.testing.assert_close(after[name], w + 1.5 * b @ a, rtol=0, atol=1e-6)
+
+
+def test_adapters_of_a_profile_begin_the_same_and_follow_the_seed(profile):
+    def first(**changed) -> torch.Tensor:
+        settings_ = TrainingSettings(lora=LORA, **changed)
+        policy = engines.load_policy(request_of(profile, "begin").policy_path, settings_)
+        return policy.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+
+    state = torch.get_rng_state()
+    assert torch.equal(first(), first()) and not torch.equal(first(), first(seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("embed_tokens", "contains model.embed_tokens, an embedding"),
+        ("lm_head", "contains lm_head"),
+        ("x", "x.*not found"),
+    ],
+)
+def test_adapters_where_they_cannot_be_are_refused(profile, target, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(request_of(profile, "refused", lora=LORA | {"target_modules": [target]}))
 
 
 def test_the_model_helper_makes_what_the_tests_say(tmp_path):

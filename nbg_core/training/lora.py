@@ -34,7 +34,7 @@ def add_adapters(policy: PreTrainedModel, settings: LoraSettings, seed: int) -> 
         # The loss takes the output matrix by itself, past its layer; a merged tied matrix would be two matrices.
         if isinstance(module, LoraLayer) and module in (policy.get_input_embeddings(), policy.get_output_embeddings()):
             raise ValueError(
-                f"training.lora.target_modules {list(settings.target_modules)} contains {name}, an embedding or the "
+                f"training.lora.target_modules {settings.target_modules} contains {name}, an embedding or the "
                 "output matrix, which cannot have an adapter; leave it out"
             )
 

@@ -66,7 +66,9 @@ def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
             _read(engine, folder / tag, manifest["step"])
             return manifest["step"]
         if dist.get_rank() == 0:
-            print(f"student_checkpoint: the training state {folder / tag} is damaged; trying the one before", flush=True)
+            print(
+                f"student_checkpoint: the training state {folder / tag} is damaged; trying the one before", flush=True
+            )
     return 0
 
 
