@@ -12,7 +12,7 @@ import os
 import re
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -181,6 +181,18 @@ class LossConfig(Section):
         return self
 
 
+class LoraSettings(Section):
+    """Low-rank adapters (Hu et al. 2021): W + alpha / rank * B A, B 0 at the start. No dropout: the policy is compared
+    with a reference without it."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of A and B."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale of the update, over `rank`."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter; `all-linear` is all but the output matrix."""
+
+
 class TrainingSettings(Section):
     loss: LossConfig = LossConfig()
     """The joint loss."""
@@ -190,8 +202,8 @@ class TrainingSettings(Section):
     """Stop after this many optimizer steps."""
     global_batch_pairs: Annotated[int, Field(ge=1)] = 64
     """Pairs per optimizer step, over all ranks and accumulation."""
-    micro_batch_pairs: Annotated[int, Field(ge=1)] = 64
-    """Pairs per forward pass on one rank."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Tokens that go through the student in one forward pass on one rank; a longer pair has a pass of its own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -210,16 +222,37 @@ class TrainingSettings(Section):
     """Dtype of the training weights (bf16 keeps fp32 master weights)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the fp32 master weights and Adam's moments in CPU memory and update them there (ZeRO stage 1 or more)."""
     n_processes: Annotated[int, Field(ge=1)] = 1
     """Ranks on this machine (or per node with a hostfile)."""
     hostfile: Path | None = None
     """DeepSpeed hostfile; none trains on this machine alone."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters alone, merged into the weights at the end; none trains all weights."""
     save_every: Annotated[int, Field(ge=1)] = 20
     """Optimizer steps between resumable states: what a crash can lose."""
     seed: int = 0
-    """Seed of the data order."""
+    """Seed of the data order and of the adapters' first weights."""
+
+    @model_validator(mode="after")
+    def _offload_has_a_stage(self):
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3: without ZeRO there is nothing to offload")
+        return self
+
+    def deciding(self) -> dict:
+        """What decides the trained weights, up to rounding.
+
+        Ranks, ZeRO stage, offload, micro-batches and recomputation share out the same sums in another way: a training
+        that died on 8 ranks is the same training on 4, and goes on from its state there."""
+        return self.model_dump(mode="json", exclude=_HOW_A_TRAINING_RUNS)
+
+
+_HOW_A_TRAINING_RUNS = {"micro_batch_tokens", "zero_stage", "offload_optimizer", "n_processes", "hostfile",
+                        "gradient_checkpointing", "save_every"}  # fmt: skip
 
 
 class EvaluationSettings(Section):
@@ -348,7 +381,7 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
-            model = model.model_fields[part].annotation
+            model = _section(model.model_fields[part].annotation)
         near = difflib.get_close_matches(str(error["loc"][-1]), model.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
         return f"unknown key {where!r}; {hint}"
@@ -357,16 +390,23 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
     return f"{where or 'profile'} = {error['input']!r}: {error['msg']}"
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold (`Section | None`); None for a plain value."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def reference() -> str:
     """Every setting of a profile as a Markdown table: key, default, meaning."""
 
     def rows(model: type[BaseModel], prefix: str):
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                yield from rows(field.annotation, f"{prefix}{name}.")
-            elif prefix + name != "root":
+            section = _section(field.annotation)
+            if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
                 yield f"| `{prefix}{name}` | {default} | {field.description} |"
+            if section is not None:
+                yield from rows(section, f"{prefix}{name}.")
 
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows(Profile, "")]) + "\n"
 

@@ -126,9 +126,8 @@ def settings_of(asset: str, profile: Profile, policy: Policy, slice: str | None)
         case "reference_logprobs":
             return {"reference": policy.model_id, "scoring_id": profile.scoring_id()}
         case "student_checkpoint":
-            t = profile.training.model_dump(mode="json", exclude={"hostfile", "save_every"})
             return {
-                **t,
+                **profile.training.deciding(),
                 "initial": policy.model_id,
                 "teacher": teacher(),
                 "storage_id": profile.storage_id(),

@@ -1,6 +1,7 @@
 """Profiles: the shipped ones are valid; a wrong one is refused with the place and the remedy."""
 
 from pathlib import Path
+from typing import get_args
 
 import dagster as dg
 import pytest
@@ -56,6 +57,9 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "refresh: {cron: 0 3 * * mon-}", "'mon-' is not a weekday"),
         (MODELS + "refresh: {cron: '*/0 3 * * *'}", r"'\*/0' is not a minute"),
         (MODELS + "refresh: {timezone: Mars}", "timezone 'Mars' is not known; use a name like 'UTC'"),
+        (MODELS + "training: {offload_optimizer: true}", "offload_optimizer needs zero_stage 1, 2 or 3"),
+        (MODELS + "training: {lora: {rnak: 8}}", "unknown key 'training.lora.rnak'; did you mean 'rank'"),
+        (MODELS + "training: {lora: {rank: 0}}", "training.lora.rank = 0: .*greater than or equal to 1"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -84,8 +88,9 @@ def test_every_setting_is_documented():
         for name, field in model.model_fields.items():
             if not field.description:
                 yield prefix + name
-            if hasattr(field.annotation, "model_fields"):
-                yield from undocumented(field.annotation, f"{prefix}{name}.")
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if hasattr(kind, "model_fields"):
+                    yield from undocumented(kind, f"{prefix}{name}.")
 
     assert list(undocumented(Profile)) == []
 
@@ -104,6 +109,20 @@ def test_ids_of_settings_change_with_what_matters_only():
     rounded = changed(base, "models", dtype="bfloat16")
     for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
         assert getattr(rounded, id)() != getattr(base, id)()
+
+
+def test_a_training_is_the_same_however_its_sums_are_shared_out():
+    base = load_profile("embedded").training
+    shared_out = dict(
+        n_processes=8, zero_stage=3, offload_optimizer=True, micro_batch_tokens=7, gradient_checkpointing=True,
+        hostfile="hosts", save_every=1,
+    )  # fmt: skip
+    assert base.model_copy(update=shared_out).deciding() == base.deciding()
+    decide = base.deciding().keys()
+    assert decide == type(base).model_fields.keys() - shared_out.keys()  # a new setting decides, unless it is named
+    assert {"loss", "global_batch_pairs", "precision", "lora", "seed"} <= decide
+    for change in (dict(precision="bf16"), dict(lora={"rank": 2}), dict(global_batch_pairs=3)):
+        assert type(base).model_validate({**base.model_dump(), **change}).deciding() != base.deciding()
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def live(folder):
     """The server, with its schedule on and a training run started."""
-    profile = make_training_profile(folder, epochs=100_000, global_batch_pairs=4, micro_batch_pairs=4, save_every=1000)
+    profile = make_training_profile(folder, epochs=100_000, global_batch_pairs=4, save_every=1000)
     give_queries(profile)
     path = folder / "live.yaml"
     data = profile.model_dump(mode="json", exclude_unset=True) | {

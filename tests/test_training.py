@@ -13,6 +13,7 @@ import torch
 import training_lake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from training_lake import make_model, make_profile, request_of
 
 from nbg_core import ids
@@ -29,7 +30,7 @@ from nbg_core.training.data import read_training_set
 from nbg_core.training.request import TrainingError
 from nbg_core.training.weights import weight_dtypes
 
-BASE = dict(global_batch_pairs=8, micro_batch_pairs=8, epochs=3, save_every=100, learning_rate=3e-3)
+BASE = dict(global_batch_pairs=8, epochs=3, save_every=100, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,19 +76,40 @@ def close(a: list[dict], b: list[dict], tolerance: float) -> None:
         )
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
-def test_every_pair_is_used_once_an_epoch_on_one_rank_and_all_ranks_do_as_many_micro_batches(n, size, micro, world, e):
-    s = TrainingSettings(global_batch_pairs=size, micro_batch_pairs=micro, epochs=e)
-    steps = plans.plan(n, s)
-    assert [step.index for step in steps] == list(range(e * -(-n // size)))
-    for epoch in range(e):
+def test_every_pair_is_used_once_an_epoch(n, size, epochs):
+    steps = plans.plan(n, TrainingSettings(global_batch_pairs=size, epochs=epochs))
+    assert [step.index for step in steps] == list(range(epochs * -(-n // size)))
+    for epoch in range(epochs):
         assert sorted(np.concatenate([t.pairs for t in steps if t.epoch == epoch])) == list(range(n))
-    for step in steps:
-        shares = [plans.micro_batches(step, s, rank, world) for rank in range(world)]
-        assert {len(share) for share in shares} == {plans.accumulation(s, world)}
-        assert max(len(pairs) for share in shares for pairs in share) <= micro
-        assert np.concatenate([p for share in shares for p in share]).tolist() == step.pairs.tolist()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 6), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_micro_batches_share_a_step_out_evenly_within_the_budget(n_inputs, budget, world, random):
+    n_inputs = np.array(n_inputs)
+    pairs = np.array(random.sample(range(len(n_inputs)), random.randint(1, len(n_inputs))))  # a step has some of them
+    s = TrainingSettings(micro_batch_tokens=budget)
+
+    def deal(order: np.ndarray) -> list[list[list[int]]]:
+        ranks = [plans.micro_batches(order, n_inputs, s, rank, world) for rank in range(world)]
+        assert {batch.dtype for rank in ranks for batch in rank} == {np.dtype(np.int64)}
+        return [[batch.tolist() for batch in rank] for rank in ranks]
+
+    ranks = deal(pairs)
+    assert sorted(p for rank in ranks for batch in rank for p in batch) == sorted(pairs)
+    assert all(len(batch) <= 1 or n_inputs[batch].sum() <= budget for rank in ranks for batch in rank)
+    assert len({len(rank) for rank in ranks}) == 1
+    assert deal(np.array(random.sample(pairs.tolist(), len(pairs)))) == ranks
+    loads = [sum(n_inputs[p] for batch in rank for p in batch) for rank in ranks]
+    last = [min((n_inputs[p] for batch in rank for p in batch), default=0) for rank in ranks]
+    assert all(load - n <= min(loads) for load, n in zip(loads, last, strict=True))  # it had least
+    # No two micro-batches of a rank fit into one: that holds for whatever fills before it opens another.
+    for rank in ranks:
+        sums = sorted(n_inputs[batch].sum() for batch in rank if batch)
+        assert len(sums) < 2 or sums[0] + sums[1] > budget
+    assert any(rank[-1] for rank in ranks)  # no more than the busiest rank needs
 
 
 def test_order_follows_the_seed_and_max_steps_cuts():
@@ -103,7 +125,7 @@ def test_order_follows_the_seed_and_max_steps_cuts():
 
 
 def test_learning_rate_warms_up_then_falls_to_its_minimum():
-    s = TrainingSettings(warmup_fraction=0.2, min_lr_fraction=0.1, schedule="linear")
+    s = TrainingSettings(learning_rate=1, warmup_fraction=0.2, min_lr_fraction=0.1, schedule="linear")
     rate = engines.learning_rate(s, 11)
     assert [rate(i) for i in range(3)] == pytest.approx([1 / 4, 2 / 4, 3 / 4])
     assert [rate(i) for i in range(3, 11)] == pytest.approx(np.linspace(1, 0.1, 8))
@@ -149,13 +171,13 @@ def test_batch_rows_predict_the_response_tokens_first_and_last_included(profile)
 def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
     """Response by response, without padding, position by position, from the definitions."""
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
-    request = request_of(profile, "gradient", loss=loss, micro_batch_pairs=3)
+    request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50)
     data = read_training_set(Lake.of(profile), request)
     step = plans.plan(12, request.training)[0]
-    engine, pad_id = engines.build_engine(request, 1)
-    for i, pairs in enumerate(plans.micro_batches(step, request.training, 0, 1)):
-        if i:
-            engine.step()
+    engine, pad_id = engines.build_engine(request)
+    batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1)
+    assert len(batches) >= 3
+    for pairs in batches:
         value, _, _ = engine(data.batch(pairs, pad_id), data.denominators(step.pairs))
         engines.backward(engine, value)
     got = {name: p.grad for name, p in engine.module.policy.named_parameters()}
@@ -197,12 +219,12 @@ def test_the_trajectory_is_the_pinned_one(profile):
 PINNED = [1.94521, 1.81903, 1.45929, 1.3943, 1.2067, 1.28143]
 
 
-def test_batch_size_and_accumulation_and_empty_micro_batches_and_checkpointing_change_nothing(profile):
+def test_the_token_budget_and_checkpointing_change_nothing(profile):
     whole = request_of(profile, "whole")
     expected = run(whole)
     for name, changed in {
-        "one by one": dict(micro_batch_pairs=1),  # the last batch has 4 pairs: half of its micro-batches are empty
-        "uneven": dict(micro_batch_pairs=3),
+        "one by one": dict(micro_batch_tokens=1),
+        "uneven": dict(micro_batch_tokens=50),
         "recomputed": dict(gradient_checkpointing=True),
     }.items():
         other = request_of(profile, name, **changed)
@@ -215,7 +237,7 @@ def test_batch_size_and_accumulation_and_empty_micro_batches_and_checkpointing_c
 def test_each_term_alone_trains_and_the_others_are_reported(profile, term):
     w = {"dpo": "w_dpo", "kl_chosen": "w_pos", "kl_rejected": "w_neg", "nll": "nll_coef"}
     loss = {name: float(key == term) for key, name in w.items()}
-    steps = run(request_of(profile, f"only-{term}", loss=loss, epochs=8, global_batch_pairs=12, micro_batch_pairs=12))
+    steps = run(request_of(profile, f"only-{term}", loss=loss, epochs=8, global_batch_pairs=12))
     assert all(s["loss"] == pytest.approx(s[term], rel=1e-4) for s in steps)
     assert steps[-1][term] < 0.9 * steps[0][term]
     assert all(np.isfinite(s[key]) for s in steps for key in w)
@@ -226,9 +248,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("damage", [None, "damaged", "half-written"])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_was_cut_off_continues_to_the_same_checkpoint(profile, monkeypatch, capsys, stage, damage):
-    changed = dict(save_every=2, zero_stage=stage, global_batch_pairs=4, micro_batch_pairs=2)
+    changed = dict(save_every=2, zero_stage=stage, global_batch_pairs=4, micro_batch_tokens=50)
     undisturbed = request_of(profile, f"undisturbed-{stage}-{damage}", **changed)
     expected = run(undisturbed)
     request = request_of(profile, f"cut-{stage}-{damage}", **changed)
@@ -306,7 +328,7 @@ def test_rows_of_another_length_are_refused(profile, table, column):
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile, monkeypatch):
-    request = request_of(profile, "not finite", micro_batch_pairs=1, global_batch_pairs=12)
+    request = request_of(profile, "not finite", micro_batch_tokens=1, global_batch_pairs=12)
     data = read_training_set(Lake.of(profile), request)
     bad = pl.col("reference_logprobs").list.eval(pl.element() * float("inf"))
     broken = data.responses.with_columns(
@@ -358,6 +380,54 @@ def test_bf16_follows_fp32_and_a_bf16_parent_gives_bf16_weights(tmp_path):
     close(run(rounded), run(exact), 0.1)
     for request in (exact, rounded):
         assert set(weight_dtypes(request.final).values()) == {torch.bfloat16}
+
+
+LORA = {"rank": 2, "alpha": 3.0}
+
+
+def test_adapters_alone_train_and_are_merged_into_a_plain_model(profile):
+    changed = dict(lora=LORA, schedule="constant", warmup_fraction=0, save_every=1)
+    two, one = (request_of(profile, f"adapters {n}", max_steps=n, **changed) for n in (2, 1))
+    steps = run(two)
+    assert steps[0]["margin"] == run(one)[0]["margin"] == pytest.approx(0, abs=1e-6)
+    assert steps[1]["loss"] < steps[0]["loss"]
+    state = {}  # after the first step of `two`: what `one` ended with
+    for file in (two.states / "step-00000001").iterdir():
+        state |= load_file(file)
+    assert {name.split(".")[-3] for name in state} == {"lora_A", "lora_B"}  # frozen weights are not in it
+    before, after = weights(one.policy_path), weights(one.final)
+    assert before.keys() == after.keys()
+    for name, w in before.items():
+        if "_proj" not in name:
+            assert torch.equal(after[name], w), name
+            continue
+        a, b = (state[name.replace("weight", f"lora_{side}.default.weight/weight")] for side in "AB")
+        assert b.abs().max() > 0
+        torch.testing.assert_close(after[name], w + 1.5 * b @ a, rtol=0, atol=1e-6)
+
+
+def test_adapters_of_a_profile_begin_the_same_and_follow_the_seed(profile):
+    def first(**changed) -> torch.Tensor:
+        settings_ = TrainingSettings(lora=LORA, **changed)
+        policy = engines.load_policy(request_of(profile, "begin").policy_path, settings_)
+        return policy.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+
+    state = torch.get_rng_state()
+    assert torch.equal(first(), first()) and not torch.equal(first(), first(seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("embed_tokens", "contains model.embed_tokens, an embedding"),
+        ("lm_head", "contains lm_head"),
+        ("x", "x.*not found"),
+    ],
+)
+def test_adapters_where_they_cannot_be_are_refused(profile, target, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(request_of(profile, "refused", lora=LORA | {"target_modules": [target]}))
 
 
 def test_the_model_helper_makes_what_the_tests_say(tmp_path):

@@ -6,6 +6,7 @@ one set of ranks, because starting a set takes seconds.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import yaml
 from training_lake import make_profile, request_of
 
@@ -27,20 +27,21 @@ from nbg_core.training.request import Request, TrainingError
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = dict(global_batch_pairs=8, micro_batch_pairs=4, epochs=2, save_every=100, learning_rate=3e-3)
+SETTINGS = dict(global_batch_pairs=8, epochs=2, learning_rate=3e-3)
 
 
 def steps_of(request: Request) -> list[dict]:
     return [json.loads(line) for line in request.steps_file.read_text().splitlines()]
 
 
-def start_ranks(n: int, requests: list[Request]) -> None:
-    """Train `requests` one after another: on `n` ranks of one launcher, or in one plain process."""
+def start_ranks(n: int, requests: list[Request]) -> str:
+    """Train `requests` one after another: on `n` ranks of one launcher, or in one plain process. Returns the output."""
     files = []
     for request in requests:
         files.append(str(request.work / "request.json"))
         Path(files[-1]).write_text(request.model_dump_json())
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = launch._command(requests[0], Path(files[0]))
     port = command[command.index("--master_port") + 1]
     if n == 1:
@@ -51,26 +52,84 @@ def start_ranks(n: int, requests: list[Request]) -> None:
         command[command.index("nbg_core.training.train") :] = ["test_training_process", *files]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return ran.stdout
 
 
-def test_two_ranks_and_every_zero_stage_follow_one_rank(tmp_path):
-    # A matrix of more than 100,000 entries is one that ZeRO-3 really partitions; 11 pairs leave a rank without work.
-    profile = make_profile(tmp_path, n_pairs=11, model=dict(hidden=64, rows=1700), **SETTINGS)
-    alone = request_of(profile, "one rank", micro_batch_pairs=8)
-    start_ranks(1, [alone])
-    together = [request_of(profile, f"stage {stage}", micro_batch_pairs=2, zero_stage=stage) for stage in range(4)]
-    together.append(request_of(profile, "stage 3 again", micro_batch_pairs=2, zero_stage=3, max_steps=3, save_every=2))
-    rounded = [request_of(profile, f"bf16 {stage}", precision="bf16", zero_stage=stage) for stage in (0, 3)]
-    start_ranks(2, [*together, together[-1], *rounded])  # `together[-1]` twice: it resumes its own state
-    expected, weights = steps_of(alone), dict(load_model(alone.final, dtype="float32").named_parameters())
-    for request in together[:4]:
-        for one, two in zip(steps_of(request), expected, strict=True):
-            for name in one.keys() - {"tokens_per_second", "accuracy"}:
-                assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), (request.training_id, name)
+def continued(profile, name: str, state_of: Request, **training) -> Request:
+    """A training that goes on from the state of another."""
+    request = request_of(profile, name, **state_of.training.model_dump() | training)
+    shutil.copytree(state_of.states, request.states)
+    shutil.copy(state_of.steps_file, request.steps_file)
+    return request
+
+
+def result(request: Request) -> tuple[list[float], str]:
+    return [s["loss"] for s in steps_of(request)], ids.model_id(request.final)
+
+
+def check_follows(request: Request, expected: Request) -> None:
+    """Up to rounding: every metric of every step, and the weights; the losses alone in bf16."""
+    bf16 = request.training.precision == "bf16"
+    for one, two in zip(steps_of(request), steps_of(expected), strict=True):
+        for name in ["loss"] if bf16 else one.keys() - {"tokens_per_second", "accuracy"}:
+            near = pytest.approx(two[name], rel=0.01) if bf16 else pytest.approx(two[name], rel=1e-4, abs=1e-5)
+            assert one[name] == near, (request.training_id, one["step"], name)
+    if not bf16:
+        weights = dict(load_model(expected.final, dtype="float32").named_parameters())
         for name, got in load_model(request.final, dtype="float32").named_parameters():
-            torch.testing.assert_close(got, weights[name], rtol=1e-3, atol=5e-5)
-    for request in rounded:
-        assert [s["loss"] for s in steps_of(request)] == pytest.approx([s["loss"] for s in expected], rel=0.05)
+            difference = (got - weights[name]).abs().max().item()
+            assert difference < 5e-5, (request.training_id, name, difference)
+
+
+def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
+    # A matrix of more than 100,000 entries is one that ZeRO-3 really partitions, and 3 ranks have it in uneven slices.
+    # 11 pairs of 5 to 26 tokens in micro-batches of 40: some ranks have fewer of them than others, one has none.
+    profile = make_profile(tmp_path, n_pairs=11, model=dict(hidden=64, rows=1700), **SETTINGS, save_every=2)
+    alone = {
+        "fp32": request_of(profile, "fp32"),  # 4 steps: a state after 2
+        "bf16": request_of(profile, "bf16", precision="bf16"),
+        "lora": request_of(profile, "lora", lora={"rank": 4, "alpha": 8.0}),
+    }
+    start_ranks(1, list(alone.values()))
+
+    def fresh(kind: str, stage: int, offload: bool = False) -> Request:
+        changed = dict(zero_stage=stage, offload_optimizer=offload, micro_batch_tokens=40)
+        return request_of(profile, f"{kind} {stage} {offload}", **alone[kind].training.model_dump() | changed)
+
+    two = {
+        "fp32": [fresh("fp32", stage) for stage in range(4)] + [fresh("fp32", stage, True) for stage in (1, 3)],
+        "bf16": [fresh("bf16", 0), fresh("bf16", 3), fresh("bf16", 2, True)],
+        "lora": [fresh("lora", 0), fresh("lora", 3)],
+    }
+    start_ranks(2, sum(two.values(), []))
+    resumed = [two["fp32"][1], two["fp32"][3], two["fp32"][4], two["bf16"][0], two["bf16"][2]]
+    again = [continued(profile, f"{request.training_id} again", request) for request in resumed]
+    log = start_ranks(2, again)
+    assert log.count("continuing after step 2 of 4") == len(again)
+    for first, second in zip(resumed, again, strict=True):
+        assert result(first) == result(second), first.training_id  # bit for bit
+
+    stage_3 = dict(zero_stage=3, offload_optimizer=False)
+    three = {
+        "fp32": [
+            continued(profile, "1 to 3", alone["fp32"], micro_batch_tokens=40, **stage_3),
+            continued(profile, "2 to 3", two["fp32"][3], zero_stage=2, gradient_checkpointing=True),
+        ],
+        "lora": [continued(profile, "lora 2 to 3", two["lora"][0], **stage_3)],
+    }
+    start_ranks(3, sum(three.values(), []))
+    one = {
+        "fp32": [continued(profile, "2 to 1", two["fp32"][5], zero_stage=0, offload_optimizer=False)],
+        "bf16": [continued(profile, "bf16 2 to 1", two["bf16"][0], zero_stage=3)],
+    }
+    start_ranks(1, sum(one.values(), []))
+    for ranks in (two, three, one):
+        for kind, requests in ranks.items():
+            for request in requests:
+                check_follows(request, alone[kind])
+    losses = {kind: [s["loss"] for s in steps_of(request)] for kind, request in alone.items()}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["lora"][0] == losses["fp32"][0] and losses["lora"][-1] != pytest.approx(losses["fp32"][-1], rel=1e-3)
 
 
 def save(profile, folder: Path) -> Path:

@@ -69,6 +69,13 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.pair_ids)
 
+    @property
+    def n_inputs(self) -> np.ndarray:
+        """[pairs] int64: tokens of a pair that go through the student, its prompt once, last tokens of responses never.
+
+        What a response's last token would predict is not trained on."""
+        return self.n_prompt[:, 0] + self.n_tokens.sum(1) - 2
+
     def denominators(self, pairs: np.ndarray) -> Denominators:
         """Counts of an optimizer step that uses `pairs`."""
         chosen, rejected = self.n_tokens[pairs].sum(0)

@@ -1,8 +1,9 @@
-"""The DeepSpeed engine: policy, joint loss, AdamW, learning-rate schedule, ZeRO.
+"""The DeepSpeed engine: policy, joint loss, AdamW, learning-rate schedule, ZeRO, offload, adapters.
 
 The whole step from token ids to loss is one module's forward, so that ZeRO-3 gathers the output matrix there. Losses
 are divided by counts of the optimizer step before the backward pass; what DeepSpeed averages over ranks is multiplied
-back (`backward`), and it divides nothing by accumulation.
+back (`backward`), and it divides nothing by accumulation. Steps differ in their number of micro-batches, so
+DeepSpeed does not count them: `take_step` is the end of a step (`managed_gradient_accumulation` off).
 
 bf16 keeps float32 master weights and gradients. DeepSpeed has no such mode without ZeRO, so bf16 with `zero_stage` 0
 runs as stage 1: the same arithmetic. In bf16 the logits are rounded to bf16 before the loss takes them in float32.
@@ -19,14 +20,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nbg_core.config import TrainingSettings
 from nbg_core.losses import Denominators, LossSettings, joint_loss, token_logps
 from nbg_core.models import load_tokenizer, response_logits
 from nbg_core.training.data import PairBatch
-from nbg_core.training.plan import accumulation
+from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -60,7 +60,9 @@ class PairModel(nn.Module):
 
 
 def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model to train, in training mode, without dropout: the policy is compared with a reference without it."""
+    """The model to train, in training mode, without dropout: the policy is compared with a reference without it.
+
+    Raises ValueError for adapters on layers that cannot have them."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
@@ -69,30 +71,33 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
         path, config=config, dtype=getattr(torch, DTYPES[settings.precision]), trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )  # fmt: skip
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, settings.seed)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
 def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], float]:
-    """Share of the peak learning rate at a 0-based step: linear warm-up, then the schedule down to its minimum."""
+    """Learning rate at a 0-based step: linear warm-up, then the schedule down to its minimum. A function of the step
+    alone, so that a state need not hold it."""
     warmup = math.ceil(settings.warmup_fraction * n_steps)
 
-    def share(step: int) -> float:
+    def rate(step: int) -> float:
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return settings.learning_rate * (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, n_steps - 1 - warmup)
         decay = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[settings.schedule]
-        return 1 - (1 - settings.min_lr_fraction) * decay
+        return settings.learning_rate * (1 - (1 - settings.min_lr_fraction) * decay)
 
-    return share
+    return rate
 
 
 def zero_stage(settings: TrainingSettings) -> int:
     return max(settings.zero_stage, 1) if settings.precision == "bf16" else settings.zero_stage
 
 
-def build_engine(request: Request, n_steps: int) -> tuple[deepspeed.DeepSpeedEngine, int]:
+def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int]:
     """The engine, and the token id that pads. Every rank of the process group calls it; `torch.distributed` is up."""
     s = request.training
     tokenizer = load_tokenizer(request.policy_path, trust_remote_code=request.trust_remote_code)
@@ -103,7 +108,6 @@ def build_engine(request: Request, n_steps: int) -> tuple[deepspeed.DeepSpeedEng
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         optimizer=lambda p: AdamW(p, lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay),
-        lr_scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate(s, n_steps)),
         config=_config(s, sum(p.numel() for p in model.parameters())),
     )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -114,16 +118,19 @@ def _config(s: TrainingSettings, n_parameters: int) -> dict:
     """DeepSpeed's configuration. Buckets are no larger than the model: each is a buffer of its own."""
     bucket = min(n_parameters, 50_000_000)
     config = {
-        "train_micro_batch_size_per_gpu": s.micro_batch_pairs,
-        "gradient_accumulation_steps": accumulation(s, torch.distributed.get_world_size()),
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it and only counts with it
+        "managed_gradient_accumulation": False,
         "gradient_clipping": s.max_grad_norm if zero_stage(s) else 0.0,  # stage 0: `take_step` clips
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at the first start, for minutes
         "zero_optimization": {
             "stage": zero_stage(s), "overlap_comm": False, "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
         },
         "steps_per_print": 1 << 62,
     }  # fmt: skip
+    if s.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if s.precision == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return config
@@ -134,27 +141,47 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
     engine.backward(loss * engine.world_size, scale_wrt_gas=False)
 
 
-def take_step(engine: deepspeed.DeepSpeedEngine, settings: TrainingSettings) -> float:
-    """Clip and update at the end of an optimizer step, and return the gradient norm before clipping.
+def take_step(engine: deepspeed.DeepSpeedEngine, settings: TrainingSettings, rate: float) -> float:
+    """Reduce what `backward` added up, clip, update with learning rate `rate`; the gradient norm before clipping.
 
     A norm that is not finite is returned as NaN; the weights are then not to be used."""
-    norm = None
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = rate
     if zero_stage(settings) == 0:
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), settings.max_grad_norm)
-    engine.step()
-    norm = float(engine.get_global_grad_norm() if norm is None else norm)
+        norm = _step_and_clip(engine, settings.max_grad_norm)
+    else:
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
     return norm if math.isfinite(norm) and norm >= 0 and engine.was_step_applied() else math.nan
 
 
+def _step_and_clip(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
+    """A step without ZeRO: DeepSpeed would clip, too, but not tell the norm. It must be after its reduction."""
+    norms = []
+
+    def clip(*_) -> None:
+        norms.append(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm))
+
+    hook = engine.basic_optimizer.register_step_pre_hook(clip)
+    engine.step()
+    hook.remove()
+    return float(norms[0])
+
+
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The policy's parameters and buffers by name, whole, float32 where there is a master copy, on the CPU of rank 0.
+    """The policy's parameters and buffers by name, whole, float32 where there is a master copy, on the CPU of rank 0;
+    adapters merged.
 
     Collective: all ranks call it; the others get empty tensors, so that only one copy of a large model is made."""
     policy, here = engine.module.policy, torch.distributed.get_rank() == 0
     weights = {}
     for name, parameter in policy.named_parameters():  # a tied parameter comes once
         full = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter.data if full is None else full).detach().cpu() if here else torch.empty(0)
+        if full is None:  # no ZeRO, or a frozen parameter, which ZeRO-3 partitions all the same
+            with deepspeed.zero.GatheredParameters([parameter]):
+                full = parameter.detach().clone() if here else None
+        weights[name] = full.detach().cpu() if here else torch.empty(0)
     parameters = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
     buffers = {n: b for n, b in policy.state_dict(keep_vars=True).items() if n not in parameters}
-    return weights | {name: buffer.detach().cpu() for name, buffer in buffers.items()}
+    weights |= {name: buffer.detach().cpu() for name, buffer in buffers.items()}
+    return merge_adapters(policy, weights) if here else weights

@@ -6,6 +6,7 @@ ranks and accumulation) are counted, not communicated, and a run that was cut of
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +41,37 @@ def plan(n_pairs: int, settings: TrainingSettings) -> list[Step]:
     return steps
 
 
-def accumulation(settings: TrainingSettings, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step; the same for all ranks and steps, or collectives would wait."""
-    return -(-settings.global_batch_pairs // (settings.micro_batch_pairs * world_size))
+def micro_batches(
+    pairs: np.ndarray, n_inputs: np.ndarray, settings: TrainingSettings, rank: int, world_size: int
+) -> list[np.ndarray]:
+    """A rank's micro-batches of a step that uses `pairs`, `n_inputs[pair]` tokens each: arrays of pairs.
+
+    Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no more than
+    the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first with room
+    (first-fit decreasing: at most 11/9 of the fewest possible, plus one). All ranks return as many, the last ones
+    empty where work is short, or collectives would wait."""
+    longest_first = sorted(pairs.tolist(), key=lambda pair: (-n_inputs[pair], pair))
+    loads = [(0, r) for r in range(world_size)]
+    shares: list[list[int]] = [[] for _ in loads]
+    for pair in longest_first:
+        load, r = loads[0]
+        shares[r].append(pair)
+        heapq.heapreplace(loads, (load + int(n_inputs[pair]), r))
+    cut = [_first_fit(share, n_inputs, settings.micro_batch_tokens) for share in shares]
+    empty = [[]] * (max(map(len, cut)) - len(cut[rank]))
+    return [np.array(batch, dtype=np.int64) for batch in cut[rank] + empty]
 
 
-def micro_batches(step: Step, settings: TrainingSettings, rank: int, world_size: int) -> list[np.ndarray]:
-    """A rank's share of a step: `accumulation` arrays of pairs, even in size, some empty when pairs are few."""
-    n = accumulation(settings, world_size)
-    return np.array_split(step.pairs, n * world_size)[rank * n : (rank + 1) * n]
+def _first_fit(share: list[int], n_inputs: np.ndarray, budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for pair in share:
+        n = int(n_inputs[pair])
+        at = next((i for i, left in enumerate(room) if n <= left), None)
+        if at is None:
+            at = len(batches)
+            batches.append([])
+            room.append(budget)
+        batches[at].append(pair)
+        room[at] -= n
+    return batches

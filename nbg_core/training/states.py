@@ -1,9 +1,14 @@
-"""Resumable training states: DeepSpeed's own checkpoints, each made valid by a manifest that is written last.
+"""Resumable training states that do not know how many ranks wrote them.
 
-A state is a folder `step-00000020/` (written by all ranks) and `step-00000020.json` (sizes and hashes of its files).
-Without a manifest, or when a file does not match it, a state does not count: a crash while saving, or a damaged
-disk, falls back to the one before. The two newest are kept. They are working files of this machine, with pickles in
-them; never point `paths.work` at a folder that others can write to.
+A state is a folder `step-00000020/` of safetensors files, each trainable parameter whole and by name: its float32
+weight and Adam's two moments. `step-00000020.json`, written last, holds the step and the sizes and hashes of the files.
+The learning rate and the batches follow from the step. So a state goes on with another number of ranks, ZeRO stage or
+offload, and with the same ones bit for bit.
+
+Without a manifest, or when a file does not match it, a state does not count: a crash while saving, or a damaged disk,
+falls back to the one before. The two newest are kept.
+
+Tensors go through one parameter at a time: a rank holds one whole parameter more than it trains, and its open file.
 """
 
 from __future__ import annotations
@@ -11,27 +16,44 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
+import torch
 import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from nbg_core.files import write_json
 
 KEPT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FILE_BYTES = 1 << 30
+"""A file is written when it has this many bytes."""
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
     """Save the state after `step` optimizer steps; collective. Older states than the two newest are removed."""
     tag = f"step-{step:08d}"
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         _remove(folder, tag)
+        (folder / tag).mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    _write(engine, folder / tag)
+    dist.barrier()
     files = _hashes(folder / tag)
     if dist.get_rank() == 0:
-        write_json(folder / f"{tag}.json", {"step": step, "world_size": dist.get_world_size(), "files": files})
+        write_json(folder / f"{tag}.json", {"step": step, "files": files})
         for old in _tags(folder)[KEPT:]:
             _remove(folder, old)
 
@@ -40,18 +62,101 @@ def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
     """Load the newest whole state, if there is one, and return the optimizer steps it has behind it; collective."""
     for tag in _tags(folder):
         manifest = json.loads((folder / f"{tag}.json").read_text())
-        files = _hashes(folder / tag)
-        problem = None
-        if manifest["world_size"] != dist.get_world_size():
-            problem = f"is of {manifest['world_size']} ranks, not of {dist.get_world_size()}"
-        elif manifest["files"] != files:
-            problem = "is damaged"
-        if problem is None:
-            engine.load_checkpoint(str(folder), tag=tag)
+        if manifest["files"] == _hashes(folder / tag):
+            _read(engine, folder / tag, manifest["step"])
             return manifest["step"]
         if dist.get_rank() == 0:
-            print(f"student_checkpoint: the training state {folder / tag} {problem}; trying the one before", flush=True)
+            print(
+                f"student_checkpoint: the training state {folder / tag} is damaged; trying the one before", flush=True
+            )
     return 0
+
+
+def _parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in engine.module.policy.named_parameters() if p.requires_grad)
+
+
+def _write(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """All ranks gather each parameter; they take turns in keeping one, so that all of them write."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    kept: dict[str, Tensor] = {}
+    n_files = 0
+
+    def flush() -> None:
+        nonlocal n_files
+        if kept:
+            save_file(kept, folder / f"{rank:04d}-{n_files:04d}.safetensors")
+            kept.clear()
+            n_files += 1
+
+    for i, (name, p) in enumerate(_parameters(engine)):
+        whole = {"weight": _whole(engine, p)} | {moment: _whole(engine, p, moment) for moment in MOMENTS}
+        if i % world == rank:
+            kept |= {f"{name}/{key}": tensor.cpu().contiguous() for key, tensor in whole.items()}
+            if sum(t.nbytes for t in kept.values()) >= FILE_BYTES:
+                flush()
+    flush()
+
+
+def _whole(engine: deepspeed.DeepSpeedEngine, p: nn.Parameter, moment: str | None = None) -> Tensor:
+    """The float32 weight of a parameter, or a moment, whole; collective."""
+    if engine.zero_optimization_stage() == 0:
+        return p.detach() if moment is None else engine.basic_optimizer.state[p][moment]
+    return safe_get_full_fp32_param(p) if moment is None else safe_get_full_optimizer_state(p, moment)
+
+
+def _read(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
+    _make_moments(engine, step)
+    where = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+    for name, p in _parameters(engine):
+        whole = {}
+        for key in ("weight", *MOMENTS):
+            with safe_open(where[f"{name}/{key}"], "pt") as file:  # mapped, not read: opening it again costs nothing
+                whole[key] = file.get_tensor(f"{name}/{key}")
+        _put(engine, p, whole)
+
+
+def _make_moments(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Adam's state as after `step` updates, moments still 0: AdamW makes it at its first update only."""
+    optimizer = engine.basic_optimizer
+    if engine.zero_optimization_stage() == 3:
+        trained = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in trained:
+        state = {"step": torch.tensor(float(step))} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+        optimizer.state[p] = {key: tensor.detach() for key, tensor in state.items()}
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # makes the setters see what is in `optimizer.state`
+
+
+def _put(engine: deepspeed.DeepSpeedEngine, p: nn.Parameter, whole: dict[str, Tensor]) -> None:
+    """Set weight, float32 master weight and moments of a parameter; collective under ZeRO-3."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        # Each rank owns a slice, the last one padded; `safe_set_full_fp32_param` would read past the end there.
+        n = p.ds_tensor.numel()
+        start = n * dist.get_rank()
+        own = {key: t.flatten()[start : start + n] for key, t in whole.items()}
+        own = {key: nn.functional.pad(t, (0, n - t.numel())) for key, t in own.items()}
+        safe_set_local_fp32_param(p, own["weight"])
+        for moment in MOMENTS:
+            safe_set_local_optimizer_state(p, own[moment], moment)
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.data.copy_(whole["weight"])
+        return
+    with torch.no_grad():
+        p.copy_(whole["weight"])
+    for moment in MOMENTS:
+        if stage == 0:
+            engine.basic_optimizer.state[p][moment].copy_(whole[moment])
+        else:
+            safe_set_full_optimizer_state(p, whole[moment], moment)
+    if stage:
+        safe_set_full_fp32_param(p, whole["weight"])
 
 
 def _tags(folder: Path) -> list[str]:

@@ -3,9 +3,10 @@
     deepspeed --num_accelerators N --no_local_rank --module nbg_core.training.train --request FILE
 
 Rank 0 appends a line of metrics per optimizer step to `steps.jsonl`, states are saved every `save_every` steps, and
-the model is written to `final`. Run again after a crash, it continues at the last whole state and ends with the same
-weights. Before the first update the policy must be the reference (margin 0, sigmoid loss log 2): that catches stale
-or foreign reference log-probs on the first batch, at no cost.
+the model is written to `final`. Run again after a crash, it continues at the last whole state, on as many ranks as
+there are now, and ends with the same weights: bit for bit on as many ranks and threads as before, else up to rounding.
+Before the first update the policy must be the reference (margin 0, sigmoid loss log 2): that catches stale or foreign
+reference log-probs on the first batch, at no cost.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nbg_core.lake import Lake  # noqa: E402
 from nbg_core.run import Progress  # noqa: E402
 from nbg_core.training import states  # noqa: E402
 from nbg_core.training.data import TrainingSet, read_training_set  # noqa: E402
-from nbg_core.training.engine import backward, build_engine, full_weights, take_step  # noqa: E402
+from nbg_core.training.engine import backward, build_engine, full_weights, learning_rate, take_step  # noqa: E402
 from nbg_core.training.plan import Step, micro_batches, plan  # noqa: E402
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
 from nbg_core.training.weights import write_model  # noqa: E402
@@ -50,9 +51,9 @@ PER_TOKEN = {"kl_chosen": "chosen_tokens", "nll": "chosen_tokens", "kl_rejected"
 def drift_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
     """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
 
-    float32 differs by the order of sums alone. bfloat16 rounds weights and logits: up to some 0.1 nats a token, of
-    either sign, which adds up by the square root."""
-    return np.full(len(n_tokens), 5e-5) if precision == "fp32" else beta * 0.1 * np.sqrt(n_tokens)
+    Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
+    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
+    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
 
 
 def init_distributed() -> None:
@@ -76,7 +77,8 @@ def train(request: Request) -> None:
     init_distributed()
     data = read_training_set(Lake(request.catalog, request.data_path), request)
     steps = plan(len(data), request.training)
-    engine, pad_id = build_engine(request, len(steps))
+    rate = learning_rate(request.training, len(steps))
+    engine, pad_id = build_engine(request)
     try:
         start = states.resume(engine, request.states)
         rank = dist.get_rank()
@@ -86,7 +88,7 @@ def train(request: Request) -> None:
                 print(f"{ASSET}: continuing after step {start} of {len(steps)}", flush=True)
         progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
         for step in steps[start:]:
-            metrics = train_step(engine, data, step, request.training, pad_id)
+            metrics = train_step(engine, data, step, request.training, rate(step.index), pad_id)
             if rank == 0:
                 with open(request.steps_file, "a") as f:
                     f.write(json.dumps({"step": step.index, **metrics}) + "\n")
@@ -103,22 +105,20 @@ def train(request: Request) -> None:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings: TrainingSettings, pad_id: int
-) -> dict[str, float]:
-    """One optimizer step; the metrics are those before its update, over the global batch."""
+    engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings: TrainingSettings, rate: float,
+    pad_id: int,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step with learning rate `rate`; the metrics are those before its update, over the global batch."""
     began = time.monotonic()
-    rate = engine.get_lr()[0]
     denominators = data.denominators(step.pairs)
-    shares = micro_batches(step, settings, dist.get_rank(), dist.get_world_size())
+    shares = micro_batches(step.pairs, data.n_inputs, settings, dist.get_rank(), dist.get_world_size())
     values, drifts = [], []
-    for i, pairs in enumerate(shares):
+    for pairs in shares:
         batch = data.batch(pairs, pad_id).to(engine.device)
         loss, sums, drift = engine(batch, denominators, with_drift=step.index == 0)
         values.append(torch.stack([loss.detach().double(), *(sums[name] for name in SUMS)]))
         drifts.append(drift)
         backward(engine, loss)
-        if i + 1 < len(shares):
-            engine.step()  # counts the micro-batch; the update comes at the last
     total = torch.stack(values).sum(0)
     dist.all_reduce(total)
     total = total.tolist()
@@ -126,7 +126,7 @@ def train_step(
         _stop_not_finite(step, data, shares, values)
     if step.index == 0:
         _check_drift(data, shares, drifts, settings)
-    norm = take_step(engine, settings)
+    norm = take_step(engine, settings, rate)
     if not math.isfinite(norm):
         raise TrainingError(
             f"the gradient of step {step.index} is not finite, pairs {_names(data, step.pairs)}; "
