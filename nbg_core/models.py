@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -89,13 +90,24 @@ def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remo
     return len(a)
 
 
-def pad(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids [N, L], attention mask [N, L], and the flat rows [T] (into N*L) that predict response tokens.
+@dataclass(frozen=True)
+class Padded:
+    """Right-padded sequences, and where their response tokens are predicted."""
 
-    Position p - 1 + r predicts response token r of a sequence with p prompt tokens; rows are in order of sequence,
-    then position."""
+    ids: Tensor
+    """[N, L] int64."""
+    mask: Tensor
+    """[N, L] int64: 1 where there is a token."""
+    rows: Tensor
+    """[T] int64 into N * L: row p - 1 + r of a sequence with p prompt tokens predicts its response token r; in order
+    of sequence, then position."""
+
+    def to(self, device: torch.device | str) -> Padded:
+        return Padded(self.ids.to(device), self.mask.to(device), self.rows.to(device))
+
+
+def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Padded:
+    """One sequence per response, its prompt before it: every prompt is computed as often as it has responses."""
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), length), dtype=torch.long)
@@ -105,12 +117,10 @@ def pad(
         ids[i, :n] = torch.tensor([*p, *r])
         mask[i, :n] = 1
         rows.append(torch.arange(i * length + len(p) - 1, i * length + n - 1))
-    return ids, mask, torch.cat(rows)
+    return Padded(ids, mask, torch.cat(rows))
 
 
-def response_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, vocab: int) -> Tensor:
-    """Logits [T, V] in float32 at `rows`; row t predicts response token t (already shifted).
-
-    Only response positions reach the output matrix. Columns past `vocab` (padding of the matrix) are cut off."""
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden.flatten(0, 1)[rows])[:, :vocab].float()
+def padded_hidden(model: PreTrainedModel, inputs: Padded) -> Tensor:
+    """Last hidden states [T, H] at `inputs.rows`: the plain forward pass, for any architecture."""
+    hidden = model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[inputs.rows]

@@ -1,4 +1,4 @@
-"""Teacher-forced scoring of stored responses: token ids in, logits at every response position out."""
+"""Teacher-forced scoring of stored responses: token ids in, hidden states at every response position out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from nbg_core.losses import token_logps
-from nbg_core.models import load_model, load_tokenizer, pad, response_logits
+from nbg_core.forward import lay_out, no_packing, output_matrix, response_hidden
+from nbg_core.head import head_logps
+from nbg_core.models import load_model, load_tokenizer
+from nbg_core.packing import supports_packing
 from nbg_core.run import Run
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One forward pass: `logits` [T, V] over the responses of `samples` behind one another, `token_ids` [T]."""
+    """One forward pass over the responses of `samples`, behind one another in their order."""
 
     samples: pl.DataFrame
-    logits: Tensor
+    hidden: Tensor
+    """[T, H]: row t predicts token_ids[t]."""
     token_ids: Tensor
+    """[T] int64."""
     lengths: list[int]
 
 
@@ -29,33 +33,63 @@ class Scorer:
     """A model that scores `samples` (columns sample_id, prompt_token_ids, token_ids)."""
 
     def __init__(self, run: Run, path: Path):
+        """Raises FileNotFoundError or ValueError for a model that is not there or cannot be scored."""
         profile = run.profile
         if profile.threads:
             torch.set_num_threads(profile.threads)
         trust = profile.models.trust_remote_code
         tokenizer = load_tokenizer(path, trust_remote_code=trust)
         self.model = load_model(path, dtype=profile.models.dtype, trust_remote_code=trust)
+        self.weight = output_matrix(self.model)
         self.vocab = len(tokenizer)
+        self.packed = supports_packing(self.model.config)
+        if not self.packed:
+            run.log(no_packing(self.model.config))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.batch_tokens = profile.teacher.batch_tokens
 
     @torch.inference_mode()
     def score(self, samples: pl.DataFrame) -> Iterator[Scored]:
-        """Forward passes over `samples`, longest first, at most `batch_tokens` padded tokens each."""
-        samples = samples.with_columns(
-            (pl.col("prompt_token_ids").list.len() + pl.col("token_ids").list.len()).alias("_length")
-        ).sort(["_length", "sample_id"], descending=[True, False])
-        start = 0
-        while start < samples.height:
-            size = max(1, self.batch_tokens // samples["_length"][start])
-            batch = samples.slice(start, size).drop("_length")
-            start += size
-            responses = batch["token_ids"].to_list()
-            ids, mask, rows = pad(batch["prompt_token_ids"].to_list(), responses, self.pad_id)
-            device = self.model.device
-            logits = response_logits(self.model, ids.to(device), mask.to(device), rows.to(device), self.vocab)
-            tokens = torch.tensor([t for r in responses for t in r], device=device)
-            yield Scored(batch, logits, tokens, [len(r) for r in responses])
+        """Forward passes over `samples`, at most `batch_tokens` tokens each (one response may be longer)."""
+        for batch in self._batches(samples):
+            prompts, responses = batch["prompt_token_ids"].to_list(), batch["token_ids"].to_list()
+            inputs = lay_out(prompts, responses, None if self.packed else self.pad_id).to(self.model.device)
+            tokens = torch.tensor([t for r in responses for t in r], device=self.model.device)
+            yield Scored(batch, response_hidden(self.model, inputs), tokens, [len(r) for r in responses])
+
+    @torch.inference_mode()
+    def logps(self, scored: Scored) -> Tensor:
+        """log p [T] of the responses' own tokens, by the reduction that the trainer uses; float32."""
+        return head_logps(scored.hidden, self.weight, scored.token_ids, vocab=self.vocab)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] float32."""
+        return (hidden @ self.weight[: self.vocab].T).float()
+
+    def _batches(self, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        """Without padding: responses that share a prompt side by side, longest first. With: longest first."""
+        n_prompt, n_response = pl.col("prompt_token_ids").list.len(), pl.col("token_ids").list.len()
+        if self.packed:
+            key = pl.struct("prompt_token_ids").hash()  # neighbours only: what is shared is compared in full
+            samples = samples.with_columns(n_prompt.alias("_n"), key.alias("_key")).sort(
+                ["_n", "_key", "sample_id"], descending=[True, False, False]
+            )
+            new = (pl.col("_key") != pl.col("_key").shift()).fill_null(True)
+            cost = samples.select(n_response - 1 + pl.when(new).then(n_prompt).otherwise(0)).to_series().to_numpy()
+        else:
+            samples = samples.with_columns((n_prompt + n_response).alias("_n"), pl.lit(0).alias("_key"))
+            samples = samples.sort(["_n", "sample_id"], descending=[True, False])
+            cost = samples["_n"].to_numpy()
+        samples = samples.drop("_n", "_key")
+        start = total = 0
+        for i, c in enumerate(cost.tolist()):
+            total = total + c if self.packed else (i - start + 1) * int(cost[start])
+            if total > self.batch_tokens and i > start:
+                yield samples[start:i]
+                start, total = i, c
+        if samples.height:
+            yield samples[start:]
 
 
 def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) -> Iterator[pl.DataFrame]:
@@ -69,7 +103,7 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
     for chunk in samples.sort("sample_id").iter_slices(run.profile.teacher.chunk_samples):
         ids, logprobs = [], []
         for scored in scorer.score(chunk):
-            values = token_logps(scored.logits, scored.token_ids).split(scored.lengths)
+            values = scorer.logps(scored).split(scored.lengths)
             ids += scored.samples["sample_id"].to_list()
             logprobs += [v.tolist() for v in values]
             progress.advance(len(values))

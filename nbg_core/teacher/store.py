@@ -21,6 +21,9 @@ from nbg_core.config import TeacherSettings
 from nbg_core.ids import seed_from
 from nbg_core.losses import TeacherTargets, token_logps
 
+COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_ids", "entry_logprobs")
+"""Columns of teacher_logits that hold the distribution."""
+
 BLOCK_ELEMENTS = 1 << 24
 """Logits handled at once, so that memory does not grow with T x V."""
 
@@ -59,24 +62,27 @@ def compress(
 
 def targets(rows: pl.DataFrame) -> TeacherTargets:
     """TeacherTargets over the positions of `rows` (teacher_logits columns) behind one another, in row order."""
-    n_head, n_tail = _flat(rows, "head_counts").astype(np.int64), _flat(rows, "tail_counts").astype(np.int64)
-    count = n_head + n_tail
+    return targets_of(**{c: rows[c].explode(empty_as_null=False).to_numpy() for c in COLUMNS})
+
+
+def targets_of(
+    head_counts: np.ndarray, tail_counts: np.ndarray, tail_logmass: np.ndarray, entry_ids: np.ndarray,
+    entry_logprobs: np.ndarray,
+) -> TeacherTargets:  # fmt: skip
+    """TeacherTargets of T positions from flat columns: the first three [T], the entries behind one another."""
+    n_head, count = head_counts.astype(np.int64), head_counts.astype(np.int64) + tail_counts
     width = int(count.max(initial=1))
     position = np.repeat(np.arange(len(count)), count)
     column = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     ids = np.zeros((len(count), width), dtype=np.int64)
     logprobs = np.zeros((len(count), width), dtype=np.float32)
-    ids[position, column] = _flat(rows, "entry_ids")
-    logprobs[position, column] = _flat(rows, "entry_logprobs")
+    ids[position, column] = entry_ids
+    logprobs[position, column] = entry_logprobs
     columns = np.arange(width)
     is_head = columns < n_head[:, None]
     is_tail = ~is_head & (columns < count[:, None])
-    arrays = (ids, logprobs, is_head, is_tail, _flat(rows, "tail_logmass").astype(np.float32))
+    arrays = (ids, logprobs, is_head, is_tail, tail_logmass.astype(np.float32))
     return TeacherTargets(*(torch.from_numpy(a.copy()) for a in arrays))
-
-
-def _flat(rows: pl.DataFrame, column: str) -> np.ndarray:
-    return rows[column].explode(empty_as_null=False).to_numpy()
 
 
 def _lists(flat: np.ndarray, ends: np.ndarray) -> pl.Series:

@@ -1,43 +1,46 @@
-"""Batches of pairs: from lake rows to the tensors of one forward pass.
+"""Batches of pairs: from the training set's files to the tensors of one forward pass, made ahead of their use.
 
-The training set is held in memory, whole, on every rank. Sequences are right-padded, chosen and rejected of a pair
-next to each other; only rows that predict response tokens reach the output matrix. Layouts without padding or with a
-shared prompt change `TrainingSet.batch` and `models.response_logits`, nothing else: all that follows the hidden
-states is per response token.
+Nothing here grows with the number of pairs: a batch is read when its turn is near, by a thread that is a few batches
+ahead of the training step (`prefetch`).
 
-Shapes: B pairs of a micro-batch, L padded length, T response tokens of all 2B responses behind one another.
+Shapes: B pairs of a micro-batch, T response tokens of all its responses behind one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor
 
-from nbg_core.lake import Lake
+from nbg_core.forward import lay_out
 from nbg_core.losses import Denominators, TeacherTargets
-from nbg_core.models import pad
-from nbg_core.teacher.store import targets
-from nbg_core.training.pairs import read_pairs, read_responses
-from nbg_core.training.request import Request
+from nbg_core.models import Padded
+from nbg_core.packing import Pack
+from nbg_core.teacher.store import COLUMNS as TEACHER_COLUMNS
+from nbg_core.teacher.store import targets_of
+from nbg_core.training.rows import COLUMNS, Rows
+
+AHEAD = 2
+"""Batches that are ready before their turn."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One micro-batch; [T] arrays are already shifted: `rows[t]` of the flattened hidden states predicts token t."""
+    """One micro-batch; [T] arrays are already shifted: row t of the hidden states predicts token t."""
 
-    ids: Tensor
-    """[2B, L] int64 prompt and response; chosen and rejected of the first pair, then of the second."""
-    mask: Tensor
-    """[2B, L] int64: 1 where there is a token."""
-    rows: Tensor
-    """[T] int64 into 2B * L."""
+    inputs: Pack | Padded | None
+    """What goes through the model; None without pairs."""
     token_ids: Tensor
-    """[T] int64."""
+    """[T] int64: chosen of the first pair, rejected of the first pair, chosen of the second, ..."""
     pair_index: Tensor
     """[T] int64 in [0, B)."""
     is_chosen: Tensor
@@ -51,73 +54,92 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         teacher = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(self.targets).items()})
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, targets=teacher, **moved)
+        return replace(self, inputs=self.inputs and self.inputs.to(device), targets=teacher, **moved)
 
 
-@dataclass(frozen=True)
 class TrainingSet:
-    """The pairs, in order of pair_id; `responses` has two rows per pair, chosen first."""
+    """The pairs of a written training set, in order of pair_id."""
 
-    pair_ids: list[str]
-    slices: list[str]
-    responses: pl.DataFrame
-    n_tokens: np.ndarray
-    """[pairs, 2] response tokens of chosen and rejected."""
-    n_prompt: np.ndarray
-    """[pairs, 2] prompt tokens."""
+    def __init__(self, folder: Path, pad_id: int | None = None):
+        """Batches are packed, or padded with `pad_id` if one is given, for a model that cannot be packed.
+
+        Raises FileNotFoundError when `folder` holds no whole training set."""
+        self.rows, self.pad_id = Rows(folder), pad_id
+        self.n_tokens = self.rows.n_tokens
+        """[pairs, 2] int32: response tokens of chosen and rejected."""
 
     def __len__(self) -> int:
-        return len(self.pair_ids)
+        return self.rows.n_pairs
 
     @property
     def n_inputs(self) -> np.ndarray:
-        """[pairs] int64: tokens of a pair that go through the student, its prompt once, last tokens of responses never.
-
-        What a response's last token would predict is not trained on."""
-        return self.n_prompt[:, 0] + self.n_tokens.sum(1) - 2
+        """[pairs] int64: tokens that a pair puts through the student: its prompt once, all but the last token of each
+        response."""
+        return self.rows.n_prompt[:, 0].astype(np.int64) + self.n_tokens.sum(1, dtype=np.int64) - 2
 
     def denominators(self, pairs: np.ndarray) -> Denominators:
         """Counts of an optimizer step that uses `pairs`."""
-        chosen, rejected = self.n_tokens[pairs].sum(0)
+        chosen, rejected = self.n_tokens[pairs].sum(0, dtype=np.int64)
         return Denominators(pairs=len(pairs), chosen_tokens=int(chosen), rejected_tokens=int(rejected))
 
-    def tokens(self, pairs: np.ndarray) -> int:
-        """Tokens that go through the student for `pairs`, padding not counted."""
-        return int(self.n_tokens[pairs].sum() + self.n_prompt[pairs].sum())
+    def pair_id(self, pair: int) -> str:
+        return self.rows.pair_id(pair)
 
-    def batch(self, pairs: Sequence[int] | np.ndarray, pad_id: int) -> PairBatch:
-        """The tensors of `pairs`. Without pairs: one padding token and T = 0, so that the rank still takes part."""
+    def batch(self, pairs: Sequence[int] | np.ndarray) -> PairBatch:
+        """The tensors of `pairs`."""
         pairs = np.asarray(pairs, dtype=np.int64)
-        chosen_first = np.stack([2 * pairs, 2 * pairs + 1], 1).ravel()
-        rows = self.responses[chosen_first]
-        n = self.n_tokens[pairs].ravel()  # [2B]
-        pair_index = torch.from_numpy(np.repeat(np.repeat(np.arange(len(pairs)), 2), n))
-        is_chosen = torch.from_numpy(np.repeat(np.tile([True, False], len(pairs)), n))
-        if len(pairs):
-            ids, mask, at = pad(rows["prompt_token_ids"].to_list(), rows["token_ids"].to_list(), pad_id)
-        else:
-            ids, mask, at = torch.full((1, 1), pad_id), torch.ones((1, 1), dtype=torch.long), torch.zeros(0).long()
+        found = [self.rows.read(number) for number in self.rows.numbers[pairs].ravel()]  # 2B
+        columns = {name: np.concatenate([r[name] for r in found]) if found else np.zeros(0, dtype) for name, dtype in
+                   COLUMNS.items()}  # fmt: skip
+        n = self.n_tokens[pairs].ravel().astype(np.int64)  # [2B]
         return PairBatch(
-            ids, mask, at, _flat(rows, "token_ids").long(), pair_index, is_chosen,
-            _flat(rows, "reference_logprobs"), targets(rows), len(pairs),
-        )  # fmt: skip
+            inputs=lay_out([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id)
+            if found
+            else None,
+            token_ids=torch.from_numpy(columns["token_ids"].astype(np.int64)),
+            pair_index=torch.from_numpy(np.repeat(np.arange(len(n)) // 2, n)),
+            is_chosen=torch.from_numpy(np.repeat(np.arange(len(n)) % 2 == 0, n)),
+            reference_logps=torch.from_numpy(columns["token_logprobs"].copy()),
+            targets=targets_of(**{c: columns[c] for c in TEACHER_COLUMNS}),
+            n_pairs=len(pairs),
+        )
 
 
-def read_training_set(lake: Lake, request: Request) -> TrainingSet:
-    """The training set of a request at its snapshot. Raises TrainingError naming the first pair that does not fit."""
-    where = dict(teacher_id=request.teacher_id, storage_id=request.storage_id, reference_id=request.policy_id,
-                 scoring_id=request.scoring_id)  # fmt: skip
-    pairs = read_pairs(lake, request.snapshot, request.slices, **where)
-    responses = read_responses(lake, request.snapshot, request.slices, **where)
+def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
+    """The results of `tasks` in order, made by a thread that is at most `ahead` of the reader.
 
-    def per_pair(column: str) -> np.ndarray:
-        return responses[column].list.len().to_numpy().astype(np.int64).reshape(-1, 2)
+    What a task raises is raised here, in its turn. The thread ends with the iterator."""
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
 
-    return TrainingSet(
-        pairs["pair_id"].to_list(), pairs["slice"].to_list(), responses, per_pair("token_ids"),
-        per_pair("prompt_token_ids"),
-    )  # fmt: skip
+    def put(item) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
 
+    def work() -> None:
+        try:
+            for task in tasks:
+                if not put((task(), None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as e:
+            put((None, e))
 
-def _flat(rows: pl.DataFrame, column: str) -> Tensor:
-    return torch.from_numpy(rows[column].explode(empty_as_null=False).to_numpy().copy())
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,128 @@
+"""Memory and speed of the training-set loader as the number of pairs grows: `.venv/bin/python benchmarks/loader.py`.
+
+For each size a lake with that many synthetic pairs (prompt 16, responses 12 tokens, 8 teacher entries a position) is
+made; then two processes of their own write the training set's files and read batches of it in training order. Peak
+memory is the process's high-water mark of resident memory (VmHWM). Writes benchmarks/results/loader.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "loader.json"
+WHERE = dict(teacher_id="teacher", storage_id="storage", reference_id="reference", scoring_id="scoring")
+PROMPT, RESPONSE, ENTRIES = 16, 12, 8
+
+
+def make_lake(folder: Path, n_pairs: int) -> None:
+    from nbg_core.lake import Lake
+
+    lake = lake_at(folder)
+    lake._create()
+    n = RESPONSE * ENTRIES
+    with lake.connect(read_only=False) as con:
+        con.execute(f"""
+            INSERT INTO samples BY NAME
+            SELECT 'bench' AS slice, 'm' AS materialisation_id, lpad(i::VARCHAR, 32, '0') AS sample_id, 'q' AS query_id,
+                   'student' AS source, 'reference' AS model_id, 's' AS sampling_id, 0 AS sample_index, 0 AS seed,
+                   list_transform(range({PROMPT}), lambda x: ((x + i // 2) % 900)::INTEGER) AS prompt_token_ids,
+                   list_transform(range({RESPONSE}), lambda x: ((x * 7 + i) % 900)::INTEGER) AS token_ids,
+                   list_transform(range({RESPONSE}), lambda x: -1.0::FLOAT) AS logprobs, 'stop' AS finish_reason,
+                   '' AS text
+            FROM range({2 * n_pairs}) t(i)""")
+        con.execute("""
+            INSERT INTO pairs BY NAME
+            SELECT 'bench' AS slice, 'm' AS materialisation_id, md5(i::VARCHAR) AS pair_id, 'q' AS query_id,
+                   lpad((2 * i)::VARCHAR, 32, '0') AS chosen_id, lpad((2 * i + 1)::VARCHAR, 32, '0') AS rejected_id,
+                   1.0 AS chosen_score, 0.0 AS rejected_score, 1.0 AS margin
+            FROM range(?) t(i)""", [n_pairs])  # fmt: skip
+        con.execute(f"""
+            INSERT INTO teacher_logits BY NAME
+            SELECT 'bench' AS slice, 'm' AS materialisation_id, lpad(i::VARCHAR, 32, '0') AS sample_id,
+                   'teacher' AS model_id, 'storage' AS settings_id,
+                   list_transform(range({RESPONSE}), lambda x: -1.0::FLOAT) AS token_logprobs,
+                   list_transform(range({RESPONSE}), lambda x: -9.0::FLOAT) AS tail_logmass,
+                   list_transform(range({RESPONSE}), lambda x: {ENTRIES}::INTEGER) AS head_counts,
+                   list_transform(range({RESPONSE}), lambda x: 0::INTEGER) AS tail_counts,
+                   list_transform(range({n}), lambda x: (x % {ENTRIES} * 9)::INTEGER) AS entry_ids,
+                   list_transform(range({n}), lambda x: -2.0::FLOAT) AS entry_logprobs
+            FROM range({2 * n_pairs}) t(i)""")
+        con.execute(f"""
+            INSERT INTO reference_logprobs BY NAME
+            SELECT 'bench' AS slice, 'm' AS materialisation_id, lpad(i::VARCHAR, 32, '0') AS sample_id,
+                   'reference' AS model_id, 'scoring' AS settings_id,
+                   list_transform(range({RESPONSE}), lambda x: -1.0::FLOAT) AS token_logprobs
+            FROM range({2 * n_pairs}) t(i)""")
+
+
+def lake_at(folder: Path):
+    from nbg_core.lake import Lake
+
+    return Lake(f"sqlite:{folder}/catalog.sqlite", str(folder / "files"))
+
+
+def write(folder: Path) -> dict:
+    from nbg_core.training import rows
+
+    lake, began = lake_at(folder), time.monotonic()
+    rows.write(lake, folder / "rows", snapshot=lake.snapshot(), slices=["bench"], **WHERE, log=lambda line: None)
+    return {"write_s": time.monotonic() - began}
+
+
+def read(folder: Path, n_batches: int) -> dict:
+    from nbg_core.config import TrainingSettings
+    from nbg_core.training.data import TrainingSet, prefetch
+    from nbg_core.training.plan import plan
+
+    data = TrainingSet(folder / "rows")
+    steps = plan(len(data), TrainingSettings(global_batch_pairs=64))
+    began, tokens = time.monotonic(), 0
+    for batch in prefetch([lambda s=s: data.batch(s.pairs) for s in steps[:n_batches]]):
+        tokens += batch.inputs.ids.numel()
+    return {"read_tokens_per_s": tokens / (time.monotonic() - began)}
+
+
+def measured(stage: str, folder: Path, *args: str) -> dict:
+    """Run a stage in a process of its own; its result and its peak memory in MB."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--stage", stage, "--folder", str(folder), *args],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--stage", choices=["make", "write", "read"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--n", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stage:
+        stages = {"make": lambda: make_lake(args.folder, args.n) or {}, "write": lambda: write(args.folder),
+                  "read": lambda: read(args.folder, args.n)}  # fmt: skip
+        result = stages[args.stage]()
+        peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        print(json.dumps(result | {f"{args.stage}_peak_mb": int(peak.split()[1]) // 1024}))
+        return
+    found = []
+    print("| pairs | write, s | write, peak MB | read, peak MB | read, tokens/s |\n|---|---|---|---|---|")
+    for n in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            measured("make", folder, "--n", str(n))
+            row = {"pairs": n} | measured("write", folder) | measured("read", folder, "--n", "1000")
+        found.append(row)
+        print(f"| {n:,} | {row['write_s']:.1f} | {row['write_peak_mb']} | {row['read_peak_mb']} | "
+              f"{row['read_tokens_per_s']:,.0f} |", flush=True)  # fmt: skip
+    RESULTS.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
