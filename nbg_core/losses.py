@@ -56,6 +56,10 @@ class TeacherTargets:
         q = torch.where(self.is_head, self.logprobs.exp(), torch.zeros_like(self.logprobs))
         return torch.where(self.is_tail, tail, q)
 
+    def take(self, rows: slice) -> TeacherTargets:
+        """The targets of some rows; views, nothing is copied."""
+        return TeacherTargets(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class DpoTerms:
@@ -110,7 +114,7 @@ def sampled_tail_forward_kl(logits: Tensor, targets: TeacherTargets, *, temperat
     with an exact head."""
     _check_divergence("forward", temperature, 0.5)
     z = _upcast(logits) / temperature
-    return _sampled_tail(z, _log_z(z), targets)
+    return _sampled_tail(_gather_logps(z, _log_z(z), targets.ids), targets)
 
 
 def bucket_divergence(
@@ -125,7 +129,8 @@ def bucket_divergence(
     Raises ValueError for an unknown kind, a temperature <= 0 or a jsd_alpha outside (0, 1)."""
     _check_divergence(kind, temperature, jsd_alpha)
     z = _upcast(logits) / temperature
-    return _bucket(z, _log_z(z), targets, kind, jsd_alpha)
+    log_z = _log_z(z)
+    return _bucket(_gather_logps(z, log_z, targets.ids), _tail_logps(z, log_z, targets), targets, kind, jsd_alpha)
 
 
 def sequence_dpo_loss(
@@ -190,18 +195,67 @@ def joint_loss(
     pairs; kl_chosen and nll over chosen_tokens; kl_rejected over rejected_tokens; and these three counts. KL sums are
     as the loss has them, temperature^2 included. Terms of weight 0 are reported, but reach neither loss nor gradient.
     Raises ValueError when the arrays disagree on T."""
-    rows = (logits, token_ids, pair_index, is_chosen, reference_logps, targets.tail_logmass)
-    if len({len(a) for a in rows}) > 1:
-        names = "logits, token_ids, pair_index, is_chosen, reference_logps and targets"
-        raise ValueError(f"{names} have {[len(a) for a in rows]} rows; pass one row per response token in each")
+    check_rows("logits", logits, token_ids, pair_index, is_chosen, reference_logps, targets)
     s, z = settings, _upcast(logits)
     log_z = _log_z(z)  # [T, 1]
     logps = _gather_logps(z, log_z, token_ids[:, None])[:, 0]  # [T]
-    kl = _token_divergence(z, log_z, targets, is_chosen, s).double()  # [T]
+    hot, log_hot = z, log_z
+    if s.temperature != 1:
+        hot = z / s.temperature
+        log_hot = _log_z(hot)
+    entries = _gather_logps(hot, log_hot, targets.ids)  # [T, K]
+    tail = _tail_logps(hot, log_hot, targets) if s.estimator == "bucket" else None  # [T]
+    kl = token_divergence(entries, tail, targets, is_chosen, s)
+    loss, sums = pair_loss(
+        logps, kl, pair_index, is_chosen, reference_logps, n_pairs, settings=s, denominators=denominators
+    )
+    if not loss.requires_grad:  # no term has a weight: a zero that can be differentiated, whatever the logits hold
+        loss = loss + z[:, :0].sum()
+    return loss, sums
 
+
+def check_rows(name: str, first: Tensor, *arrays: Tensor | TeacherTargets) -> None:
+    """Raise ValueError unless the arrays of `joint_loss` have as many rows as the first, which is called `name`."""
+    rows = [len(a.tail_logmass if isinstance(a, TeacherTargets) else a) for a in (first, *arrays)]
+    if len(set(rows)) > 1:
+        names = f"{name}, token_ids, pair_index, is_chosen, reference_logps and targets"
+        raise ValueError(f"{names} have {rows} rows; pass one row per response token in each")
+
+
+def token_divergence(
+    entries: Tensor, tail: Tensor | None, targets: TeacherTargets, is_chosen: Tensor, s: LossSettings
+) -> Tensor:
+    """Divergence [T] of `s`, temperature^2 included, from the student's log-probs at the temperature of `s`.
+
+    entries [T, K]: at targets.ids. tail [T]: log of the mass outside the head, read by the bucket estimator only. A row
+    of a side with weight 0 has a value and no gradient."""
+    if not (s.w_pos and s.w_neg):  # by `where`, not by a factor 0: 0 * NaN is NaN
+        trained = torch.where(is_chosen, bool(s.w_pos), bool(s.w_neg))  # [T]
+        entries = torch.where(trained[:, None], entries, entries.detach())
+        tail = None if tail is None else torch.where(trained, tail, tail.detach())
+    if s.estimator == "sampled_tail":
+        kl = _sampled_tail(entries, targets)
+    else:
+        kl = _bucket(entries, tail, targets, s.divergence, s.jsd_alpha)
+    return kl * s.temperature**2 if s.scale_by_temperature_squared else kl
+
+
+def pair_loss(
+    logps: Tensor,
+    kl: Tensor,
+    pair_index: Tensor,
+    is_chosen: Tensor,
+    reference_logps: Tensor,
+    n_pairs: int,
+    *,
+    settings: LossSettings,
+    denominators: Denominators,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`joint_loss` from each token's log-prob and divergence, logps and kl [T]; the loss is in the dtype of logps."""
+    s, kl = settings, kl.double()
     # Sequence sums in float64: over 8,000 tokens float32 loses more than a small margin.
     side = 2 * pair_index + (~is_chosen).long()  # [T]: chosen, rejected of pair 0, of pair 1, ...
-    zeros = torch.zeros(2 * n_pairs, dtype=torch.float64, device=z.device)
+    zeros = torch.zeros(2 * n_pairs, dtype=torch.float64, device=logps.device)
     per_token = (logps.double(), reference_logps.double(), torch.ones_like(logps, dtype=torch.float64))
     policy, reference, lengths = (zeros.index_add(0, side, v).view(n_pairs, 2) for v in per_token)  # [B, 2]
     dpo = sequence_dpo_loss(
@@ -223,43 +277,31 @@ def joint_loss(
         "kl_rejected": s.w_neg / denominators.rejected_tokens, "nll": s.nll_coef / denominators.chosen_tokens,
     }  # fmt: skip
     terms = [coefficient * sums[name] for name, coefficient in coefficients.items() if coefficient]
-    loss = sum(terms) if terms else z[:, :0].sum()  # the last: zero, differentiable, whatever the logits hold
-    return loss.to(z.dtype), {name: value.detach() for name, value in sums.items()}
+    loss = sum(terms, zeros.new_zeros(()))
+    return loss.to(logps.dtype), {name: value.detach() for name, value in sums.items()}
 
 
-def _token_divergence(z: Tensor, log_z: Tensor, targets: TeacherTargets, is_chosen: Tensor, s: LossSettings) -> Tensor:
-    """Divergence [T] by `s`, temperature^2 included; rows of a side with weight 0 are cut off from the graph."""
-    if not (s.w_pos and s.w_neg):  # by `where`, not by a factor 0: 0 * NaN is NaN
-        trained = torch.where(is_chosen, bool(s.w_pos), bool(s.w_neg))  # [T]
-        z = torch.where(trained[:, None], z, z.detach())
-        log_z = _log_z(z)
-    if s.temperature != 1:
-        z = z / s.temperature
-        log_z = _log_z(z)
-    if s.estimator == "sampled_tail":
-        kl = _sampled_tail(z, log_z, targets)
-    else:
-        kl = _bucket(z, log_z, targets, s.divergence, s.jsd_alpha)
-    return kl * s.temperature**2 if s.scale_by_temperature_squared else kl
+def _sampled_tail(entries: Tensor, targets: TeacherTargets) -> Tensor:
+    q = targets.weights().to(entries.dtype)  # [T, K]
+    return _kl_terms(q, targets.logprobs.to(entries.dtype), entries).sum(-1)
 
 
-def _sampled_tail(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:
-    q = targets.weights().to(z.dtype)  # [T, K]
-    return _kl_terms(q, targets.logprobs.to(z.dtype), _gather_logps(z, log_z, targets.ids)).sum(-1)
-
-
-def _bucket(z: Tensor, log_z: Tensor, targets: TeacherTargets, kind: str, alpha: float) -> Tensor:
+def _tail_logps(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:
+    """The student's log mass [T] outside the head: a sum over what is outside, never 1 - sum."""
     columns = z.shape[-1]
     ids = torch.where(targets.is_head, targets.ids, columns)  # what is not head goes to a column that is cut off
     in_head = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)
     in_head = in_head.scatter_(1, ids, True)[:, :columns]  # [T, V]
-    # The student's tail is a sum over what is outside, never 1 - sum. The fill is finite: -inf rows give NaN gradients.
+    # The fill is finite: -inf rows give NaN gradients.
     tail = _log_z(z.masked_fill(in_head, torch.finfo(z.dtype).min)) - log_z  # [T, 1]
-    tail = torch.where(in_head.all(-1, keepdim=True), LOG_TINY, tail)
-    head = torch.where(targets.is_head, _gather_logps(z, log_z, targets.ids), -torch.inf)
-    log_p = torch.where(targets.is_head, targets.logprobs.to(z.dtype), -torch.inf)
-    log_p = torch.cat([log_p, targets.tail_logmass[:, None].to(z.dtype)], -1)  # [T, K + 1]
-    log_q = torch.cat([head, tail], -1)
+    return torch.where(in_head.all(-1), LOG_TINY, tail[:, 0])
+
+
+def _bucket(entries: Tensor, tail: Tensor, targets: TeacherTargets, kind: str, alpha: float) -> Tensor:
+    head = torch.where(targets.is_head, entries, -torch.inf)
+    log_p = torch.where(targets.is_head, targets.logprobs.to(entries.dtype), -torch.inf)
+    log_p = torch.cat([log_p, targets.tail_logmass[:, None].to(entries.dtype)], -1)  # [T, K + 1]
+    log_q = torch.cat([head, tail[:, None]], -1)
     if kind == "forward":
         return _kl_terms(log_p.exp(), log_p, log_q).sum(-1)
     log_p, log_q = log_p.clamp(min=LOG_TINY), log_q.clamp(min=LOG_TINY)

@@ -1,0 +1,316 @@
+"""The joint loss straight from hidden states: the output matrix and `losses.joint_loss` in one, never [T, V] at once.
+
+Logits live in one tile of a bounded number of rows, which is turned into their gradient in place. The loss sees a row
+through a few numbers only: the log-probs of its token and of the stored ids, and the log mass outside the head. So the
+loss proper (`losses.token_divergence`, `losses.pair_loss`) runs on [T] and [T, K] vectors with plain autograd; its
+derivatives by those numbers give the gradient of each logit in closed form:
+
+    dz_v = a_v + g [v = token] + b exp(z_v - log_out) [v outside the head] - (g + sum a + b) p_v
+
+(a by the entries' log-probs, b by the tail's, g by the token's; all but g at the divergence's temperature).
+
+DPO's g needs the sums of the whole pair. Rows are taken in chunks of whole pairs: a chunk that fits the tile is
+projected once (3 GEMMs with both gradients); a pair that does not fit is read tile by tile first and projected again
+for its gradient (4 GEMMs). Gradients are formed in the forward pass, where ZeRO-3 has the weight gathered, and the
+backward multiplies them by the incoming gradient: it needs neither the weight nor a tile.
+
+Shapes: T response tokens, H hidden, V vocabulary, K stored entries, c rows of a tile. Tiles, reductions and the sum of
+the weight's gradient are float32, float64 for float64 hidden states. bf16 and fp16: on a CPU the weight is upcast block
+by block; on CUDA the GEMMs take low-precision operands (the logits' gradient is rounded to them) and sum in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nbg_core.losses import (
+    LOG_TINY,
+    Denominators,
+    LossSettings,
+    TeacherTargets,
+    check_rows,
+    pair_loss,
+    token_divergence,
+)
+
+TILE_BYTES = 64 << 20
+MIN_ROWS, MAX_ROWS = 16, 128
+"""On a CPU a row's logits come from GEMMs of 16 to 128 rows: there MKL sums every row in the same order, whatever is
+beside it. Fewer rows, or more, may round differently."""
+CACHE_BYTES = 2 << 20
+"""Passes over a tile go by blocks of rows of about this size, which stay in the cache."""
+WEIGHT_BLOCK_BYTES = 8 << 20
+
+
+def head_joint_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    pair_index: Tensor,
+    is_chosen: Tensor,
+    reference_logps: Tensor,
+    targets: TeacherTargets,
+    n_pairs: int,
+    *,
+    vocab: int,
+    settings: LossSettings,
+    denominators: Denominators,
+    tile_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """`losses.joint_loss` of the logits hidden @ weight[:vocab].T: loss, sums, and the tokens' log-probs [T], detached.
+
+    hidden [T, H] (already shifted: row t predicts token_ids[t]) and weight [rows >= vocab, H], of one dtype; the rest
+    as for `joint_loss`. The loss can be differentiated once by hidden and weight, those that require a gradient; rows
+    of the weight from `vocab` on get 0. Without rows the loss is a zero that can be differentiated. A pair whose rows
+    lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
+    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), about 2 MiB and O(T K).
+    Raises ValueError when shapes or dtypes do not fit each other."""
+    check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
+    head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
+    n, bucket, dtype = len(hidden), settings.estimator == "bucket", head.tile.dtype
+    wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+    seen = _Seen(n, targets, settings.temperature, bucket, head.tile)
+
+    def loss_of(rows: slice, logps: Tensor, entries: Tensor, tail: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        some = targets.take(rows)
+        tail = torch.where(some.is_head.sum(-1) == vocab, LOG_TINY, tail)  # nothing outside the head: a constant
+        kl = token_divergence(entries, tail, some, is_chosen[rows], settings)
+        return pair_loss(
+            logps, kl, pair_index[rows], is_chosen[rows], reference_logps[rows], n_pairs, settings=settings,
+            denominators=denominators,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        for chunk in _chunks(pair_index, head.rows):
+            tiles = _tiles(chunk, head.rows)
+            for tile in tiles:
+                z = head.logits(tile)
+                seen.read(z, tile, token_ids, head.scratch)
+            if not (wants_hidden or wants_weight):
+                continue
+            g, a, b = _derivatives(loss_of, chunk, seen)
+            for tile in reversed(tiles):  # the last one is still there
+                if tile is not tiles[-1]:
+                    z = head.logits(tile)
+                part = slice(tile.start - chunk.start, tile.stop - chunk.start)
+                seen.write_gradient(z, tile, token_ids, g[part], a[part], b[part], head.scratch)
+                head.add_gradients(z, tile, d_hidden, d_weight)
+        loss, sums = loss_of(slice(0, n), seen.logps, seen.entries(), seen.tail())
+    if wants_hidden or wants_weight:
+        loss = _WithGradients.apply(loss, hidden, weight, [d_hidden, d_weight])
+    return loss, sums, seen.logps
+
+
+def head_logps(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, vocab: int, tile_bytes: int = TILE_BYTES
+) -> Tensor:
+    """log p(token_ids) [T] under hidden @ weight[:vocab].T, without gradient: the reduction of `head_joint_loss`.
+
+    float32, or float64 if hidden is. On a CPU equal rows and weights give the very numbers that `head_joint_loss` has,
+    whatever the other rows, their number and `tile_bytes`, with the same library and count of threads (seen with MKL;
+    no library promises it). On CUDA it takes the same tile boundaries too. Hidden states of a batch of another shape
+    are themselves other numbers. Raises ValueError when shapes or dtypes do not fit each other."""
+    if len(hidden) != len(token_ids):
+        raise ValueError(f"hidden and token_ids have {len(hidden)} and {len(token_ids)} rows; pass one row per token")
+    with torch.no_grad():
+        head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
+        logps = head.tile.new_empty(len(hidden))
+        for tile in _tiles(slice(0, len(hidden)), head.rows):
+            z = head.logits(tile)
+            n = tile.stop - tile.start
+            log_z = _log_z(z, head.scratch)[:n]
+            logps[tile] = z[:n].gather(1, token_ids[tile, None])[:, 0] - log_z
+    return logps
+
+
+class _Head:
+    """The projection of rows of `hidden` into one reused tile, and the way back."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, vocab: int, tile_bytes: int):
+        if hidden.shape[1:] != weight.shape[1:] or not 0 < vocab <= len(weight) or hidden.dtype != weight.dtype:
+            raise ValueError(
+                f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} {weight.dtype} and "
+                f"vocab={vocab} do not fit; pass hidden [T, H] and the output matrix [at least vocab, H] of one dtype"
+            )
+        self.hidden, self.weight, self.on_cpu = hidden, weight[:vocab], hidden.device.type == "cpu"
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        row_bytes = vocab * dtype.itemsize
+        self.rows = max(MIN_ROWS, tile_bytes // row_bytes)
+        self.tile = hidden.new_empty(max(MIN_ROWS, min(self.rows, len(hidden))), vocab, dtype=dtype)
+        in_scratch = max(4, CACHE_BYTES // row_bytes) if self.on_cpu else len(self.tile)
+        self.scratch = self.tile.new_empty(min(in_scratch, len(self.tile)), vocab)
+
+    def logits(self, rows: slice) -> Tensor:
+        """The tile [c, V] with the logits of `rows`; zero rows are added up to MIN_ROWS."""
+        h, n = self._operand(rows), max(MIN_ROWS, rows.stop - rows.start)
+        if len(h) < n:
+            h = torch.cat([h, h.new_zeros(n - len(h), h.shape[1])])
+        z = self.tile[:n]
+        parts = -(-n // MAX_ROWS) if self.on_cpu else 1
+        for block, w in self._weight_blocks():
+            for h_part, z_part in zip(h.tensor_split(parts), z.tensor_split(parts), strict=True):
+                _add_product(z_part[:, block], h_part, w.t(), beta=0)
+        return z
+
+    def add_gradients(self, dz: Tensor, rows: slice, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
+        """Add dz W to rows of d_hidden and dz^T h to d_weight; dz [c, V] as `logits` returned it."""
+        h = self._operand(rows)
+        dz = dz[: len(h)].to(h.dtype)
+        if d_hidden is not None:
+            for block, w in self._weight_blocks():
+                _add_product(d_hidden[rows], dz[:, block], w)
+        if d_weight is not None:
+            _add_product(d_weight[: dz.shape[1]], dz.t(), h)
+
+    def _operand(self, rows: slice) -> Tensor:
+        return self.hidden[rows].to(self.tile.dtype) if self.on_cpu else self.hidden[rows]
+
+    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as the GEMMs take it: whole, or upcast a block at a time (a CPU has no float32 sum of bf16)."""
+        if not self.on_cpu or self.weight.dtype == self.tile.dtype:
+            yield slice(None), self.weight
+            return
+        size = max(1, WEIGHT_BLOCK_BYTES // (4 * self.weight.shape[1]))
+        buffer = self.tile.new_empty(min(size, len(self.weight)), self.weight.shape[1])
+        for start in range(0, len(self.weight), size):
+            block = slice(start, min(start + size, len(self.weight)))
+            yield block, buffer[: block.stop - start].copy_(self.weight[block])
+
+
+class _Seen:
+    """What the loss sees of each row's logits, and the logits' gradient from the loss's derivatives by that."""
+
+    def __init__(self, n: int, targets: TeacherTargets, temperature: float, bucket: bool, like: Tensor):
+        self.targets, self.temperature, self.bucket = targets, temperature, bucket
+        self.at_ids = like.new_empty(targets.ids.shape)  # [T, K] logits
+        # [T] each: the token's log-prob; log sum exp of the logits, of those / temperature, of the latter outside head
+        self.logps, self.log_z, self.log_hot, self.log_out = (like.new_zeros(n) for _ in range(4))
+
+    def entries(self, rows: slice = slice(None)) -> Tensor:
+        """log p [., K] at the stored ids, at the temperature."""
+        return self.at_ids[rows] / self.temperature - self.log_hot[rows, None]
+
+    def tail(self, rows: slice = slice(None)) -> Tensor:
+        """log of the mass [.] outside the head, at the temperature; without meaning unless bucket."""
+        return self.log_out[rows] - self.log_hot[rows]
+
+    def read(self, z: Tensor, rows: slice, token_ids: Tensor, scratch: Tensor) -> None:
+        """Read logits z [c, V]; with bucket, head entries of z are lost."""
+        n = rows.stop - rows.start
+        self.log_z[rows] = _log_z(z, scratch)[:n]
+        self.log_hot[rows] = self.log_z[rows] if self.temperature == 1 else _log_z(z, scratch, self.temperature)[:n]
+        self.logps[rows] = z[:n].gather(1, token_ids[rows, None])[:, 0] - self.log_z[rows]
+        self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
+        if self.bucket:
+            row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
+            # Finite, also after the division: a row that is all head must not become -inf - -inf.
+            z[row, self.targets.ids[rows][row, k]] = torch.finfo(z.dtype).min * min(1.0, self.temperature)
+            self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n]
+
+    def write_gradient(
+        self, z: Tensor, rows: slice, token_ids: Tensor, g: Tensor, a: Tensor, b: Tensor, scratch: Tensor
+    ) -> None:
+        """Turn logits z [c, V] (as projected, or as `read` left them) into the loss's gradient by them, in place.
+
+        g [c], a [c, K], b [c]: derivatives by the token's, the entries' and the tail's log-probs."""
+        n, temperature = rows.stop - rows.start, self.temperature
+        z, ids = z[:n], self.targets.ids[rows]
+        log_z, log_hot, log_out = (x[rows, None] for x in (self.log_z, self.log_hot, self.log_out))
+        cold, hot = -g[:, None], -(a.sum(-1) + b)[:, None]  # of p at temperature 1 and at the divergence's
+        # One exp for p and p outside the head: log_out <= log_hot, so nothing overflows, however small the tail.
+        base, scale = (log_out, b[:, None] + hot * (log_out - log_hot).exp()) if self.bucket else (log_hot, hot)
+        if temperature == 1:
+            scale = scale + cold * (base - log_z).exp()
+        scale = scale / temperature
+        for start in range(0, n, len(scratch)):
+            block = slice(start, min(start + len(scratch), n))
+            part = z[block]
+            if temperature != 1:
+                plain = torch.sub(part, log_z[block], out=scratch[: len(part)]).exp_().mul_(cold[block])
+                part.div_(temperature)
+            part.sub_(base[block]).exp_().mul_(scale[block])
+            if temperature != 1:
+                part.add_(plain)
+        if self.bucket:  # head entries have no part in the tail: written anew
+            at_ids = self.at_ids[rows]
+            values = (a + hot * (at_ids / temperature - log_hot).exp()) / temperature + cold * (at_ids - log_z).exp()
+            row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
+            z[row, ids[row, k]] = values[row, k]
+        else:
+            z.scatter_add_(1, ids, a / temperature)
+        z.scatter_add_(1, token_ids[rows, None], g[:, None])
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients by two tensors are known. They are given away in the backward: a copy of the weight's
+    gradient would cost as much memory as the weight."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, hidden: Tensor, weight: Tensor, gradients: list[Tensor | None]) -> Tensor:
+        ctx.gradients, ctx.dtype = gradients, hidden.dtype
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.gradients:
+            raise RuntimeError("the head's gradients were used by an earlier backward; call head_joint_loss again")
+        d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
+        d_hidden, d_weight = (None if d is None else d.mul_(incoming).to(ctx.dtype) for d in (d_hidden, d_weight))
+        return None, d_hidden, d_weight, None
+
+
+def _derivatives(loss_of, rows: slice, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the loss of whole pairs by the token's [c], the entries' [c, K] and the tail's [c] log-probs."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (seen.logps[rows], seen.entries(rows), seen.tail(rows))]
+        loss, _ = loss_of(rows, *leaves)
+        if not loss.requires_grad:  # no term has a weight
+            return tuple(torch.zeros_like(x) for x in leaves)
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
+    """Consecutive rows that hold whole pairs: as many pairs as fit `rows`, or one that does not; all rows when they are
+    not in order of pair."""
+    steps = pair_index.diff()
+    ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
+    bounds = [0]
+    for left, right in pairwise([0, *ends, len(pair_index)]):
+        if left > bounds[-1] and right - bounds[-1] > rows:
+            bounds.append(left)
+    return [slice(*b) for b in pairwise([*bounds, len(pair_index)]) if b[0] < b[1]]
+
+
+def _tiles(chunk: slice, rows: int) -> list[slice]:
+    """The chunk in equal parts of at most `rows` rows."""
+    n = chunk.stop - chunk.start
+    parts = -(-n // rows)
+    return [slice(chunk.start + n * i // parts, chunk.start + n * (i + 1) // parts) for i in range(parts)]
+
+
+def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
+    """log sum exp [c] of z / temperature [c, V], by blocks of rows that fit `scratch`; z stays as it is.
+
+    Blocks have 2 rows at least: torch sums a single row in another order."""
+    out = []
+    for part in z.tensor_split(-(-len(z) // len(scratch))):
+        space = scratch[: len(part)]
+        x = part if temperature == 1 else torch.div(part, temperature, out=space)
+        top = x.amax(-1, keepdim=True)
+        out.append(torch.sub(x, top, out=space).exp_().sum(-1).log_() + top[:, 0])
+    return torch.cat(out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """out = beta * out + a b, summed in the dtype of out, which on CUDA may be wider than that of a and b."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
