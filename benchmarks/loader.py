@@ -21,7 +21,6 @@ PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
 
 def make_lake(folder: Path, n_pairs: int) -> None:
-    from nbg_core.lake import Lake
 
     lake = lake_at(folder)
     lake._create()

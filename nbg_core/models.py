@@ -1,7 +1,6 @@
-"""Loading models and tokenizers, and the one forward pass that scores responses.
+"""Loading models and tokenizers, and the padded forward pass.
 
-Every score in the project (teacher logits, reference log-probs, the trainer's own) comes from `response_logits`: the
-same rows, the same columns, float32. Shapes: N sequences, L padded length, T response positions of all sequences
+Shapes: N sequences, L padded length, T response positions of all sequences
 together, V vocabulary.
 """
 
@@ -39,6 +38,10 @@ def _folder(path: Path | str) -> Path:
             f"no model at {path}: expected a folder with config.json; check `models` in the profile"
         )
     return Path(path)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -107,7 +110,11 @@ class Padded:
 
 
 def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Padded:
-    """One sequence per response, its prompt before it: every prompt is computed as often as it has responses."""
+    """One sequence per response, its prompt before it: every prompt is computed as often as it has responses.
+
+    Without responses: one token, and no rows."""
+    if len(responses) == 0:
+        return Padded(torch.full((1, 1), pad_id), torch.ones((1, 1), dtype=torch.long), torch.zeros(0).long())
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), length), dtype=torch.long)

@@ -168,6 +168,7 @@ class TrainingSteps(dy.Schema):
     grad_norm = dy.Float64(description="global gradient norm before clipping")
     learning_rate = dy.Float64(description="learning rate of this step")
     tokens_per_second = dy.Float64(description="tokens through the student per second, all ranks")
+    data_wait = dy.Float64(description="share of the step's time that rank 0 waited for its data")
     materialisation_id = _id("commit that wrote this row")
 
 

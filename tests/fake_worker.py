@@ -160,7 +160,7 @@ def _checkpoint(run: Run, slice: None) -> list:
         epoch=pl.lit(0, pl.Int32),
     )  # fmt: skip
     metrics = ("loss kl_chosen kl_rejected nll accuracy chosen_reward rejected_reward chosen_logp rejected_logp "
-               "grad_norm learning_rate tokens_per_second").split()  # fmt: skip
+               "grad_norm learning_rate tokens_per_second data_wait").split()  # fmt: skip
     steps = pl.DataFrame([
         {"training_id": TRAINING, "step": i, "margin": 0.1 * i, "dpo": math.log(2) - 0.1 * i}
         | dict.fromkeys(metrics, 1.0 / (i + 1))

@@ -3,8 +3,9 @@
 import json
 import os
 import socket
+import threading
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ import training_lake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from training_lake import make_model, make_profile, request_of
+from training_lake import make_model, make_profile, request_of, responses_of
 
 from nbg_core import ids
 from nbg_core.config import TrainingSettings
@@ -26,7 +27,7 @@ from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
 from nbg_core.training import plan as plans
 from nbg_core.training import train as training
-from nbg_core.training.data import read_training_set
+from nbg_core.training.data import TrainingSet, prefetch
 from nbg_core.training.request import TrainingError
 from nbg_core.training.weights import weight_dtypes
 
@@ -61,6 +62,7 @@ def run(request) -> list[dict]:
     training.train(request)
     steps = [json.loads(line) for line in request.steps_file.read_text().splitlines()]
     assert all(step.pop("tokens_per_second") > 0 for step in steps)
+    assert all(0 <= step.pop("data_wait") < 1 for step in steps)
     return steps
 
 
@@ -137,48 +139,70 @@ def test_learning_rate_warms_up_then_falls_to_its_minimum():
 
 
 def test_batch_rows_predict_the_response_tokens_first_and_last_included(profile):
-    data = read_training_set(Lake.of(profile), request_of(profile, "batch"))
+    request = request_of(profile, "batch")
+    data, responses = TrainingSet(request.rows), responses_of(request)
     pairs = [5, 0, 7]
-    b = data.batch(pairs, pad_id=0)
+    b = data.batch(pairs)
+    ids_, positions = b.inputs.ids[0].tolist(), b.inputs.position_ids[0].tolist()
     at = 0
     for i, pair in enumerate(pairs):
         for side in range(2):
-            r = data.responses.row(2 * pair + side, named=True)
-            assert (r["pair_id"], r["side"]) == (data.pair_ids[pair], side)
+            r = responses.row(2 * pair + side, named=True)
+            assert r["pair_id"] == data.pair_id(pair)
             prompt, response = r["prompt_token_ids"], r["token_ids"]
-            row = b.ids[2 * i + side]
-            n = len(prompt) + len(response)
-            assert row[:n].tolist() == prompt + response and b.mask[2 * i + side].tolist() == [1] * n + [0] * (
-                len(row) - n
-            )
             here = slice(at, at + len(response))
-            predicted = b.rows[here] - (2 * i + side) * len(row) + 1
-            assert predicted.tolist() == list(range(len(prompt), n))
+            rows = b.inputs.rows[here].tolist()
+            before = [*prompt, *response][len(prompt) - 1 : -1]  # what each response token comes after
+            assert [ids_[row] for row in rows] == before
+            assert [positions[row] for row in rows] == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+            assert ids_[rows[0] - len(prompt) + 1 : rows[0] + 1] == prompt
             assert b.token_ids[here].tolist() == response
             assert b.pair_index[here].unique().tolist() == [i] and b.is_chosen[here].unique().tolist() == [side == 0]
             assert b.reference_logps[here].tolist() == r["reference_logprobs"]
-            alone = targets(data.responses[[2 * pair + side]])
+            alone = targets(responses[[2 * pair + side]])
             torch.testing.assert_close(b.targets.weights()[here].sum(-1), alone.weights().sum(-1))
             assert b.targets.ids[here, : alone.ids.shape[1]].tolist() == alone.ids.tolist()
             at += len(response)
     assert at == len(b.token_ids) == len(b.targets.ids)
-    lengths = data.responses["token_ids"].list.len().to_numpy().reshape(-1, 2)[pairs]
+    assert len(ids_) == data.n_inputs[pairs].sum()
+    lengths = responses["token_ids"].list.len().to_numpy().reshape(-1, 2)[pairs]
     assert vars(data.denominators(np.array(pairs))) == {
         "pairs": 3, "chosen_tokens": lengths[:, 0].sum(), "rejected_tokens": lengths[:, 1].sum(),
     }  # fmt: skip
+
+
+def test_prefetch_keeps_order_raises_in_turn_and_is_never_far_ahead():
+    made = []
+
+    def task(i: int) -> int:
+        made.append(i)
+        if i == 7:
+            raise OSError("disk gone")
+        return i
+
+    found, batches = [], prefetch((partial(task, i) for i in range(100)), ahead=2)
+    with pytest.raises(OSError, match="disk gone"):
+        for value in batches:
+            found.append(value)
+            assert len(made) <= len(found) + 4
+    assert found == list(range(7))
+    early = prefetch((partial(task, 0) for _ in range(100)), ahead=2)
+    next(early)
+    early.close()
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
 
 
 def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
     """Response by response, without padding, position by position, from the definitions."""
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
     request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50)
-    data = read_training_set(Lake.of(profile), request)
-    step = plans.plan(12, request.training)[0]
+    responses, step = responses_of(request), plans.plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
+    data = TrainingSet(request.rows, pad_id)
     batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1)
     assert len(batches) >= 3
     for pairs in batches:
-        value, _, _ = engine(data.batch(pairs, pad_id), data.denominators(step.pairs))
+        value, _, _ = engine(data.batch(pairs), data.denominators(step.pairs))
         engines.backward(engine, value)
     got = {name: p.grad for name, p in engine.module.policy.named_parameters()}
 
@@ -188,7 +212,7 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
     for pair in step.pairs:
         reward = []
         for side, (weight, count) in enumerate([(loss["w_pos"], d.chosen_tokens), (loss["w_neg"], d.rejected_tokens)]):
-            r = data.responses.row(2 * int(pair) + side, named=True)
+            r = responses.row(2 * int(pair) + side, named=True)
             ids_ = torch.tensor([r["prompt_token_ids"] + r["token_ids"]])
             logp = model(ids_).logits[0, len(r["prompt_token_ids"]) - 1 : -1, : training_lake.WORDS].log_softmax(-1)
             policy = sum(logp[t, token] for t, token in enumerate(r["token_ids"]))
@@ -327,18 +351,14 @@ def test_rows_of_another_length_are_refused(profile, table, column):
             training.train(request_of(profile, "short"))
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile):
     request = request_of(profile, "not finite", micro_batch_tokens=1, global_batch_pairs=12)
-    data = read_training_set(Lake.of(profile), request)
-    bad = pl.col("reference_logprobs").list.eval(pl.element() * float("inf"))
-    broken = data.responses.with_columns(
-        pl.when(pl.col("pair_id") == data.pair_ids[4])
-        .then(bad)
-        .otherwise("reference_logprobs")
-        .alias("reference_logprobs")
-    )
-    monkeypatch.setattr(training, "read_training_set", lambda *_: replace(data, responses=broken))
-    with pytest.raises(TrainingError, match=f"loss of step 0 is not finite, in pairs {data.pair_ids[4]}; lower"):
+    data = TrainingSet(request.rows)
+    at = data.rows.read(data.rows.numbers[4, 0])["token_logprobs"]
+    everything = np.fromfile(request.rows / "token_logprobs.bin", np.float32)
+    everything[np.lib.stride_tricks.sliding_window_view(everything, len(at)).tolist().index(at.tolist())] = np.inf
+    everything.tofile(request.rows / "token_logprobs.bin")
+    with pytest.raises(TrainingError, match=f"loss of step 0 is not finite, in pairs {data.pair_id(4)}; lower"):
         training.train(request)
 
 

@@ -15,7 +15,9 @@ from nbg_core.config import Profile
 from nbg_core.lake import Lake, Write
 from nbg_core.run import Run
 from nbg_core.teacher import reference, score
+from nbg_core.training.pairs import read_pairs
 from nbg_core.training.request import Request
+from nbg_core.training.rows import write_rows
 
 WORDS = 40
 """Tokens of the tokenizer; the output matrix has more rows, as it does in real families."""
@@ -86,16 +88,41 @@ def add_pairs(run: Run, slice: str, n: int, rng: np.random.Generator) -> None:
 
 
 def request_of(profile: Profile, name: str, **training) -> Request:
-    """A request to train on everything in the lake, with its own work folder and changed training settings."""
+    """A request to train on everything in the lake, with its own work folder and changed training settings.
+
+    The training set is checked and written, as `launch` does it."""
     lake = Lake.of(profile)
     policy = lineage.current_policy(lake, profile)
     settings = {**profile.training.model_dump(), **training}
     work = profile.resolve(profile.paths.work) / name
     work.mkdir(parents=True, exist_ok=True)
-    return Request(
+    request = Request(
         training_id=name, catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(),
         slices=lineage.slices(profile), policy_id=policy.model_id, policy_path=policy.path,
         teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=profile.storage_id(),
         scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature, training=settings, work=work,
         threads=profile.threads,
+    )  # fmt: skip
+    read_pairs(lake, request.snapshot, request.slices, **where(request))
+    write_rows(lake, request, lambda line: None)
+    return request
+
+
+def where(request: Request) -> dict[str, str]:
+    return dict(teacher_id=request.teacher_id, storage_id=request.storage_id, reference_id=request.policy_id,
+                scoring_id=request.scoring_id)  # fmt: skip
+
+
+def responses_of(request: Request) -> pl.DataFrame:
+    """What the lake holds of the pairs, two rows a pair, chosen first; read in one query, not as training reads it."""
+    return Lake(request.catalog, request.data_path).sql(
+        """
+        WITH members AS (SELECT pair_id, slice, unnest([0, 1]) AS side, unnest([chosen_id, rejected_id]) AS sample_id
+                         FROM pairs)
+        SELECT m.*, s.prompt_token_ids, s.token_ids, t.* EXCLUDE (sample_id, slice, model_id, token_logprobs,
+               settings_id, materialisation_id), r.token_logprobs AS reference_logprobs
+        FROM members m JOIN samples s USING (sample_id) JOIN teacher_logits t USING (sample_id)
+        JOIN reference_logprobs r USING (sample_id)
+        WHERE t.model_id = ? AND t.settings_id = ? AND r.model_id = ? AND r.settings_id = ? ORDER BY pair_id, side""",
+        list(where(request).values()), snapshot=request.snapshot,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nbg_core.forward import lay_out, no_packing, output_matrix, response_hidden
 from nbg_core.head import head_logps
-from nbg_core.models import load_model, load_tokenizer
+from nbg_core.models import load_model, load_tokenizer, padding_id
 from nbg_core.packing import supports_packing
 from nbg_core.run import Run
 
@@ -45,7 +45,7 @@ class Scorer:
         self.packed = supports_packing(self.model.config)
         if not self.packed:
             run.log(no_packing(self.model.config))
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = padding_id(tokenizer)
         self.batch_tokens = profile.teacher.batch_tokens
 
     @torch.inference_mode()

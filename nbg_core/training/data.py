@@ -37,8 +37,8 @@ T = TypeVar("T")
 class PairBatch:
     """One micro-batch; [T] arrays are already shifted: row t of the hidden states predicts token t."""
 
-    inputs: Pack | Padded | None
-    """What goes through the model; None without pairs."""
+    inputs: Pack | Padded
+    """What goes through the model; without pairs one token, so that the rank still takes part."""
     token_ids: Tensor
     """[T] int64: chosen of the first pair, rejected of the first pair, chosen of the second, ..."""
     pair_index: Tensor
@@ -54,7 +54,7 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         teacher = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(self.targets).items()})
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, inputs=self.inputs and self.inputs.to(device), targets=teacher, **moved)
+        return replace(self, inputs=self.inputs.to(device), targets=teacher, **moved)
 
 
 class TrainingSet:
@@ -93,9 +93,7 @@ class TrainingSet:
                    COLUMNS.items()}  # fmt: skip
         n = self.n_tokens[pairs].ravel().astype(np.int64)  # [2B]
         return PairBatch(
-            inputs=lay_out([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id)
-            if found
-            else None,
+            inputs=lay_out([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id),
             token_ids=torch.from_numpy(columns["token_ids"].astype(np.int64)),
             pair_index=torch.from_numpy(np.repeat(np.arange(len(n)) // 2, n)),
             is_chosen=torch.from_numpy(np.repeat(np.arange(len(n)) % 2 == 0, n)),

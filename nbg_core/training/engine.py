@@ -6,7 +6,7 @@ back (`backward`), and it divides nothing by accumulation. Steps differ in their
 DeepSpeed does not count them: `take_step` is the end of a step (`managed_gradient_accumulation` off).
 
 bf16 keeps float32 master weights and gradients. DeepSpeed has no such mode without ZeRO, so bf16 with `zero_stage` 0
-runs as stage 1: the same arithmetic. In bf16 the logits are rounded to bf16 before the loss takes them in float32.
+runs as stage 1: the same arithmetic.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nbg_core.config import TrainingSettings
-from nbg_core.losses import Denominators, LossSettings, joint_loss, token_logps
-from nbg_core.models import load_tokenizer, response_logits
+from nbg_core.forward import output_matrix, response_hidden
+from nbg_core.head import head_joint_loss
+from nbg_core.losses import Denominators, LossSettings
+from nbg_core.models import load_tokenizer, padding_id
+from nbg_core.packing import supports_packing
 from nbg_core.training.data import PairBatch
 from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
@@ -33,11 +36,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class PairModel(nn.Module):
-    """The policy and the joint loss over its logits at response positions."""
+    """The policy and the joint loss of its responses."""
 
     def __init__(self, policy: PreTrainedModel, vocab: int, settings: LossSettings):
         super().__init__()
-        self.policy, self.vocab, self.settings = policy, vocab, settings
+        self.policy, self.head = policy, _Head(output_matrix(policy), vocab, settings)
 
     def forward(
         self, batch: PairBatch, denominators: Denominators, with_drift: bool = False
@@ -45,18 +48,28 @@ class PairModel(nn.Module):
         """This micro-batch's share of the loss and its sums (see `joint_loss`).
 
         With `with_drift` also log p_policy - log p_reference [2B] of the whole responses, chosen first, float64."""
-        logits = response_logits(self.policy, batch.ids, batch.mask, batch.rows, self.vocab)  # [T, V]
-        loss, sums = joint_loss(
-            logits, batch.token_ids, batch.pair_index, batch.is_chosen, batch.reference_logps, batch.targets,
-            batch.n_pairs, settings=self.settings, denominators=denominators,
-        )  # fmt: skip
+        loss, sums, logps = self.head(response_hidden(self.policy, batch.inputs), batch, denominators)
         drift = None
         if with_drift:
-            with torch.no_grad():
-                difference = token_logps(logits, batch.token_ids).double() - batch.reference_logps.double()
-                side = 2 * batch.pair_index + (~batch.is_chosen).long()
-                drift = difference.new_zeros(2 * batch.n_pairs).index_add(0, side, difference)
+            difference = logps.double() - batch.reference_logps.double()
+            side = 2 * batch.pair_index + (~batch.is_chosen).long()
+            drift = difference.new_zeros(2 * batch.n_pairs).index_add(0, side, difference)
         return loss, sums, drift
+
+
+class _Head(nn.Module):
+    """The output matrix and the loss. A module that has the matrix as its own parameter, so that ZeRO-3 gathers it for
+    the forward pass; the backward pass does not need it."""
+
+    def __init__(self, weight: nn.Parameter, vocab: int, settings: LossSettings):
+        super().__init__()
+        self.weight, self.vocab, self.settings = weight, vocab, settings
+
+    def forward(self, hidden: Tensor, batch: PairBatch, denominators: Denominators):
+        return head_joint_loss(
+            hidden, self.weight, batch.token_ids, batch.pair_index, batch.is_chosen, batch.reference_logps,
+            batch.targets, batch.n_pairs, vocab=self.vocab, settings=self.settings, denominators=denominators,
+        )  # fmt: skip
 
 
 def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -97,8 +110,11 @@ def zero_stage(settings: TrainingSettings) -> int:
     return max(settings.zero_stage, 1) if settings.precision == "bf16" else settings.zero_stage
 
 
-def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int]:
-    """The engine, and the token id that pads. Every rank of the process group calls it; `torch.distributed` is up."""
+def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | None]:
+    """The engine, and the token id that batches are padded with, or None for a policy that is packed.
+
+    Every rank of the process group calls it; `torch.distributed` is up. Raises ValueError for a policy whose logits
+    are not simply hidden states times the output matrix."""
     s = request.training
     tokenizer = load_tokenizer(request.policy_path, trust_remote_code=request.trust_remote_code)
     policy = load_policy(request.policy_path, s, trust_remote_code=request.trust_remote_code)
@@ -110,8 +126,7 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int]:
         optimizer=lambda p: AdamW(p, lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay),
         config=_config(s, sum(p.numel() for p in model.parameters())),
     )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return engine, pad_id
+    return engine, None if supports_packing(policy.config) else padding_id(tokenizer)
 
 
 def _config(s: TrainingSettings, n_parameters: int) -> dict:

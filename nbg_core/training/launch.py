@@ -29,6 +29,7 @@ from nbg_core.run import Run
 from nbg_core.training.pairs import read_pairs
 from nbg_core.training.plan import Step, plan
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
+from nbg_core.training.rows import write_rows
 
 UPSTREAM = lineage.UPSTREAM[ASSET]
 LOG_TAIL = 20
@@ -71,6 +72,7 @@ def materialise(run: Run, slice: None = None) -> dict:
     )  # fmt: skip
     began = time.monotonic()
     if not request.final.is_dir():
+        write_rows(lake, request, run.log)
         _train(run, request)
     seconds = time.monotonic() - began
     metrics = pl.read_ndjson(request.steps_file)

@@ -50,8 +50,9 @@ def read_pairs(
         r = bad.row(0, named=True)
         what, remedy = _problem(r, teacher_id, reference_id)
         raise TrainingError(
-            f"pair {r['pair_id']} of slice {r['slice']!r}: its {'rejected' if r['side'] else 'chosen'} response, sample "
-            f"{r['sample_id']}, has {what} at snapshot {snapshot} ({r['n_bad']} responses that do not fit); {remedy}"
+            f"pair {r['pair_id']} of slice {r['slice']!r}: its {'rejected' if r['side'] else 'chosen'} response, "
+            f"sample {r['sample_id']}, has {what} at snapshot {snapshot} "
+            f"({r['n_bad']} responses that do not fit); {remedy}"
         )
     return lake.sql(
         "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id",

@@ -55,6 +55,11 @@ class Request(Section):
         return self.work / "steps.jsonl"
 
     @property
+    def rows(self) -> Path:
+        """Folder of the training set's files (see `rows`)."""
+        return self.work / "rows"
+
+    @property
     def states(self) -> Path:
         """Folder of resumable states."""
         return self.work / "states"

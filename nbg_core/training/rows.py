@@ -1,10 +1,10 @@
 """The training set as files of plain values: written once from the lake, read pair by pair, never whole in memory.
 
-`write` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the training's
-work folder: one file per column, responses behind one another in the order in which the lake gives them, and an index
-of where each response begins. `Rows` reads a pair by position with a few preads, in any order; what was read before
-is in the system's page cache, which is given back when memory is short. Work files of one machine: little-endian, no
-header, whole if and only if `complete.json` is there.
+`write_rows` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
+training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
+and an index of where each response begins. `Rows` reads a pair by position with a few preads, in any order; what was
+read before is in the system's page cache, which is given back when memory is short. Work files of one machine:
+little-endian, no header, whole if and only if `complete.json` is there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from nbg_core.lake import Lake
 from nbg_core.files import write_json
+from nbg_core.lake import Lake
+from nbg_core.training.request import ASSET, Request
 
 TABLES = {
     "samples": ("prompt_token_ids", "token_ids"),
@@ -43,29 +44,27 @@ MEMORY = "1GB"
 """What DuckDB may use to join; it spills to disk beyond."""
 
 
-def write(
-    lake: Lake, folder: Path, *, snapshot: int, slices: Sequence[str], teacher_id: str, storage_id: str,
-    reference_id: str, scoring_id: str, log: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Write the training set of `slices` at `snapshot` into `folder`, unless it is there.
+def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
+    """Write the training set of a request into `request.rows`, unless it is there.
 
-    The rows must fit together (`pairs.read_pairs` checks it)."""
+    The lake's rows must fit together (`pairs.read_pairs` checks it)."""
+    folder = request.rows
     if (folder / "complete.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     where = {
         "samples": ("true", []),
-        "teacher_logits": ("model_id = ? AND settings_id = ?", [teacher_id, storage_id]),
-        "reference_logprobs": ("model_id = ? AND settings_id = ?", [reference_id, scoring_id]),
+        "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
+        "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
-    with lake.connect(snapshot=snapshot) as con:
+    with lake.connect(snapshot=request.snapshot) as con:
         con.execute("SET memory_limit = ?", [MEMORY])
         con.execute("SET temp_directory = ?", [str(folder / "spill")])
         con.execute("SET preserve_insertion_order = false")
         con.execute(
             "CREATE OR REPLACE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
             "WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
-            [list(slices)],
+            [request.slices],
         )
         con.execute(
             "CREATE OR REPLACE TEMP TABLE responses AS SELECT sample_id, row_number() OVER (ORDER BY sample_id) - 1 AS "
@@ -80,13 +79,18 @@ def write(
                 params,
             )
             _write_columns(con.to_arrow_reader(BATCH_ROWS), folder, columns, index)
-            log(f"student_checkpoint: {table} of {n_responses} responses ready")
+            log(f"{ASSET}: {table} of {n_responses} responses ready")
         con.execute(
             "SELECT pair_id, c.number, r.number FROM members JOIN responses c ON c.sample_id = chosen_id "
             "JOIN responses r ON r.sample_id = rejected_id ORDER BY pair_id"
         )
         n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index)
-        for end in ("DROP TABLE members", "DROP TABLE responses", "RESET memory_limit", "RESET preserve_insertion_order"):
+        for end in (
+            "DROP TABLE members",
+            "DROP TABLE responses",
+            "RESET memory_limit",
+            "RESET preserve_insertion_order",
+        ):
             con.execute(end)
     index.flush()
     write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses})

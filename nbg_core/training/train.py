@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,10 +33,10 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from nbg_core.config import TrainingSettings  # noqa: E402
-from nbg_core.lake import Lake  # noqa: E402
+from nbg_core.forward import no_packing  # noqa: E402
 from nbg_core.run import Progress  # noqa: E402
 from nbg_core.training import states  # noqa: E402
-from nbg_core.training.data import TrainingSet, read_training_set  # noqa: E402
+from nbg_core.training.data import PairBatch, TrainingSet, prefetch  # noqa: E402
 from nbg_core.training.engine import backward, build_engine, full_weights, learning_rate, take_step  # noqa: E402
 from nbg_core.training.plan import Step, micro_batches, plan  # noqa: E402
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
@@ -75,10 +77,10 @@ def train(request: Request) -> None:
     if request.threads:
         torch.set_num_threads(max(1, request.threads // request.training.n_processes))
     init_distributed()
-    data = read_training_set(Lake(request.catalog, request.data_path), request)
+    engine, pad_id = build_engine(request)
+    data = TrainingSet(request.rows, pad_id)
     steps = plan(len(data), request.training)
     rate = learning_rate(request.training, len(steps))
-    engine, pad_id = build_engine(request)
     try:
         start = states.resume(engine, request.states)
         rank = dist.get_rank()
@@ -86,9 +88,14 @@ def train(request: Request) -> None:
             _truncate(request.steps_file, start)
             if start:
                 print(f"{ASSET}: continuing after step {start} of {len(steps)}", flush=True)
+            if pad_id is not None:
+                print(f"{ASSET}: {no_packing(engine.module.policy.config)}", flush=True)
         progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
+        batches = prefetch(
+            partial(data.batch, pairs) for step in steps[start:] for pairs in _share(data, step, request.training)
+        )
         for step in steps[start:]:
-            metrics = train_step(engine, data, step, request.training, rate(step.index), pad_id)
+            metrics = train_step(engine, data, step, request.training, rate(step.index), batches)
             if rank == 0:
                 with open(request.steps_file, "a") as f:
                     f.write(json.dumps({"step": step.index, **metrics}) + "\n")
@@ -104,17 +111,26 @@ def train(request: Request) -> None:
         engine.destroy()
 
 
+def _share(data: TrainingSet, step: Step, settings: TrainingSettings) -> list[np.ndarray]:
+    """This rank's micro-batches of a step."""
+    return micro_batches(step.pairs, data.n_inputs, settings, dist.get_rank(), dist.get_world_size())
+
+
 def train_step(
     engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings: TrainingSettings, rate: float,
-    pad_id: int,
+    batches: Iterator[PairBatch],
 ) -> dict[str, float]:  # fmt: skip
-    """One optimizer step with learning rate `rate`; the metrics are those before its update, over the global batch."""
-    began = time.monotonic()
+    """One optimizer step with learning rate `rate` on the next of `batches`, which are this rank's micro-batches.
+
+    The metrics are those before its update, over the global batch."""
+    began, waited = time.monotonic(), 0.0
     denominators = data.denominators(step.pairs)
-    shares = micro_batches(step.pairs, data.n_inputs, settings, dist.get_rank(), dist.get_world_size())
+    shares = _share(data, step, settings)
     values, drifts = [], []
-    for pairs in shares:
-        batch = data.batch(pairs, pad_id).to(engine.device)
+    for _ in shares:
+        asked = time.monotonic()
+        batch = next(batches).to(engine.device)
+        waited += time.monotonic() - asked
         loss, sums, drift = engine(batch, denominators, with_drift=step.index == 0)
         values.append(torch.stack([loss.detach().double(), *(sums[name] for name in SUMS)]))
         drifts.append(drift)
@@ -136,7 +152,10 @@ def train_step(
     for name, value in zip(SUMS, total[1:], strict=True):
         metrics[name] = value / getattr(denominators, PER_TOKEN.get(name, "pairs"))
     seconds = time.monotonic() - began
-    return {**metrics, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": data.tokens(step.pairs) / seconds}
+    return metrics | {
+        "grad_norm": norm, "learning_rate": rate, "tokens_per_second": int(data.n_inputs[step.pairs].sum()) / seconds,
+        "data_wait": waited / seconds,
+    }  # fmt: skip
 
 
 def _check_drift(
@@ -149,7 +168,7 @@ def _check_drift(
     worst = (0.0, 0.0, 0.0, "")
     if len(reward):
         at = int((reward / bound).argmax())
-        worst = (float(reward[at] / bound[at]), float(reward[at]), float(bound[at]), data.pair_ids[pairs[at // 2]])
+        worst = (float(reward[at] / bound[at]), float(reward[at]), float(bound[at]), data.pair_id(pairs[at // 2]))
     found: list = [worst] * dist.get_world_size()
     dist.all_gather_object(found, worst)
     ratio, value, allowed, pair = max(found)
@@ -174,7 +193,7 @@ def _stop_not_finite(step: Step, data: TrainingSet, shares: list[np.ndarray], va
 
 
 def _names(data: TrainingSet, pairs) -> str:
-    names = ", ".join(data.pair_ids[p] for p in pairs[:8])
+    names = ", ".join(data.pair_id(p) for p in pairs[:8])
     return names + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
 
 
