@@ -27,7 +27,7 @@ def trainings(monkeypatch) -> list[str]:
     def train(run, request):
         ran.append(request.training_id)
         steps = plan(run.lake.sql("SELECT count(*) FROM pairs").item(), request.training)
-        request.work.mkdir(parents=True)
+        request.work.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"step": s.index} | dict.fromkeys(METRICS, 1.0)) for s in steps]
         request.steps_file.write_text("\n".join(lines))
         shutil.copytree(request.policy_path, request.final)

@@ -18,7 +18,8 @@ from nbg_core.run import Run
 from nbg_core.sampling import sample as student_samples
 from nbg_core.teacher import reference, score
 from nbg_core.teacher.store import targets
-from nbg_core.training.pairs import read_responses
+from nbg_core.training.request import Request
+from nbg_core.training.rows import Rows, write_rows
 
 PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
 TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
@@ -92,7 +93,7 @@ def test_reference_rows_are_the_policys_logprobs(run, tiny_models):
     }
 
 
-def test_another_dtype_is_other_rows_and_training_reads_its_own(run):
+def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
     exact = {m.ASSET: m.materialise(run, "a") for m in (score, reference)}
     models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
     rounded = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
@@ -101,13 +102,19 @@ def test_another_dtype_is_other_rows_and_training_reads_its_own(run):
         assert report["new_rows"] == 3
         assert report["data_version"] != exact[module.ASSET]["data_version"]
     for r in (run, rounded):
-        where = dict(teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)),
-                     storage_id=r.profile.storage_id(), reference_id=r.policy.model_id)  # fmt: skip
         scoring = r.profile.scoring_id()
-        read = read_responses(run.lake, run.lake.snapshot(), ["a"], **where, scoring_id=scoring)
-        assert read.height == 4
+        request = Request(
+            training_id="t", catalog=run.lake.catalog, data_path=run.lake.data_path, snapshot=run.lake.snapshot(),
+            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path, storage_id=r.profile.storage_id(),
+            teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)), scoring_id=scoring, temperature=1.0,
+            training=r.profile.training, work=tmp_path / scoring,
+        )  # fmt: skip
+        write_rows(run.lake, request, lambda line: None)
+        rows = Rows(request.rows)
+        assert rows.n_pairs == 2
+        read = {tuple(rows.read(number)["token_logprobs"].tolist()) for number in np.unique(rows.numbers)}
         mine = run.lake.sql("SELECT token_logprobs FROM reference_logprobs WHERE settings_id = ?", [scoring])
-        assert set(map(tuple, read["reference_logprobs"])) == set(map(tuple, mine["token_logprobs"]))
+        assert read == set(map(tuple, mine["token_logprobs"]))
         check = next(c for c in CHECKS["reference_logprobs"] if c.name == "one_row_per_response")
         assert check.violations(Subject(run.lake, r.profile, "a")).is_empty()
 
