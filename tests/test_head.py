@@ -31,6 +31,7 @@ SETTINGS = [
     LossSettings(w_dpo=0.0), LossSettings(w_dpo=0.0, w_neg=0.0, estimator="bucket"),
     LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0), LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0, nll_coef=1.0),
 ]  # fmt: skip
+COLD = LossSettings(estimator="bucket", temperature=0.5)
 
 
 def make_head(lengths=LENGTHS, vocab=11, hidden=5, padded=13, seed=0, k=4, temperature=1.0, dtype=torch.float64):
@@ -215,7 +216,7 @@ def test_a_second_backward_is_refused():
 # --- extremes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], *SETTINGS[3:8]], ids=range(7))
+@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], *SETTINGS[3:8], COLD], ids=range(8))
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("k", [3, 8])
 @pytest.mark.parametrize("scale", [0.0, 30.0, 3e3])
@@ -226,7 +227,7 @@ def test_ties_one_hot_teachers_and_mass_that_underflows(s, tile_bytes, k, scale)
     one_hot = torch.full_like(targets.logprobs, -torch.inf)
     one_hot[:, 0] = 0
     targets = TeacherTargets(
-        targets.ids, one_hot.float(), targets.is_head, targets.is_tail, targets.tail_logmass.float() - 1e3
+        targets.ids, one_hot.float(), targets.is_head, targets.is_tail, torch.full((38,), -1e3 if k == 3 else -20.0)
     )
     hidden = batch["hidden"] * scale
     assert_same(batch | {"hidden": hidden, "targets": targets}, s, tile_bytes, rtol=1e-4, atol=1e-3 * (scale or 1e-3))
