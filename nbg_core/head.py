@@ -68,7 +68,8 @@ def head_joint_loss(
     as for `joint_loss`. The loss can be differentiated once by hidden and weight, those that require a gradient; rows
     of the weight from `vocab` on get 0. Without rows the loss is a zero that can be differentiated. A pair whose rows
     lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
-    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), a block of 8 MiB or 16 rows (on CUDA of a tile), O(T K).
+    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), a block of it (8 MiB or 16 rows; on
+    CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
