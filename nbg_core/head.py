@@ -211,8 +211,8 @@ class _Seen:
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
             row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
-            # Finite, also after the division: a row that is all head must not become -inf - -inf.
-            z[row, self.targets.ids[rows][row, k]] = torch.finfo(z.dtype).min * min(1.0, self.temperature)
+            z[row, self.targets.ids[rows][row, k]] = -torch.inf
+            # NaN for a row that is all head: its tail is LOG_TINY instead, and all its gradient is written at head ids.
             self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n]
 
     def write_gradient(
