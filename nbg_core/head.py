@@ -37,12 +37,13 @@ from nbg_core.losses import (
     token_divergence,
 )
 
-TILE_BYTES = 64 << 20
+TILE_BYTES = 128 << 20
 MIN_ROWS, MAX_ROWS = 16, 128
 """On a CPU a row's logits come from GEMMs of 16 to 128 rows: there MKL sums every row in the same order, whatever is
 beside it. Fewer rows, or more, may round differently."""
-CACHE_BYTES = 2 << 20
-"""Passes over a tile go by blocks of rows of about this size, which stay in the cache."""
+CACHE_BYTES = 8 << 20
+"""Passes over a tile go by blocks of rows of about this size, but of 16 rows at least: torch reduces few long rows 20
+times slower than 8 or more."""
 WEIGHT_BLOCK_BYTES = 8 << 20
 
 
@@ -67,7 +68,8 @@ def head_joint_loss(
     as for `joint_loss`. The loss can be differentiated once by hidden and weight, those that require a gradient; rows
     of the weight from `vocab` on get 0. Without rows the loss is a zero that can be differentiated. A pair whose rows
     lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
-    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), about 2 MiB and O(T K).
+    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), a block of it (8 MiB or 16 rows; on
+    CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
@@ -143,7 +145,7 @@ class _Head:
         row_bytes = vocab * dtype.itemsize
         self.rows = max(MIN_ROWS, tile_bytes // row_bytes)
         self.tile = hidden.new_empty(max(MIN_ROWS, min(self.rows, len(hidden))), vocab, dtype=dtype)
-        in_scratch = max(4, CACHE_BYTES // row_bytes) if self.on_cpu else len(self.tile)
+        in_scratch = max(MIN_ROWS, CACHE_BYTES // row_bytes) if self.on_cpu else len(self.tile)
         self.scratch = self.tile.new_empty(min(in_scratch, len(self.tile)), vocab)
 
     def logits(self, rows: slice) -> Tensor:
@@ -209,8 +211,8 @@ class _Seen:
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
             row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
-            # Finite, also after the division: a row that is all head must not become -inf - -inf.
-            z[row, self.targets.ids[rows][row, k]] = torch.finfo(z.dtype).min * min(1.0, self.temperature)
+            z[row, self.targets.ids[rows][row, k]] = -torch.inf
+            # NaN for a row that is all head: its tail is LOG_TINY instead, and all its gradient is written at head ids.
             self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n]
 
     def write_gradient(
@@ -283,7 +285,7 @@ def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
     ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
     bounds = [0]
     for left, right in pairwise([0, *ends, len(pair_index)]):
-        if left > bounds[-1] and right - bounds[-1] > rows:
+        if right - bounds[-1] > rows:
             bounds.append(left)
     return [slice(*b) for b in pairwise([*bounds, len(pair_index)]) if b[0] < b[1]]
 
@@ -298,7 +300,7 @@ def _tiles(chunk: slice, rows: int) -> list[slice]:
 def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
     """log sum exp [c] of z / temperature [c, V], by blocks of rows that fit `scratch`; z stays as it is.
 
-    Blocks have 2 rows at least: torch sums a single row in another order."""
+    Blocks have several rows: torch sums a single one in another order."""
     out = []
     for part in z.tensor_split(-(-len(z) // len(scratch))):
         space = scratch[: len(part)]
