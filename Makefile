@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DAGSTER_DISABLE_TELEMETRY = yes
 
-.PHONY: demo run test dev lint clean
+.PHONY: demo run test dev lint bench-train clean
 
 demo: .venv/installed
 	$(BIN)/nbg demo
@@ -22,6 +22,9 @@ dev: .venv/installed
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+bench-train: .venv/installed-bench
+	$(BIN)/python benchmarks/train_step.py --growth
+
 clean:
 	rm -rf data/lake data/checkpoints data/work data/dagster_home
 
@@ -37,4 +40,8 @@ clean:
 
 .venv/installed-dev: pyproject.toml .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/installed-bench: pyproject.toml .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@

@@ -1,0 +1,274 @@
+"""Time and memory of one training step with the joint loss: `make bench-train` (about 25 minutes on 2 cores).
+
+Five cases of Qwen3-shaped models with random weights, tied embeddings, float32, CPU, eager; the variants are in
+`train_step_variants.py`. A step is forward and backward to all gradients, without an optimizer; gradients are freed
+between steps. Of each case, in one process:
+
+1. Check: variants that compute the same have the same loss and gradients, else nothing is written.
+2. Memory: one step of each variant under the profiler, which sees every allocation of torch, also inside operators.
+   `peak_bytes` is the most that lives at once beyond what was there before the step (weights, pairs) and beyond the
+   gradients that the step leaves behind.
+3. Time: rounds in which every variant takes one step, the median of each.
+
+`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for A0 and D
+over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
+folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import psutil
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from train_step_variants import Models, Pairs, Step, make_models, make_pairs, steps
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- train_step: begin -->", "<!-- train_step: end -->"
+TOLERANCE = 1e-3
+"""Of the norm of a parameter's gradient, in float32."""
+SAME = (("A0", "B", "C", "D"), ("A", "TRL", "Liger"))
+"""Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
+
+
+def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict:
+    return {
+        "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: dict
+    """Arguments of Qwen3Config."""
+    prompt: tuple[int, int]
+    """Shortest and longest prompt in tokens."""
+    response: tuple[int, int]
+    pairs: int = 4
+
+
+K32, K152 = 32_768, 151_936
+CASES = [
+    Case("short", shape(K32, 512, 4, 8, 4, 1536), (32, 96), (32, 128)),
+    Case("large vocabulary", shape(K152, 512, 4, 8, 4, 1536), (32, 64), (32, 96)),
+    Case("long prompt", shape(K32, 512, 4, 8, 4, 1536), (384, 640), (48, 128)),
+    Case("long response", shape(K32, 512, 4, 8, 4, 1536), (48, 96), (256, 512)),
+    Case("light head", shape(8_192, 384, 12, 6, 3, 1152), (32, 96), (32, 128), pairs=8),
+]
+BASE = Case("growth", shape(K32, 512, 4, 8, 4, 1536), (64, 64), (64, 64))
+GROWTH = {
+    "response length": {n: replace(BASE, response=(n, n)) for n in (64, 128, 256, 512, 1024)},
+    "vocabulary": {n: replace(BASE, model=BASE.model | {"vocab_size": n}) for n in (8_192, K32, 65_536, K152)},
+    "pairs": {n: replace(BASE, pairs=n) for n in (1, 2, 4, 8, 16)},
+}
+
+
+def quick(case: Case) -> Case:
+    """The same case, small enough for a trial run."""
+    smaller = {"vocab_size": case.model["vocab_size"] // 16, "hidden_size": 128, "num_hidden_layers": 2}
+    lengths = {name: tuple(max(2, n // 8) for n in getattr(case, name)) for name in ("prompt", "response")}
+    return replace(case, model=case.model | smaller, **lengths)
+
+
+def prepare(case: Case) -> tuple[Models, Pairs]:
+    rng = np.random.default_rng(0)
+
+    def text(lengths: tuple[int, int]) -> list[int]:
+        return rng.integers(case.model["vocab_size"], size=rng.integers(*lengths, endpoint=True)).tolist()
+
+    models = make_models(case.model)
+    prompts = [text(case.prompt) for _ in range(case.pairs)]
+    return models, make_pairs(models, prompts, [[text(case.response) for _ in range(2)] for _ in prompts])
+
+
+def take(step: Step, models: Models, term: str = "loss") -> float:
+    models.student.zero_grad(set_to_none=True)
+    terms = step()
+    if terms[term].requires_grad:  # the trainer's own step went backward already
+        terms[term].backward()
+    return terms[term].item()
+
+
+def check(running: dict[str, Step], models: Models, name: str) -> None:
+    """Raises SystemExit unless variants that compute the same agree in loss and every gradient."""
+
+    def loss_and_gradients(variant: str, term: str = "loss") -> tuple[float, dict[str, torch.Tensor]]:
+        loss = take(running[variant], models, term)
+        return loss, {n: p.grad for n, p in models.student.named_parameters()}
+
+    def compare(variant: str, first: str, expected: tuple, term: str = "loss") -> None:
+        (loss, gradients), (true_loss, true_gradients) = loss_and_gradients(variant), expected
+        error = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in true_gradients.items()}
+        worst = max(error, key=error.get)
+        print(f"  {variant} and {first}: loss {loss:.6f} and {true_loss:.6f}, gradients within {error[worst]:.1e}")
+        if not (abs(loss - true_loss) <= 1e-4 * abs(true_loss) and error[worst] <= TOLERANCE):
+            raise SystemExit(f"case {name!r}: {variant} and {first} ({term}) disagree, worst in {worst}; no results")
+
+    for first, *others in SAME:
+        expected = loss_and_gradients(first)
+        for other in filter(running.get, others):
+            compare(other, first, expected)
+    if "TRL DPO" in running:
+        compare("TRL DPO", "A", loss_and_gradients("A", "dpo"), "dpo")
+
+
+def peak_bytes(step: Step, models: Models) -> int:
+    models.student.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        take(step, models)
+    gradients = {p.grad.untyped_storage().data_ptr() for p in models.student.parameters()}
+    events = sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))
+    kept = set()  # a gradient's allocation is the last one at its address
+    for i in reversed(range(len(events))):
+        _, address, size = events[i]
+        if address in gradients and size > 0:
+            gradients.remove(address)
+            kept.add(i)
+    return int(np.cumsum([size for i, (_, _, size) in enumerate(events) if i not in kept]).max())
+
+
+def _allocations(nodes: list) -> Iterator[tuple[int, int, int]]:
+    """Time, address and bytes (negative when freed) of every allocation in a tree of profiler events."""
+    for node in nodes:
+        if node.tag == _EventType.Allocation:
+            yield node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size
+        yield from _allocations(node.children)
+
+
+def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
+    """One row a variant; without `only` all of them, checked first."""
+    models, pairs = prepare(case)
+    print(f"{case.name}: {pairs.unique_tokens} unique tokens, {len(pairs.token_ids)} of responses", flush=True)
+    found = steps(models, pairs, only)
+    running = {n: s for n, s in found.items() if callable(s)}
+    if not only:
+        check(running, models, case.name)
+    peaks = {n: peak_bytes(s, models) for n, s in running.items()}  # warms up, too
+    seconds: dict[str, list[float]] = {n: [] for n in running}
+    for _ in range(repeats):
+        for name, step in running.items():
+            gc.collect()
+            start = time.perf_counter()
+            take(step, models)
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, step in found.items():
+        row = {"case": case.name, "shape": {**case.model, "prompt": case.prompt, "response": case.response,
+               "pairs": case.pairs}, "vocabulary": case.model["vocab_size"], "variant": name}  # fmt: skip
+        if callable(step):
+            median = statistics.median(seconds[name])
+            row |= {"median_s": median, "tokens_per_s": pairs.unique_tokens / median, "peak_bytes": peaks[name]}
+            print(f"  {name:8} {median * 1e3:8.0f} ms {peaks[name] / 1e6:8.1f} MB", flush=True)
+        else:
+            row |= {"median_s": None, "tokens_per_s": None, "peak_bytes": None, "error": step}
+            print(f"  {name:8} {step}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def tables(rows: list[dict]) -> str:
+    """Markdown: milliseconds (times of D in brackets), and peak memory; a line a case."""
+    cases, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("case", "variant"))
+    cells = {(r["case"], r["variant"]): r for r in rows}
+
+    def table(title: str, cell: Callable[[dict, dict], str]) -> list[str]:
+        lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for case in cases:
+            row = [cell(r, cells[case, "D"]) if r["median_s"] else "n/a" for r in (cells[case, n] for n in names)]
+            lines.append(f"| {case} | " + " | ".join(row) + " |")
+        return [*lines, ""]
+
+    times = table("ms (times of D)", lambda r, d: f"{r['median_s'] * 1e3:.0f} ({r['median_s'] / d['median_s']:.1f})")
+    peaks = table("peak, MB", lambda r, d: f"{r['peak_bytes'] / 1e6:.0f}")
+    errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
+    return "\n".join([*times, *peaks, *errors]).strip()
+
+
+def plot(rows: list[dict], folder: Path) -> list[str]:
+    """One PNG an axis of growth: seconds and peak memory over it. Returns the file names."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = []
+    for axis in dict.fromkeys(r["axis"] for r in rows):
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+        for panel, (key, label, unit) in zip(
+            panels, (("median_s", "seconds a step", 1), ("peak_bytes", "peak, MB", 1e6)), strict=True
+        ):
+            for name in dict.fromkeys(r["variant"] for r in rows):
+                points = [(r["value"], r[key] / unit) for r in rows if r["axis"] == axis and r["variant"] == name]
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+            panel.set(xlabel=axis, ylabel=label, xscale="log", yscale="log")
+            panel.legend()
+        files.append(f"train_step_{axis.replace(' ', '_')}.png")
+        figure.savefig(folder / files[-1], dpi=110)
+        plt.close(figure)
+    return files
+
+
+def write(folder: Path, rows: list[dict], growth: list[dict], args: argparse.Namespace) -> None:
+    """results/train_step.json (growth rows have `axis` and `value`), plots, and the section of README.md."""
+    results, readme = folder / "results", folder / "README.md"
+    results.mkdir(exist_ok=True)
+    versions = {p: _version(p) for p in PACKAGES}
+    (results / "train_step.json").write_text(json.dumps([r | {"versions": versions} for r in rows + growth], indent=1))
+    images = [f"![seconds and memory of a step as it grows](results/{file})" for file in plot(growth, results)]
+    run = f"Median of {args.repeats}; {torch.get_num_threads()} threads; " + ", ".join(
+        f"{p} {v}" for p, v in versions.items()
+    )
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    section = "\n\n".join([BEGIN, run + ".", tables(rows), *images, END])
+    readme.write_text(before + section + after)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
+    parser.add_argument("--growth", action="store_true", help="also over length, vocabulary and pairs, for the plots")
+    parser.add_argument("--quick", action="store_true", help="small shapes; writes to a temporary folder")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shrink = quick if args.quick else lambda case: case
+    rows = [row for case in CASES for row in measure(shrink(case), args.repeats)]
+    growth = [
+        row | {"axis": axis, "value": value}
+        for axis, cases in (GROWTH if args.growth else {}).items()
+        for value, case in list(cases.items())[: 2 if args.quick else None]
+        for row in measure(shrink(case), min(args.repeats, 3), only=("A0", "D"))
+    ]
+    folder = HERE
+    if args.quick:
+        folder = Path(tempfile.mkdtemp())
+        shutil.copy(HERE / "README.md", folder)
+    write(folder, rows, growth, args)
+    print(f"\n{tables(rows)}\n\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    main()

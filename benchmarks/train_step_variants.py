@@ -1,0 +1,284 @@
+"""The training steps that `train_step.py` compares: one function a variant, from the same pairs to the loss.
+
+    A         padded; float32 logits of every position of student, live reference and live teacher; KL over the
+              whole vocabulary: what is commonly written
+    A0        padded; student logits of every position; stored reference and sparse teacher: the information of B to D
+    B         A0 with the fused head, on response rows only
+    C         B without padding: every response packed with a prompt of its own
+    D         C with the prompt shared by a pair: what this project trains with
+    TRL       TRL's kernels composed: its fused log-probs (stored reference) and its divergence (live teacher)
+    Liger     Liger's composed: its DPO (live reference) and its JSD at beta 0, the forward KL (live teacher)
+    TRL DPO   TRL's own DPOTrainer doing DPO alone, reference precomputed: less work than all others
+
+Where a peer's API leaves a choice, the faster one is taken: TRL's kernels and Liger's JSD get response rows only, as
+TRL does on a GPU (on a CPU its trainers project every position). DPOTrainer runs as it is, without gradient
+checkpointing. Liger's DPO takes whole padded sequences only. The live teacher is no larger than the student.
+
+Shapes: B pairs, N = 2 B sequences (chosen and rejected of pair 0, of pair 1, ...), L padded length, T response tokens
+of all sequences behind one another, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, logsigmoid
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from nbg_core.config import TeacherSettings
+from nbg_core.forward import output_matrix
+from nbg_core.head import head_joint_loss
+from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
+from nbg_core.models import Padded, pad, padded_hidden
+from nbg_core.packing import Pack, pack, packed_hidden
+from nbg_core.teacher.store import compress, targets
+
+SETTINGS = LossSettings()
+STORED = TeacherSettings(k_head=32, m_tail=32, epsilon=0.0)
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch in every layout, and what is stored with it."""
+
+    padded: Padded
+    labels: Tensor
+    """[N, L] int64, not shifted: token ids of responses, IGNORED elsewhere."""
+    packed: Pack
+    shared: Pack
+    token_ids: Tensor
+    """[T] int64."""
+    pair_index: Tensor
+    """[T] int64."""
+    is_chosen: Tensor
+    """[T] bool."""
+    reference_logps: Tensor
+    """[T] float32."""
+    targets: TeacherTargets
+    examples: list[dict]
+    """What TRL's collator takes: prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps."""
+    unique_tokens: int
+    """Tokens of prompts, counted once a pair, and of responses."""
+
+    @property
+    def n(self) -> int:
+        return len(self.examples)
+
+    @property
+    def denominators(self) -> Denominators:
+        n_chosen = int(self.is_chosen.sum())
+        return Denominators(self.n, n_chosen, len(self.is_chosen) - n_chosen)
+
+
+@dataclass(frozen=True)
+class Models:
+    student: PreTrainedModel
+    reference: PreTrainedModel
+    teacher: PreTrainedModel
+
+
+Terms = dict[str, Tensor]
+"""`loss`, to go backward from, and where a variant has them apart its terms: dpo, kl_chosen, kl_rejected."""
+Step = Callable[[], Terms]
+
+
+def make_models(shape: dict) -> Models:
+    """Three Qwen3 models of one shape with random weights; `shape` is keyword arguments of Qwen3Config."""
+
+    def model(seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config = Qwen3Config(head_dim=64, max_position_embeddings=1 << 15, attn_implementation="sdpa", **shape)
+        return Qwen3ForCausalLM(config)
+
+    return Models(model(0), *(model(seed).eval().requires_grad_(False) for seed in (1, 2)))
+
+
+def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[list[int]]]) -> Pairs:
+    """Scores `prompts` and their two responses each with reference and teacher, and lays them out."""
+    n = len(prompts)
+    flat = [r for both in responses for r in both]
+    repeated = [p for p in prompts for _ in range(2)]
+    lengths = [len(r) for r in flat]
+    padded = pad(repeated, flat, 0)
+    token_ids = torch.from_numpy(np.concatenate(flat))
+    labels = torch.full_like(padded.ids, IGNORED)
+    labels.view(-1)[padded.rows + 1] = token_ids  # row t predicts the next position
+    with torch.no_grad():
+        reference_logps = token_logps(_row_logits(models.reference, padded), token_ids)
+        teacher_logits = _row_logits(models.teacher, padded)
+        rows = compress(teacher_logits, token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
+    sums = [float(part.double().sum()) for part in reference_logps.split(lengths)]
+    examples = [
+        {"prompt_ids": list(p), "chosen_ids": list(c), "rejected_ids": list(r), "ref_chosen_logps": sums[2 * i],
+         "ref_rejected_logps": sums[2 * i + 1]}
+        for i, (p, (c, r)) in enumerate(zip(prompts, responses, strict=True))
+    ]  # fmt: skip
+    side = torch.arange(2 * n).repeat_interleave(torch.tensor(lengths))  # [T]
+    return Pairs(
+        padded, labels, pack(repeated, [[r] for r in flat]), pack(prompts, responses), token_ids, side // 2,
+        side % 2 == 0, reference_logps, targets(rows), examples, sum(map(len, prompts)) + sum(lengths),
+    )  # fmt: skip
+
+
+def _row_logits(model: PreTrainedModel, padded: Padded) -> Tensor:
+    return padded_hidden(model, padded) @ output_matrix(model).T
+
+
+def steps(models: Models, pairs: Pairs, only: Sequence[str] = ()) -> dict[str, Step | str]:
+    """Every variant, or those named, by name; a variant whose package cannot be imported is the reason."""
+    makers: dict[str, Callable[[], Step]] = {
+        "A": lambda: lambda: full_logits(models, pairs),
+        "A0": lambda: lambda: full_logits_stored(models.student, pairs),
+        "B": lambda: lambda: fused(models.student, pairs, padded_hidden(models.student, pairs.padded)),
+        "C": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.packed)),
+        "D": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.shared)),
+        "TRL": lambda: trl_composed(models, pairs),
+        "Liger": lambda: liger_composed(models, pairs),
+        "TRL DPO": lambda: dpo_trainer(models, pairs),
+    }
+    made: dict[str, Step | str] = {}
+    for name in only or makers:
+        try:
+            made[name] = makers[name]()
+        except ImportError as error:
+            made[name] = f"cannot be imported: {error}"
+    return made
+
+
+def full_logits(models: Models, pairs: Pairs) -> Terms:
+    ids, mask = pairs.padded.ids, pairs.padded.mask
+
+    def logprobs(model: PreTrainedModel) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # [N, L, V]
+
+    def token_sums(logp: Tensor) -> Tensor:
+        picked = logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # [N, L - 1]
+        return torch.where(pairs.labels[:, 1:] != IGNORED, picked, 0.0).sum(-1)
+
+    logp = logprobs(models.student)
+    with torch.no_grad():
+        reference = token_sums(logprobs(models.reference))
+        teacher_logp = logprobs(models.teacher)
+    kl = kl_div(logp, teacher_logp, reduction="none", log_target=True).sum(-1)  # [N, L]
+    return _terms(token_sums(logp), reference, kl.flatten()[pairs.padded.rows], pairs)
+
+
+def full_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Terms:
+    padded = pairs.padded
+    logits = student(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float()  # [N, L, V]
+    loss, _ = joint_loss(
+        logits.flatten(0, 1)[padded.rows], *_stored(pairs), settings=SETTINGS, denominators=pairs.denominators
+    )
+    return {"loss": loss}
+
+
+def fused(student: PreTrainedModel, pairs: Pairs, hidden: Tensor) -> Terms:
+    loss, _, _ = head_joint_loss(
+        hidden, output_matrix(student), *_stored(pairs), vocab=student.config.vocab_size, settings=SETTINGS,
+        denominators=pairs.denominators,
+    )  # fmt: skip
+    return {"loss": loss}
+
+
+def trl_composed(models: Models, pairs: Pairs) -> Step:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+    weight, teacher_weight = output_matrix(models.student), output_matrix(models.teacher)
+    side = 2 * pairs.pair_index + (~pairs.is_chosen).long()  # [T]
+
+    def per_sequence(logps: Tensor) -> Tensor:
+        return logps.new_zeros(2 * pairs.n).index_add(0, side, logps)
+
+    def step() -> Terms:
+        hidden = padded_hidden(models.student, pairs.padded)  # [T, H]
+        with torch.no_grad():
+            teacher_hidden = padded_hidden(models.teacher, pairs.padded)
+        logps = ChunkedLogProbFunction.apply(
+            hidden, weight, None, pairs.token_ids, 1.0, CHUNK, None, 1.0, ("log_probs",)
+        )[0]  # fmt: skip
+        kl, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.0)
+        return _terms(per_sequence(logps), per_sequence(pairs.reference_logps), kl, pairs)
+
+    return step
+
+
+def liger_composed(models: Models, pairs: Pairs) -> Step:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
+
+    dpo_loss = LigerFusedLinearDPOLoss(beta=SETTINGS.beta, compiled=False)
+    jsd_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    weight, reference_weight, teacher_weight = map(output_matrix, (models.student, models.reference, models.teacher))
+    padded = pairs.padded
+    order = torch.arange(2 * pairs.n).view(-1, 2).T.flatten()  # first all that are chosen
+    target = pairs.labels[order, 1:]
+
+    def all_hidden(model: PreTrainedModel) -> Tensor:
+        return model.base_model(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).last_hidden_state
+
+    def step() -> Terms:
+        hidden = all_hidden(models.student)  # [N, L, H]
+        with torch.no_grad():
+            reference_hidden, teacher_hidden = all_hidden(models.reference), all_hidden(models.teacher)
+        dpo, _ = dpo_loss(
+            weight, hidden[order, :-1], target, ref_input=reference_hidden[order, :-1], ref_weight=reference_weight
+        )
+        terms = {"dpo": dpo}
+        for name, side in (("kl_chosen", pairs.is_chosen), ("kl_rejected", ~pairs.is_chosen)):
+            rows, ids = padded.rows[side], pairs.token_ids[side]
+            student_rows, teacher_rows = (h.flatten(0, 1)[rows] for h in (hidden, teacher_hidden))
+            terms[name] = jsd_loss(student_rows, weight, teacher_rows, teacher_weight, ids)
+        return terms | {"loss": sum(terms.values())}
+
+    return step
+
+
+def dpo_trainer(models: Models, pairs: Pairs) -> Step:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    # The trainer wants a tokenizer and texts. The pairs, token ids already, go to its collator and its training step.
+    words = Tokenizer(tokenizer_models.WordLevel({"<pad>": 0, "</s>": 1, "x": 2}, unk_token="x"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            models.student, args=DPOConfig(
+                folder, beta=SETTINGS.beta, precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False,
+                max_length=None, use_cpu=True, report_to="none", disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": "x", "chosen": "x", "rejected": "x"}]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1  # as `train` would set it
+    batch = trainer.data_collator(pairs.examples)
+
+    def step() -> Terms:  # its backward pass is part of it
+        loss = trainer.training_step(models.student, dict(batch))
+        return {"loss": loss, "dpo": loss}
+
+    return step
+
+
+def _stored(pairs: Pairs) -> tuple:
+    return pairs.token_ids, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.targets, pairs.n
+
+
+def _terms(policy: Tensor, reference: Tensor, kl: Tensor, pairs: Pairs) -> Terms:
+    """The joint loss from sums of log-probs [N] and divergences [T]."""
+    log_ratio = (policy - reference).view(-1, 2)
+    terms = {
+        "dpo": -logsigmoid(SETTINGS.beta * (log_ratio[:, 0] - log_ratio[:, 1])).mean(),
+        "kl_chosen": kl[pairs.is_chosen].mean(),
+        "kl_rejected": kl[~pairs.is_chosen].mean(),
+    }
+    return terms | {"loss": sum(terms.values())}
