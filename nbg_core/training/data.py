@@ -67,15 +67,12 @@ class TrainingSet:
         self.rows, self.pad_id = Rows(folder), pad_id
         self.n_tokens = self.rows.n_tokens
         """[pairs, 2] int32: response tokens of chosen and rejected."""
+        self.n_inputs = self.rows.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
+        """[pairs] int32: tokens that a pair puts through the student: its prompt once, all but the last token of each
+        response."""
 
     def __len__(self) -> int:
         return self.rows.n_pairs
-
-    @property
-    def n_inputs(self) -> np.ndarray:
-        """[pairs] int64: tokens that a pair puts through the student: its prompt once, all but the last token of each
-        response."""
-        return self.rows.n_prompt[:, 0].astype(np.int64) + self.n_tokens.sum(1, dtype=np.int64) - 2
 
     def denominators(self, pairs: np.ndarray) -> Denominators:
         """Counts of an optimizer step that uses `pairs`."""
