@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden, V vocabulary, K stored entries, B pairs.
 """
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from test_losses import counts, make_batch, make_targets, randn, ref_joint, replace, take_rows, top_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nbg_core.config import DpoVariant
 from nbg_core.head import MIN_ROWS, head_joint_loss, head_logps
-from nbg_core.losses import DPO_VARIANTS, Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
+from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
 
 WIDE, NARROW = 1 << 20, 1
 """Tile bytes: all rows at once; 16 rows, the least."""
@@ -26,7 +28,7 @@ SETTINGS = [
     LossSettings(temperature=0.7, scale_by_temperature_squared=False, w_pos=0.0),
     *(LossSettings(estimator="bucket", divergence=d) for d in ("forward", "reverse", "jsd")),
     *(LossSettings(estimator="bucket", divergence=d, temperature=1.5, jsd_alpha=0.3) for d in ("reverse", "jsd")),
-    *(LossSettings(dpo_variant=v, beta=0.7, nll_coef=0.3) for v in DPO_VARIANTS),
+    *(LossSettings(dpo_variant=v, beta=0.7, nll_coef=0.3) for v in get_args(DpoVariant)),
     LossSettings(label_smoothing=0.2, beta=0.5),
     LossSettings(w_dpo=0.0), LossSettings(w_dpo=0.0, w_neg=0.0, estimator="bucket"),
     LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0), LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0, nll_coef=1.0),
