@@ -176,7 +176,8 @@ def test_a_lake_whose_folder_was_moved_still_opens_and_one_without_its_files_say
         return lake
 
     old, new = tmp_path / "old", tmp_path / "new"
-    rows = pl.DataFrame([{"slice": "a", "sample_id": "s1", "model_id": "m", "token_logprobs": [-0.5]}])
+    row = {"slice": "a", "sample_id": "s1", "model_id": "m", "settings_id": "x", "token_logprobs": [-0.5]}
+    rows = pl.DataFrame([row])
     lake = opened(old)
     lake.commit(record(), [Write("reference_logprobs", rows, as_file=True)])
     lake.commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
