@@ -5,6 +5,11 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DAGSTER_DISABLE_TELEMETRY = yes
 
+# An environment holds absolute paths: one that was moved or copied here is made anew.
+ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
+$(shell rm -f .venv/python .venv/installed*)
+endif
+
 .PHONY: demo run test dev lint bench-train clean
 
 demo: .venv/installed
@@ -29,7 +34,8 @@ clean:
 	rm -rf data/lake data/checkpoints data/work data/dagster_home
 
 .venv/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
+	echo $(CURDIR) > .venv/made-in
 	touch $@
 
 # Plain pip: it takes the build of torch that is right for this machine's configuration (README, "Versions").

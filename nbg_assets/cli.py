@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nbg_core import accuracy, config, lineage
+from nbg_core import accuracy, checks, config, lineage
 from nbg_core.config import Profile, load_profile
 from nbg_core.lake import Lake, LakeError
 from nbg_core.processes import redact, sentence
@@ -189,9 +190,12 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
 def promote(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning.")],
     reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
+    force: Annotated[bool, typer.Option(help="Also if its evaluation says no.")] = False,
 ) -> None:
     """Make a checkpoint the policy that the next round samples from."""
     profile, lake = _open()
+    if not force and (why := accuracy.objection(lake, checkpoint)):
+        raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report`, or use --force")
     accuracy.promote(lake, profile, checkpoint, reason)
     console.print(f"policy is now {lineage.current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")
 
@@ -209,6 +213,8 @@ def show_profile(
         return
 
     profile = load_profile(which)
+    for problem in checks.cannot_run(profile):
+        errors.print(f"note: {problem}", soft_wrap=True)
     console.print(redact(yaml.safe_dump(json.loads(profile.model_dump_json()), sort_keys=False)), soft_wrap=True)
 
 
@@ -219,6 +225,14 @@ def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
     from nbg_assets.partitions import sync_partitions
 
     profile, _ = _open()
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise ValueError(
+                f"port {port} of {host} is taken ({e}); is `nbg dev` running? Or give another --port"
+            ) from e
     with dagster_instance(profile) as instance:
         sync_partitions(instance)
     if (which := os.environ.get("NBG_PROFILE", "")).endswith((".yaml", ".yml")):

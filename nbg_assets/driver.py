@@ -54,8 +54,11 @@ def dagster_instance(profile: Profile) -> Iterator[dg.DagsterInstance]:
     Its dagster.yaml links to the project's."""
     home = Path(os.environ.setdefault("DAGSTER_HOME", str(profile.resolve("data/dagster_home"))))
     home.mkdir(parents=True, exist_ok=True)
-    if not (home / "dagster.yaml").exists():
-        (home / "dagster.yaml").symlink_to(PROJECT_ROOT / "dagster.yaml")
+    ours = home / "dagster.yaml"
+    if ours.is_symlink() and ours.readlink() != PROJECT_ROOT / "dagster.yaml":  # the project was moved or copied
+        ours.unlink()
+    if not ours.exists():
+        ours.symlink_to(PROJECT_ROOT / "dagster.yaml")
     with dg.DagsterInstance.from_config(str(home)) as instance:
         yield instance
 

@@ -97,6 +97,15 @@ def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
     ))  # fmt: skip
 
 
+def objection(lake: Lake, checkpoint: str) -> str | None:
+    """Why the last evaluation speaks against promoting a checkpoint; None if it does not, or is of another one."""
+    try:
+        evaluated, summary = latest_summary(lake)
+    except LookupError:
+        return None
+    return gate(summary) if checkpoint_row(lake, checkpoint)["checkpoint_id"] == evaluated else None
+
+
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
     """Promote a checkpoint by hand. Raises LookupError for an unknown checkpoint."""
     write = promotion(lake, checkpoint, reason)

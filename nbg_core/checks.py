@@ -35,6 +35,17 @@ def not_in_this_version(profile: Profile) -> str | None:
     return f"not in this version: {', '.join(later)}; set it to 'transformers' in the profile" if later else None
 
 
+def cannot_run(profile: Profile) -> list[str]:
+    """What stands in the way of running a valid profile on this machine, a sentence each."""
+    models = {"student": profile.models.student, "teacher": profile.models.teacher}
+    missing = [
+        f"models.{role}: no model at {profile.resolve(path)} (a folder with config.json)"
+        for role, path in models.items()
+        if not (profile.resolve(path) / "config.json").is_file()
+    ]
+    return [*filter(None, [not_in_this_version(profile)]), *missing]
+
+
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice: str | None) -> str | None:
     """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
     for upstream in lineage.UPSTREAM[asset]:

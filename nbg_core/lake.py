@@ -59,6 +59,10 @@ VIEWS = {
 }
 
 
+_MEDIUM = re.compile(r"readonly|read-only|IO Error|disk is full|No space", re.IGNORECASE)
+"""What DuckDB and SQLite say when the disk is the problem, not the statement."""
+
+
 class LakeError(RuntimeError):
     """The lake cannot be opened or written: names the place and the remedy."""
 
@@ -165,6 +169,8 @@ class Lake:
             con.close()
             if _is_contention(e):
                 raise
+            if snapshot is not None and "No snapshot found" in str(e):
+                raise LookupError(f"the lake has no snapshot {snapshot}; the newest is {self.snapshot()}") from None
             raise self._error("opened", e) from None
         return con
 
@@ -202,7 +208,9 @@ class Lake:
     def _commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
         try:
             return _patiently(self._try_commit, record, ready)
-        except (duckdb.IOException, OSError) as e:  # a folder that is read-only, a disk that is full
+        except (duckdb.Error, OSError) as e:  # a folder that is read-only, a disk that is full
+            if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
+                raise
             raise self._error("written", e) from None
 
     def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:

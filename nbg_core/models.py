@@ -17,8 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder. Raises ValueError if it has no chat template or end-of-turn token."""
-    tokenizer = AutoTokenizer.from_pretrained(_folder(path), trust_remote_code=trust_remote_code)
+    """The tokenizer in a model folder.
+
+    Raises FileNotFoundError without a folder, ValueError if it cannot be read or has no chat template or end-of-turn
+    token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_folder(path), trust_remote_code=trust_remote_code)
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # the reader's own errors name neither folder nor file
+        raise ValueError(
+            f"the tokenizer in {path} cannot be read: {e}; restore its tokenizer.json and tokenizer_config.json"
+        ) from e
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} needs a chat template and an end-of-turn (eos) token")
     return tokenizer

@@ -136,7 +136,7 @@ def sentence(error: BaseException) -> str:
     """What a user is told of an error: secrets blanked, and the remedy where a folder cannot be written."""
     text = redact(str(error)) or type(error).__name__
     if isinstance(error, PermissionError):
-        text += "; make it writable for this user, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
+        text += "; give this user access to it, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
     return text
 
 

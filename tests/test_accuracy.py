@@ -1,12 +1,13 @@
 """Intervals, the summary and the promotion gate, against figures worked out elsewhere."""
 
 import math
+from datetime import UTC, datetime
 
 import polars as pl
 import pytest
 
 from nbg_core import accuracy
-from nbg_core.lake import Lake, Record, Write
+from nbg_core.lake import Input, Lake, Record, Write
 from nbg_core.preference.verifiers import scorer_ids
 
 
@@ -91,3 +92,19 @@ def test_the_gate():
     assert accuracy.gate(summary(("a", -0.1, 0.0, 0.1), good)) is None
     assert "not better overall" in accuracy.gate(summary(("a", 0.1, 0.2, 0.3), ("overall", 0.0, 0.1, 0.2)))
     assert "slice a is worse" in accuracy.gate(summary(("a", -0.3, -0.2, -0.1), good))
+
+
+def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_until_another_is_evaluated(lake):
+    assert accuracy.objection(lake, "after") is None  # nothing is evaluated
+    fill(lake, {"a": {"before": [True] * 20, "after": [False] * 20, "teacher": [True] * 20}})
+    rows = [
+        {"checkpoint_id": c, "training_id": c, "path": c, "parent_model_id": "before", "teacher_model_id": "teacher",
+         "input_snapshot": 1, "n_pairs": 1, "n_steps": 1, "settings": "{}", "created_at": datetime.now(UTC)}
+        for c in ("after", "other")
+    ]  # fmt: skip
+    lake.commit(Record("x", None, "r", "t"), [Write("checkpoints", pl.DataFrame(rows))])
+    read = Input("student_checkpoint", None, "after", lake.snapshot())
+    settings = {"answering_id": "s", "teacher": "teacher"}
+    lake.commit(Record("student_eval", None, "r", "t", settings=settings, inputs=[read], data_version="v"))
+    assert "not better overall: difference -1.000" in accuracy.objection(lake, "aft")
+    assert accuracy.objection(lake, "other") is None

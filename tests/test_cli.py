@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -159,6 +160,17 @@ def test_sql_at_a_snapshot(profile):
     add_pair(profile)
     result = nbg("sql", "SELECT count(*) AS n FROM pairs", "--format", "json", "--snapshot", str(before))
     assert json.loads(result.stdout) == [{"n": 0}]
+    gone = nbg("sql", "SELECT 1", "--snapshot", "9999")
+    assert gone.stderr == f"error: the lake has no snapshot 9999; the newest is {before + 1}\n"
+
+
+def test_dev_says_that_its_port_is_taken(profile):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        result = nbg("dev", "--port", port)
+    assert result.returncode == 1 and f"port {port} of 127.0.0.1 is taken" in result.stderr
 
 
 def test_an_unknown_profile_key_is_one_line(profile, tmp_path, monkeypatch):
@@ -187,6 +199,7 @@ def test_a_missing_model_folder_is_named(profile, tmp_path, monkeypatch):
     result = nbg("status")
     assert result.returncode == 1
     assert f"no model at {tmp_path / 'nowhere'}" in result.stderr
+    assert f"models.student: no model at {tmp_path / 'nowhere'}" in nbg("profile").stderr
 
 
 def test_trace_and_report_say_when_there_is_nothing(profile):

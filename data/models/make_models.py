@@ -85,6 +85,11 @@ def draw_many(task: str, n: int, seed: str, taken: set[str]) -> list[dict]:
     return rows
 
 
+def query(task: str, row: dict) -> dict:
+    """The row of the query file. Where the answer is one text, it must be that: reasoning-gym's scorers forgive."""
+    return row if task == "reversal" else {k: row[k] for k in ("prompt", "answer")} | {"verifier": "exact"}
+
+
 @cache
 def scorer_of(dataset: str):
     return reasoning_gym.factory.get_score_answer_fn(dataset)  # slow: some scorers read a book first
@@ -277,7 +282,7 @@ def main() -> None:
     validation = {task: draw_many(task, N_VALIDATION, f"validation-{task}", taken) for task in SCORER}
     for task, rows in queries.items():
         assert all(score(r["answer"], r) == 1 for r in rows)
-        lines = "".join(json.dumps(r) + "\n" for r in rows)
+        lines = "".join(json.dumps(query(task, r)) + "\n" for r in rows)
         path = args.data / "queries" / f"{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(lines)

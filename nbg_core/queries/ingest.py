@@ -27,7 +27,7 @@ from nbg_core.run import Run
 
 ASSET = "queries"
 REMEDY = {
-    "too_long": "raise queries.max_prompt_tokens or lower sampling.max_tokens",
+    "too_long": "shorten the prompts; or raise the limit that `detail` names, as far as the student's context goes",
     "duplicate": "remove the copies, or the other slice that has them",
     "near_duplicate": "raise queries.near_duplicate_jaccard",
     "contaminated": "raise queries.contamination_words, or take the held-out queries out of the file",
@@ -43,6 +43,8 @@ def materialise(run: Run, slice: str) -> dict:
     path = _file(run, slice)
     settings = run.settings(ASSET, slice)
     rows = read_rows(path)
+    if unscored := sum(row.verifier is None for row in rows):
+        run.log(f"{ASSET}[{slice}]: {unscored} of {len(rows)} rows have no verifier: only teacher_loglik scores them")
     drops = _too_long(run, slice, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

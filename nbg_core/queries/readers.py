@@ -71,7 +71,10 @@ def read_rows(path: Path) -> list[QueryRow]:
             rows.append(row)
     found.raise_if_any()
     if not rows:
-        raise QueryFileError(f'{path} is empty; write one query a line, e.g. {{"prompt": "Add: 1 + 2", "answer": "3"}}')
+        raise QueryFileError(
+            f"{path} is empty; write one query a line, "
+            'e.g. {"prompt": "Add: 1 + 2", "answer": "3", "verifier": "exact"}'
+        )
     return rows
 
 

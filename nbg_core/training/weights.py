@@ -38,6 +38,8 @@ def write_model(policy: PreTrainedModel, weights: dict[str, Tensor], parent: Pat
     for file in sorted(parent.iterdir()):
         if file.suffix in COPIED and not file.name.endswith(".index.json") and file.name != "training.json":
             shutil.copyfile(file, temporary / file.name)
+    for file in temporary.glob("*.safetensors"):  # safetensors writes for its owner alone; a server may be another user
+        file.chmod((temporary / "config.json").stat().st_mode)
     (temporary / "training.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
