@@ -49,7 +49,7 @@ PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
 def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict:
     return {
         "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": True,
+        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": False,
     }  # fmt: skip
 
 
@@ -251,12 +251,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--growth", action="store_true", help="also over length, vocabulary and pairs, for the plots")
+    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="only these; other rows are kept")
     parser.add_argument("--quick", action="store_true", help="small shapes; writes to a temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shrink = quick if args.quick else lambda case: case
-    rows = [row for case in CASES for row in measure(shrink(case), args.repeats)]
-    growth = [
+    known = json.loads((HERE / "results" / "train_step.json").read_text()) if args.cases else []
+    growth = [row for row in known if "axis" in row]
+    rows = [
+        row
+        for case in CASES
+        for row in (
+            measure(shrink(case), args.repeats)
+            if case.name in (args.cases or [case.name])
+            else [row for row in known if row["case"] == case.name and "axis" not in row]
+        )
+    ]
+    growth = growth or [
         row | {"axis": axis, "value": value}
         for axis, cases in (GROWTH if args.growth else {}).items()
         for value, case in list(cases.items())[: 2 if args.quick else None]
