@@ -19,7 +19,7 @@ run: .venv/installed
 	$(BIN)/nbg run
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 dev: .venv/installed
 	$(BIN)/nbg dev

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,9 @@ def run_process(
         supervisor, env=_importable(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
     )  # fmt: skip
+    # What a killed supervisor leaves behind still holds our end of its output: reading on would wait for it.
+    watch = threading.Thread(target=_end_what_a_killed_one_left, args=[process], daemon=True)
+    watch.start()
     try:
         if log_path is not None:
             log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +72,8 @@ def run_process(
                 line = redact(line.rstrip("\n"))
                 log.write(line + "\n")
                 on_line(line)
-        code = process.wait()
-        if code == -signal.SIGKILL:  # the command's end, or the supervisor's own
-            _kill_group(process.pid)
-        return code
+        watch.join()
+        return process.wait()
     except BaseException:
         _end_supervisor(process, grace)
         raise
@@ -170,6 +172,11 @@ def _end_supervisor(process: subprocess.Popen, grace: float) -> None:
     finally:
         _kill_group(process.pid)
         process.wait()
+
+
+def _end_what_a_killed_one_left(supervisor: subprocess.Popen) -> None:
+    if supervisor.wait() == -signal.SIGKILL:  # the command's end, or the supervisor's own
+        _kill_group(supervisor.pid)
 
 
 def _kill_group(group: int) -> None:
