@@ -76,7 +76,7 @@ def head_joint_loss(
     n, bucket, dtype = len(hidden), settings.estimator == "bucket", head.tile.dtype
     wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+    d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # its first product fills it
     seen = _Seen(n, targets, settings.temperature, bucket, head.tile)
 
     def loss_of(rows: slice, logps: Tensor, entries: Tensor, tail: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,6 +89,9 @@ def head_joint_loss(
         )  # fmt: skip
 
     with torch.no_grad():
+        if wants_weight:
+            d_weight[vocab if n else 0 :].zero_()
+        first = True
         for chunk in _chunks(pair_index, head.rows):
             tiles = _tiles(chunk, head.rows)
             for tile in tiles:
@@ -102,7 +105,8 @@ def head_joint_loss(
                     z = head.logits(tile)
                 part = slice(tile.start - chunk.start, tile.stop - chunk.start)
                 seen.write_gradient(z, tile, token_ids, g[part], a[part], b[part], head.scratch)
-                head.add_gradients(z, tile, d_hidden, d_weight)
+                head.add_gradients(z, tile, d_hidden, d_weight, first)
+                first = False
         loss, sums = loss_of(slice(0, n), seen.logps, seen.entries(), seen.tail())
     if wants_hidden or wants_weight:
         loss = _WithGradients.apply(loss, hidden, weight, [d_hidden, d_weight])
@@ -160,15 +164,18 @@ class _Head:
                 _add_product(z_part[:, block], h_part, w.t(), beta=0)
         return z
 
-    def add_gradients(self, dz: Tensor, rows: slice, d_hidden: Tensor | None, d_weight: Tensor | None) -> None:
-        """Add dz W to rows of d_hidden and dz^T h to d_weight; dz [c, V] as `logits` returned it."""
+    def add_gradients(
+        self, dz: Tensor, rows: slice, d_hidden: Tensor | None, d_weight: Tensor | None, first: bool
+    ) -> None:
+        """Add dz W to rows of d_hidden and dz^T h to d_weight, or with `first` set it; dz [c, V] as `logits` returned
+        it."""
         h = self._operand(rows)
         dz = dz[: len(h)].to(h.dtype)
         if d_hidden is not None:
             for block, w in self._weight_blocks():
                 _add_product(d_hidden[rows], dz[:, block], w)
         if d_weight is not None:
-            _add_product(d_weight[: dz.shape[1]], dz.t(), h)
+            _add_product(d_weight[: dz.shape[1]], dz.t(), h, beta=0 if first else 1)
 
     def _operand(self, rows: slice) -> Tensor:
         return self.hidden[rows].to(self.tile.dtype) if self.on_cpu else self.hidden[rows]
@@ -264,7 +271,9 @@ class _WithGradients(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("the head's gradients were used by an earlier backward; call head_joint_loss again")
         d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
-        d_hidden, d_weight = (None if d is None else d.mul_(incoming).to(ctx.dtype) for d in (d_hidden, d_weight))
+        if incoming.is_cuda or incoming != 1:  # a pass over the weight's gradient is worth a look, not a GPU's wait
+            d_hidden, d_weight = (None if d is None else d.mul_(incoming) for d in (d_hidden, d_weight))
+        d_hidden, d_weight = (None if d is None else d.to(ctx.dtype) for d in (d_hidden, d_weight))
         return None, d_hidden, d_weight, None
 
 
