@@ -49,7 +49,7 @@ def make_lake(folder: Path, n_pairs: int) -> None:
                    list_transform(range({RESPONSE}), lambda x: -9.0::FLOAT) AS tail_logmass,
                    list_transform(range({RESPONSE}), lambda x: {ENTRIES}::INTEGER) AS head_counts,
                    list_transform(range({RESPONSE}), lambda x: 0::INTEGER) AS tail_counts,
-                   list_transform(range({n}), lambda x: (x % {ENTRIES} * 9)::INTEGER) AS entry_ids,
+                   list_transform(range({n}), lambda x: (9 * least(x % {ENTRIES}, 1))::FLOAT) AS entry_gaps,
                    list_transform(range({n}), lambda x: -2.0::FLOAT) AS entry_logprobs
             FROM range({2 * n_pairs}) t(i)""")
         con.execute(f"""

@@ -39,7 +39,7 @@ from nbg_core.packing import Pack, pack, packed_hidden
 from nbg_core.teacher.store import compress, targets
 
 SETTINGS = LossSettings()
-STORED = TeacherSettings(k_head=32, m_tail=32, epsilon=0.0)
+STORED = TeacherSettings(k_head=32, m_tail=32, epsilon=0.0, min_weight=0.0)
 IGNORED = -100
 
 
@@ -112,7 +112,7 @@ def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[li
     with torch.no_grad():
         reference_logps = token_logps(_row_logits(models.reference, padded), token_ids)
         teacher_logits = _row_logits(models.teacher, padded)
-        rows = compress(teacher_logits, token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
+        rows = compress([teacher_logits], token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
     sums = [float(part.double().sum()) for part in reference_logps.split(lengths)]
     examples = [
         {"prompt_ids": list(p), "chosen_ids": list(c), "rejected_ids": list(r), "ref_chosen_logps": sums[2 * i],

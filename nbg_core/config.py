@@ -127,12 +127,16 @@ class PreferenceSettings(Section):
 class TeacherSettings(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the teacher's forward passes."""
-    k_head: Annotated[int, Field(ge=1)] = 16
+    k_head: Annotated[int, Field(ge=1)] = 64
     """Most probable entries kept exactly, at most."""
-    m_tail: Annotated[int, Field(ge=0)] = 16
-    """Entries sampled from the mass outside the head; 0 stores the bucket only."""
+    m_tail: Annotated[int, Field(ge=0)] = 64
+    """Entries sampled from the mass outside the head, at most; 0 stores the bucket only."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-4
     """The head is the smallest that leaves at most this mass outside; then no tail is sampled."""
+    min_weight: Annotated[float, Field(ge=0, lt=1)] = 1 / 80
+    """Least probability of a head entry, and mass that a tail sample stands for; 0 always takes k_head and m_tail."""
+    logprob_bits: Annotated[int, Field(ge=1, le=23)] = 6
+    """Bits of mantissa that stored log-probabilities keep; 23 is float32 as it is."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the stored distribution; the student is compared at the same one."""
     seed: int = 0
@@ -142,6 +146,9 @@ class TeacherSettings(Section):
     chunk_samples: Annotated[int, Field(ge=1)] = 512
     """Responses per commit: what a crash can lose."""
 
+
+STORE_VERSION = 2
+"""Raised when the same settings give other stored teacher rows."""
 
 DpoVariant = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"]
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -338,8 +345,8 @@ class Profile(Section):
 
     def storage_id(self) -> str:
         """Hash of what changes the stored teacher rows, besides the teacher."""
-        t = self.teacher
-        return digest("teacher", self.models.dtype, t.engine, t.k_head, t.m_tail, t.epsilon, t.temperature, t.seed)
+        stored = self.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples"})
+        return digest("teacher", STORE_VERSION, self.models.dtype, stored)
 
     def scoring_id(self) -> str:
         """Hash of what changes the log-probabilities that a model gives a response, besides the model."""

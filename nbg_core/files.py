@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 def write_json(path: Path, data: dict) -> None:
@@ -29,3 +34,15 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
+
+
+def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -> None:
+    """Write rows as Parquet with zstd. Numbers in the list columns `split` are stored byte by byte (first bytes, second
+    bytes, ...), which is small where some bytes are mostly equal; other columns get a dictionary."""
+    table = rows.to_arrow()
+    leaf = {f.name: f"{f.name}.list.element" if pa.types.is_large_list(f.type) else f.name for f in table.schema}
+    pq.write_table(
+        table, path, compression="zstd", compression_level=9, write_statistics=False,
+        use_dictionary=[leaf[c] for c in leaf if c not in split],
+        column_encoding={leaf[c]: "BYTE_STREAM_SPLIT" for c in split},
+    )  # fmt: skip

@@ -135,6 +135,15 @@ def head_logps(
     return logps
 
 
+def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int = TILE_BYTES) -> Iterator[Tensor]:
+    """The logits hidden @ weight[:vocab].T of all rows behind one another, a tile [c, vocab] at a time; float32, or
+    float64 if hidden is; without gradient. A tile may be overwritten; the next one is in its place."""
+    with torch.no_grad():
+        head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
+        for tile in _tiles(slice(0, len(hidden)), head.rows):
+            yield head.logits(tile)[: tile.stop - tile.start]
+
+
 class _Head:
     """The projection of rows of `hidden` into one reused tile, and the way back."""
 

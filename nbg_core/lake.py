@@ -28,6 +28,8 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_ex
 
 from nbg_core import schemas
 from nbg_core.config import Profile
+from nbg_core.files import write_parquet
+from nbg_core.ids import digest
 from nbg_core.processes import redact
 
 CODE_VERSION = "1"
@@ -38,19 +40,24 @@ RETRY_SECONDS = 120
 VIEWS = {
     "teacher_entries": """
         WITH p AS (
-          SELECT sample_id, model_id, settings_id, slice, unnest(range(len(head_counts))) AS position, head_counts,
-                 tail_counts, tail_logmass, entry_ids, entry_logprobs
+          SELECT sample_id, model_id, settings_id, slice, unnest(range(len(head_counts))) AS position,
+                 unnest(head_counts) AS n_head, unnest(tail_counts) AS n_tail, unnest(tail_logmass) AS logmass
           FROM {lake}.teacher_logits),
+        owners AS (
+          SELECT *, unnest(range(n_head + n_tail)) AS i FROM p),
         o AS (
-          SELECT *, head_counts[position + 1] AS n_head, tail_counts[position + 1] AS n_tail,
-                 coalesce(list_sum(list_concat(head_counts[:position], tail_counts[:position])), 0)::BIGINT AS start
-          FROM p),
-        e AS (SELECT *, unnest(range(n_head + n_tail)) AS entry FROM o)
-        SELECT sample_id, model_id, settings_id, slice, position, entry < n_head AS is_head,
-               entry_ids[start + entry + 1] AS token_id, entry_logprobs[start + entry + 1] AS logprob,
-               CASE WHEN entry < n_head THEN exp(entry_logprobs[start + entry + 1])
-                    ELSE exp(tail_logmass[position + 1]) / n_tail END AS weight
-        FROM e""",
+          SELECT *, i < n_head AS is_head,
+                 row_number() OVER (PARTITION BY sample_id, model_id, settings_id ORDER BY position, i) AS entry
+          FROM owners),
+        e AS (
+          SELECT sample_id, model_id, settings_id, unnest(range(1, len(entry_gaps) + 1)) AS entry,
+                 unnest(entry_gaps) AS gap, unnest(entry_logprobs) AS logprob
+          FROM {lake}.teacher_logits)
+        SELECT sample_id, model_id, settings_id, slice, position, is_head,
+               (sum(gap) OVER (PARTITION BY sample_id, model_id, settings_id, position, is_head ORDER BY i))::INTEGER
+                 AS token_id,
+               logprob, CASE WHEN is_head THEN exp(logprob) ELSE exp(logmass) / n_tail END AS weight
+        FROM o JOIN e USING (sample_id, model_id, settings_id, entry)""",
     "lineage.commits": """
         SELECT m.*, s.snapshot_id, s.snapshot_time
         FROM {lake}.lineage.materialisations m
@@ -264,7 +271,7 @@ class Lake:
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            rows.write_parquet(temporary, compression="zstd")
+            write_parquet(rows, temporary, schemas.BYTE_SPLIT.get(write.table, ()))
             temporary.rename(path)
             files.append(path)
             con.execute("CALL ducklake_add_data_files('lake', ?, ?)", [write.table, str(path)])
@@ -306,8 +313,9 @@ class Lake:
             raise self._error("created", e) from None
 
     def _create_file(self, catalog: Path) -> None:
-        ready = catalog.with_suffix(".ready")  # holds the data path
-        if catalog.exists() and ready.exists() and ready.read_text() == self.data_path:
+        ready = catalog.with_suffix(".ready")  # holds the data path and what the tables look like
+        wanted = f"{self.data_path}\n{schemas.version()} {digest(VIEWS)}"
+        if catalog.exists() and ready.exists() and ready.read_text() == wanted:
             return
         catalog.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(catalog.with_suffix(".lock")):
@@ -315,7 +323,7 @@ class Lake:
                 self._follow_move(catalog)
             self._create_tables()
             temporary = ready.with_suffix(".tmp")
-            temporary.write_text(self.data_path)
+            temporary.write_text(wanted)
             temporary.rename(ready)
 
     def _follow_move(self, catalog: Path) -> None:
@@ -345,10 +353,16 @@ class Lake:
             con.execute("BEGIN")
             con.execute("CREATE SCHEMA IF NOT EXISTS lineage")
             for table in schemas.TABLES:
-                columns = ", ".join(f"{n} {schemas.sql_type(t)}" for n, t in schemas.polars_schema(table).items())
-                con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+                columns = {n: schemas.sql_type(t) for n, t in schemas.polars_schema(table).items()}
+                made = ", ".join(f"{n} {t}" for n, t in columns.items())
+                con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({made})")
+                there = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
+                for n in (
+                    columns.keys() - there
+                ):  # of an earlier version: its rows have other settings, and are not read
+                    con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
             for name, body in VIEWS.items():
-                con.execute(f"CREATE VIEW IF NOT EXISTS {name} AS {body.format(lake='lake')}")
+                con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake')}")
             con.execute("COMMIT")
             # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
             con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataframely as dy
 import polars as pl
 
+from nbg_core.ids import digest
+
 
 def _id(what: str, **kwargs) -> dy.String:
     return dy.String(min_length=1, description=what, **kwargs)
@@ -96,9 +98,9 @@ class Rejections(Produced):
 class TeacherLogits(Produced):
     """The teacher's distribution at every position of one response, as flat lists over positions.
 
-    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries, head first. Head entries are exact, sorted
-    by id; tail entries are systematic samples of the mass outside the head, each of weight
-    exp(tail_logmass) / tail_count. The view `teacher_entries` expands this to one row per entry.
+    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries, head first. Head entries are exact; tail
+    entries are systematic samples of the mass outside the head, each of weight exp(tail_logmass) / tail_count. The view
+    `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
     """
 
     sample_id = _id("response scored", primary_key=True)
@@ -108,8 +110,8 @@ class TeacherLogits(Produced):
     tail_logmass = _floats("log of the exact mass outside the head; -inf when none", allow_inf=True)
     head_counts = _ints("entries kept exactly, per position")
     tail_counts = _ints("entries sampled from the tail, per position")
-    entry_ids = _ints("token ids of all entries")
-    entry_logprobs = _floats("teacher log-probabilities of all entries, nats")
+    entry_gaps = _floats("token ids, sorted in each head and tail: the first, then differences; whole numbers")
+    entry_logprobs = _floats("teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats")
 
 
 class ReferenceLogprobs(Produced):
@@ -231,6 +233,9 @@ TABLES: dict[str, type[dy.Schema]] = {
     "lineage.materialisations": Materialisations,
 }
 
+BYTE_SPLIT = {"teacher_logits": ("token_logprobs", "tail_logmass", "entry_gaps", "entry_logprobs")}
+"""Columns that files of a table hold byte by byte (`files.write_parquet`)."""
+
 _SQL_TYPES = {
     pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
     pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
@@ -249,6 +254,11 @@ def sql_type(dtype: pl.DataType) -> str:
 def polars_schema(table: str) -> dict[str, pl.DataType]:
     """Column names and polars types of a table, in order."""
     return {name: column.dtype for name, column in TABLES[table].columns().items()}
+
+
+def version() -> str:
+    """Digest of all tables' columns and types."""
+    return digest({t: {n: sql_type(c) for n, c in polars_schema(t).items()} for t in TABLES})
 
 
 def frame(table: str, rows: list[dict]) -> pl.DataFrame:

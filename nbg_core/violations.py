@@ -169,7 +169,7 @@ def wrong_lengths(table: str) -> Callable[[Subject], pl.DataFrame]:
     if table == "teacher_logits":
         lists += ["tail_logmass", "head_counts", "tail_counts"]
         total = (
-            " OR len(entry_ids) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_ids) <> "
+            " OR len(entry_gaps) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_gaps) <> "
             "len(entry_logprobs) OR list_max(entry_logprobs) > 1e-5"
         )
     wrong = " OR ".join(f"len({name}) <> len(token_ids)" for name in lists)

@@ -17,7 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first: with several workers the short ones then fill what is left."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -131,7 +131,7 @@ def _teacher(run: Run, slice: str) -> list:
     return [("teacher_logits", pl.DataFrame([
         {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.storage_id(),
          "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
-         "tail_counts": [2, 0], "entry_ids": [3, 4, 5, 63], "entry_logprobs": [half, -2.0, -3.0, 0.0]}
+         "tail_counts": [2, 0], "entry_gaps": [3.0, 4.0, 1.0, 63.0], "entry_logprobs": [half, -2.0, -3.0, 0.0]}
         for _, s in _samples_of(slice)
     ]))]  # fmt: skip
 

@@ -28,7 +28,11 @@ def project(root: Path) -> dict[str, str]:
     profile = yaml.safe_load((PROJECT_ROOT / "profiles" / "embedded.yaml").read_text())
     profile["models"] |= {name: str(PROJECT_ROOT / profile["models"][name]) for name in ("student", "teacher")}
     profile["sampling"]["n_student"] = 4
-    profile["training"] |= {"epochs": 40, "global_batch_pairs": 4, "save_every": 10}  # seconds: long enough to be killed
+    profile["training"] |= {
+        "epochs": 40,
+        "global_batch_pairs": 4,
+        "save_every": 10,
+    }  # seconds: long enough to be killed
     path = root / "embedded.yaml"
     path.write_text(yaml.safe_dump(profile))
     return {**os.environ, "NBG_ROOT": str(root), "NBG_PROFILE": str(path), "DAGSTER_HOME": str(root / "home")}

@@ -87,7 +87,7 @@ def teacher_row(sample: str) -> dict:
     return {
         "slice": "a", "sample_id": sample, "model_id": "m", "settings_id": "x",
         "token_logprobs": [-0.5, -0.1], "tail_logmass": [-5.0, float("-inf")], "head_counts": [2, 1],
-        "tail_counts": [2, 0], "entry_ids": [1, 2, 7, 9, 4], "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
+        "tail_counts": [2, 0], "entry_gaps": [1.0, 1.0, 7.0, 2.0, 4.0], "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
     }  # fmt: skip
 
 

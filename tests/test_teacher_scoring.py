@@ -64,7 +64,7 @@ def test_rows_are_the_teachers_at_the_response_positions(run, tiny_models):
         full = naive_logps(tiny_models.teacher, sample)
         t = targets(row)
         expected = full[np.arange(len(full)), TOKENS[sample]]
-        assert row["token_logprobs"][0].to_list() == pytest.approx(expected.tolist(), abs=1e-4)
+        assert row["token_logprobs"][0].to_list() == pytest.approx(expected.tolist(), abs=5e-4)
         for r in range(len(full)):
             head = t.ids[r][t.is_head[r]].numpy()
             assert set(head) == set(np.argsort(-full[r])[: len(head)])

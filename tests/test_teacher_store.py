@@ -16,7 +16,7 @@ def compressed(logits, settings: TeacherSettings, *, tokens=None, samples=("s",)
     logits = torch.as_tensor(logits, dtype=torch.float32)
     tokens = torch.zeros(len(logits), dtype=torch.long) if tokens is None else torch.as_tensor(tokens)
     lengths = [len(part) for part in np.array_split(np.arange(len(logits)), len(samples))]
-    return compress(logits, tokens, lengths, list(samples), settings)
+    return compress([logits.clone()], tokens, lengths, list(samples), settings)
 
 
 def positions(rows: pl.DataFrame) -> list[dict]:
@@ -25,11 +25,12 @@ def positions(rows: pl.DataFrame) -> list[dict]:
     for row in rows.iter_rows(named=True):
         at = 0
         for r, (h, t) in enumerate(zip(row["head_counts"], row["tail_counts"], strict=True)):
-            ids, logprobs = row["entry_ids"][at : at + h + t], row["entry_logprobs"][at : at + h + t]
+            gaps, logprobs = row["entry_gaps"][at : at + h + t], row["entry_logprobs"][at : at + h + t]
+            ids = [int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(part, dtype=np.float64)]
             found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:],
                           "mass": row["tail_logmass"][r], "token": row["token_logprobs"][r]})  # fmt: skip
             at += h + t
-        assert at == len(row["entry_ids"]) == len(row["entry_logprobs"])
+        assert at == len(row["entry_gaps"]) == len(row["entry_logprobs"])
     return found
 
 
@@ -45,10 +46,14 @@ def distributions(draw):
     return np.array(rows)
 
 
-@settings(max_examples=150, deadline=None)
-@given(distributions(), st.integers(1, 45), st.integers(0, 8), st.sampled_from([0.0, 1e-6, 1e-3, 0.2]))
-def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k, m, epsilon):
-    rows = compressed(logits, TeacherSettings(k_head=k, m_tail=m, epsilon=epsilon))
+@settings(max_examples=300, deadline=None)
+@given(
+    distributions(), st.integers(1, 45), st.integers(0, 8), st.sampled_from([0.0, 1e-6, 1e-3, 0.2]),
+    st.sampled_from([0.0, 0.01, 0.2]), st.sampled_from([3, 6, 23]),
+)  # fmt: skip
+def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k, m, epsilon, min_weight, bits):
+    how = TeacherSettings(k_head=k, m_tail=m, epsilon=epsilon, min_weight=min_weight, logprob_bits=bits)
+    rows = compressed(logits, how)
     assert (
         schemas.validate(
             "teacher_logits",
@@ -61,27 +66,41 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
     for z, p in zip(logits, positions(rows), strict=True):
         full = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         assert list(p["head"]) == sorted(p["head"])
+        top = max(p["head"], key=lambda i: full[i], default=None)
         for id, logprob in p["head"].items():
-            assert np.exp(logprob) == pytest.approx(full[id], rel=1e-4, abs=1e-30)
+            within = abs(np.log(full[id])) * 2.0 ** -(bits + 1)
+            if id != top and full[id] < full[top]:  # the largest takes what the others lost
+                assert abs(logprob - np.log(full[id])) <= within + 1e-5
+        head = sum(map(np.exp, p["head"].values()))
+        assert head == pytest.approx(full[list(p["head"])].sum(), abs=3e-4)
         outside = [i for i in range(len(z)) if i not in p["head"]]
-        assert np.exp(p["mass"]) == pytest.approx(full[outside].sum(), rel=1e-3, abs=1e-30)
+        assert np.exp(p["mass"]) == pytest.approx(full[outside].sum(), rel=1e-2, abs=1e-30)
         if p["head"] and outside:  # nothing outside is more probable than something inside
             assert full[outside].max() <= min(full[i] for i in p["head"]) * (1 + 1e-4)
-        if full[outside].sum() > epsilon + 1e-6:
+        if not min_weight and full[outside].sum() > epsilon + 1e-6:
             assert len(p["head"]) == min(k, (full > 0).sum()) or len(p["head"]) == k
-        assert len(p["tail"]) in (0, m)
+        smallest = min((full[i] for i in p["head"]), default=1)
+        assert len(p["head"]) == 1 or smallest >= min_weight * (1 - 1e-5)
+        if len(p["head"]) < k and full[outside].sum() > epsilon + 1e-6:
+            assert full[outside].max() <= max(min_weight, 1e-30) * (1 + 1e-5)
+        if min_weight and p["tail"]:
+            assert len(p["tail"]) == min(m, max(1, int(np.ceil(full[outside].sum() / min_weight - 1e-4)))) or (
+                full[outside].sum() / min_weight % 1 < 1e-3
+            )
+        elif not min_weight:
+            assert len(p["tail"]) in (0, m)
         assert not set(p["tail"]) & set(p["head"])
         assert all(full[i] > 0 for i in p["tail"])
         weight = sum(map(np.exp, p["head"].values())) + (np.exp(p["mass"]) if p["tail"] else 0)
-        assert weight <= 1 + 1e-4
+        assert weight <= 1 + 1e-2
         if m and full[outside].sum() > epsilon + 1e-6 and full[outside].sum() > 1e-20:
-            assert weight == pytest.approx(1, abs=1e-4)
+            assert weight == pytest.approx(1, abs=1e-3)
 
 
 def test_a_confident_position_stores_one_entry_and_no_tail():
     (p,) = positions(compressed([[30.0] + [0.0] * 99], TeacherSettings(k_head=16, m_tail=16)))
     assert (list(p["head"]), p["tail"]) == ([0], [])
-    assert np.exp(p["mass"]) == pytest.approx(99 * np.exp(-30), rel=1e-4)  # 1 - p would be 0 here
+    assert np.exp(p["mass"]) == pytest.approx(99 * np.exp(-30), rel=2e-3)  # 1 - p would be 0 here
 
 
 def test_one_hot_teacher_has_no_mass_outside():
@@ -89,14 +108,17 @@ def test_one_hot_teacher_has_no_mass_outside():
     assert (p["head"], p["tail"], p["mass"]) == ({1: 0.0}, [], float("-inf"))
 
 
-def test_tail_samples_estimate_an_expectation_without_bias():
+@pytest.mark.parametrize("min_weight", [0.0, 0.05])
+def test_tail_samples_estimate_an_expectation_without_bias(min_weight):
     rng = np.random.default_rng(0)
     z = rng.normal(0, 1.5, 400)
     full = np.exp(z) / np.exp(z).sum()
     value = rng.normal(size=400)
     wanted = (full * value).sum()
     names = [f"s{i}" for i in range(3000)]
-    rows = compressed(np.tile(z, (3000, 1)), TeacherSettings(k_head=8, m_tail=8, epsilon=0.0), samples=names)
+    rows = compressed(
+        np.tile(z, (3000, 1)), TeacherSettings(k_head=8, m_tail=8, epsilon=0.0, min_weight=min_weight), samples=names
+    )
     got = []
     for p in positions(rows):
         head = sum(np.exp(lp) * value[i] for i, lp in p["head"].items())
@@ -108,12 +130,12 @@ def test_tail_samples_estimate_an_expectation_without_bias():
 
 def test_tail_draw_depends_on_sample_and_position_only():
     z = np.random.default_rng(1).normal(size=(6, 300))
-    s = TeacherSettings(k_head=4, m_tail=4)
+    s = TeacherSettings(k_head=4, m_tail=4, min_weight=0)
     together = compressed(z, s, samples=("a", "b"))
     alone = compressed(z[3:], s, samples=("b",))
-    assert together.filter(pl.col("sample_id") == "b")["entry_ids"].to_list() == alone["entry_ids"].to_list()
+    assert together.filter(pl.col("sample_id") == "b")["entry_gaps"].to_list() == alone["entry_gaps"].to_list()
     other = compressed(z[3:], s, samples=("c",))
-    assert other["entry_ids"].to_list() != alone["entry_ids"].to_list()
+    assert other["entry_gaps"].to_list() != alone["entry_gaps"].to_list()
 
 
 def test_token_logprob_is_that_of_the_token_at_the_stored_temperature():
@@ -121,13 +143,13 @@ def test_token_logprob_is_that_of_the_token_at_the_stored_temperature():
     (a, b, c) = positions(compressed(z, TeacherSettings(temperature=2.0), tokens=[7, 0, 49]))
     scaled = z / 2
     logp = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
-    assert [a["token"], b["token"], c["token"]] == pytest.approx([logp[0, 7], logp[1, 0], logp[2, 49]], rel=1e-5)
+    assert [a["token"], b["token"], c["token"]] == pytest.approx([logp[0, 7], logp[1, 0], logp[2, 49]], rel=2e-4)
 
 
 def test_targets_line_up_positions_of_several_samples():
     z = np.random.default_rng(3).normal(0, 3, size=(5, 60))
     z[2, 10] = 40  # one confident position among wide ones
-    rows = compressed(z, TeacherSettings(k_head=6, m_tail=3), samples=("a", "b"))
+    rows = compressed(z, TeacherSettings(k_head=6, m_tail=3, min_weight=0), samples=("a", "b"))
     t = targets(rows)
     weights = t.weights()
     for r, p in enumerate(positions(rows)):
@@ -136,7 +158,7 @@ def test_targets_line_up_positions_of_several_samples():
         )
         assert t.ids[r][t.is_tail[r]].tolist() == p["tail"]
         assert float(t.tail_logmass[r]) == p["mass"]
-        assert float(weights[r].sum()) == pytest.approx(1, abs=2e-4)
+        assert float(weights[r].sum()) == pytest.approx(1, abs=1e-3)
 
 
 def test_responses_of_equal_length_are_lists_like_any_other():
@@ -157,5 +179,5 @@ def test_a_logit_that_is_not_a_number_names_the_sample():
 
 def test_a_300k_vocabulary_is_handled_in_blocks():
     z = np.random.default_rng(4).normal(size=(70, 300_000)).astype(np.float32)
-    rows = compressed(z, TeacherSettings(k_head=8, m_tail=8))
-    assert len(rows["entry_ids"][0]) == 70 * 16
+    rows = compressed(z, TeacherSettings(k_head=8, m_tail=8, min_weight=0))
+    assert len(rows["entry_gaps"][0]) == 70 * 16

@@ -219,9 +219,11 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
             reward.append(loss["beta"] * (policy - sum(r["reference_logprobs"])))
             at = 0
             for t, (h, k) in enumerate(zip(r["head_counts"], r["tail_counts"], strict=True)):
+                gaps = r["entry_gaps"][at : at + h + k]
+                entry_ids = [int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(part)]
                 for e in range(at, at + h + k):
                     q = np.exp(r["entry_logprobs"][e]) if e < at + h else np.exp(r["tail_logmass"][t]) / k
-                    total = total + weight * q * (r["entry_logprobs"][e] - logp[t, r["entry_ids"][e]]) / count
+                    total = total + weight * q * (r["entry_logprobs"][e] - logp[t, entry_ids[e - at]]) / count
                 at += h + k
             if side == 0:
                 total = total - loss["nll_coef"] * policy / d.chosen_tokens
@@ -343,7 +345,7 @@ def test_a_missing_row_names_pair_slice_and_remedy(profile):
             training.train(request_of(profile, "missing"))
 
 
-@pytest.mark.parametrize("table, column", [("reference_logprobs", "token_logprobs"), ("teacher_logits", "entry_ids")])
+@pytest.mark.parametrize("table, column", [("reference_logprobs", "token_logprobs"), ("teacher_logits", "entry_gaps")])
 def test_rows_of_another_length_are_refused(profile, table, column):
     with tampered(profile, table, lambda row: [row | {column: row[column][:-1]}]) as pair:
         message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*response tokens"

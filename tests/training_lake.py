@@ -53,7 +53,7 @@ def make_profile(root: Path, *, n_pairs: int = 12, model: dict | None = None, **
         "name": "test", "root": root, "models": {"student": "student", "teacher": "teacher"},
         "paths": {"queries": "queries", "checkpoints": "checkpoints", "work": "work"},
         "lake": {"catalog": "sqlite:lake/catalog.sqlite", "data_path": "lake/files"},
-        "teacher": {"k_head": 6, "m_tail": 4}, "training": training, "threads": 1,
+        "teacher": {"k_head": 6, "m_tail": 4, "min_weight": 0, "logprob_bits": 23}, "training": training, "threads": 1,
     })  # fmt: skip
     run = Run(profile, Lake.of(profile), log=lambda line: None)
     rng = np.random.default_rng(0)

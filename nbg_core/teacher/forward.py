@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nbg_core.forward import lay_out, no_packing, output_matrix, response_hidden
-from nbg_core.head import head_logps
+from nbg_core.head import head_logps, logit_tiles
 from nbg_core.models import load_model, load_tokenizer, padding_id
 from nbg_core.packing import supports_packing
 from nbg_core.run import Run
@@ -62,10 +62,9 @@ class Scorer:
         """log p [T] of the responses' own tokens, by the reduction that the trainer uses; float32."""
         return head_logps(scored.hidden, self.weight, scored.token_ids, vocab=self.vocab)
 
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, V] float32."""
-        return (hidden @ self.weight[: self.vocab].T).float()
+    def logits(self, scored: Scored) -> Iterator[Tensor]:
+        """Tiles [c, V] float32 of the logits at the T response positions; each may be overwritten."""
+        return logit_tiles(scored.hidden, self.weight, vocab=self.vocab)
 
     def _batches(self, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
         """Without padding: responses that share a prompt side by side, longest first. With: longest first."""

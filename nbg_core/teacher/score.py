@@ -54,9 +54,7 @@ def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, te
         frames = []
         for scored in scorer.score(chunk):
             ids = scored.samples["sample_id"].to_list()
-            frames.append(
-                compress(scorer.logits(scored.hidden), scored.token_ids, scored.lengths, ids, run.profile.teacher)
-            )
+            frames.append(compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, run.profile.teacher))
             progress.advance(len(ids))
         rows = pl.concat(frames).with_columns(
             pl.lit(slice).alias("slice"), pl.lit(teacher).alias("model_id"), pl.lit(storage).alias("settings_id")

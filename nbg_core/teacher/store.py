@@ -1,15 +1,31 @@
 """The stored teacher distribution: an exact head and systematic samples of the tail, per response position.
 
 The head is the smallest set of top entries that leaves at most `epsilon` outside, up to `k_head`. If more than
-`epsilon` is left, `m_tail` ids are drawn from it by systematic sampling (one uniform number per position, seeded by
-sample and position), each standing for tail mass / m_tail: the cross-entropy against these weights is an unbiased
-estimate of that against the whole distribution (random-sampling distillation, arXiv 2503.16870, stratified here).
-The mass outside the head is exact: a logsumexp over what is outside, never 1 - sum.
+`epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number per position, seeded
+by sample and position), each standing for an equal share of the tail mass: the cross-entropy against these weights is
+an unbiased estimate of that against the whole distribution (random-sampling distillation, arXiv 2503.16870, stratified
+here). The mass outside the head is exact: a logsumexp over what is outside, never 1 - sum.
 
-Shapes: T response positions, V vocabulary, K entries of the widest position.
+`min_weight` spends entries where they count: what is less probable is not kept in the head but may be sampled, and
+there are no more samples than each can stand for that much mass (one at least). A position then has at most
+1 / min_weight entries; a sure one has two. For the error of a mean over positions this is the best use of a number of
+entries (sampling proportional to size). With 0 every position that is not sure has k_head + m_tail.
+
+In a file every value is plain, so that SQL reads it, and shaped for Parquet's BYTE_STREAM_SPLIT encoding with zstd
+(`files.write_parquet`), which store bytes that are mostly equal in next to nothing:
+
+* ids, sorted in the head and in the tail, as differences to the one before (`entry_gaps`; the first is the id itself),
+  as float32: exact up to 2^24, DuckDB reads the encoding of floats alone, and a float's exponent and mantissa are what
+  a difference of any size is best split into;
+* log-probs as float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. The largest of a head has
+  more, and takes what rounding the others lost, so that head and tail sum to 1.
+
+Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -19,70 +35,121 @@ from torch import Tensor
 
 from nbg_core.config import TeacherSettings
 from nbg_core.ids import seed_from
-from nbg_core.losses import TeacherTargets, token_logps
+from nbg_core.losses import TeacherTargets
 
-COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_ids", "entry_logprobs")
+COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
 """Columns of teacher_logits that hold the distribution."""
 
 BLOCK_ELEMENTS = 1 << 24
 """Logits handled at once, so that memory does not grow with T x V."""
+FINE_BITS = 13
+"""Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
 
 
 def compress(
-    logits: Tensor, token_ids: Tensor, lengths: list[int], samples: list[str], s: TeacherSettings
+    logits: Iterable[Tensor], token_ids: Tensor, lengths: list[int], samples: list[str], s: TeacherSettings
 ) -> pl.DataFrame:
-    """The teacher_logits columns of one forward pass, a row per sample.
+    """The teacher_logits columns of responses behind one another, a row per sample.
 
-    logits [T, V] float32, row t predicts token_ids [T]; `lengths` sum to T, one per sample id. Raises ValueError when
-    a logit is NaN or +inf, naming the sample."""
+    `logits`: blocks [any, V], float32, whose rows behind one another predict token_ids [T]; `lengths` sum to T, one per
+    sample id. Blocks are overwritten. Raises ValueError when a logit is NaN or +inf, naming the sample."""
     uniforms = np.concatenate([_uniforms(sample, n, s.seed) for sample, n in zip(samples, lengths, strict=True)])
-    step = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    parts = [
-        _compress_block(logits[i : i + step], token_ids[i : i + step], uniforms[i : i + step], s)
-        for i in range(0, len(logits), step)
-    ]
+    parts, at = [], 0
+    for block in logits:
+        step = max(1, BLOCK_ELEMENTS // block.shape[1])
+        for z in block.split(step):
+            rows = slice(at, at + len(z))
+            parts.append(_compress_block(z, token_ids[rows], uniforms[rows], s))
+            at += len(z)
     token, tail, n_head, n_tail, ids, logprobs = (np.concatenate(p) for p in zip(*parts, strict=True))
     ends = np.cumsum(lengths)
-    if np.isnan(token).any() or np.isnan(tail).any():
-        bad = int(np.searchsorted(ends, np.flatnonzero(np.isnan(token) | np.isnan(tail))[0], side="right"))
+    bad = np.isnan(token) | np.isnan(tail)
+    if bad.any():
+        name = samples[int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))]
         raise ValueError(
-            f"the teacher's logits for sample {samples[bad]} are not numbers; check the teacher's weights and dtype"
+            f"the teacher's logits for sample {name} are not numbers; check the teacher's weights and dtype"
         )
     entry_ends = np.cumsum(n_head + n_tail)[ends - 1]
     return pl.DataFrame({
         "sample_id": samples,
-        "token_logprobs": _lists(token, ends),
-        "tail_logmass": _lists(tail, ends),
+        "token_logprobs": _lists(round_mantissa(token, FINE_BITS), ends),
+        "tail_logmass": _lists(round_mantissa(tail, FINE_BITS), ends),
         "head_counts": _lists(n_head.astype(np.int32), ends),
         "tail_counts": _lists(n_tail.astype(np.int32), ends),
-        "entry_ids": _lists(ids.astype(np.int32), entry_ends),
-        "entry_logprobs": _lists(logprobs, entry_ends),
+        "entry_gaps": _lists(_gaps(ids.astype(np.int32), n_head, n_tail), entry_ends),
+        "entry_logprobs": _lists(_rounded(logprobs, n_head, n_tail, s.logprob_bits), entry_ends),
     })  # fmt: skip
 
 
 def targets(rows: pl.DataFrame) -> TeacherTargets:
     """TeacherTargets over the positions of `rows` (teacher_logits columns) behind one another, in row order."""
-    return targets_of(**{c: rows[c].explode(empty_as_null=False).to_numpy() for c in COLUMNS})
+    return decode([{c: row[c][0].to_numpy() for c in COLUMNS} for row in rows.iter_slices(1)])
 
 
-def targets_of(
-    head_counts: np.ndarray, tail_counts: np.ndarray, tail_logmass: np.ndarray, entry_ids: np.ndarray,
-    entry_logprobs: np.ndarray,
-) -> TeacherTargets:  # fmt: skip
-    """TeacherTargets of T positions from flat columns: the first three [T], the entries behind one another."""
-    n_head, count = head_counts.astype(np.int64), head_counts.astype(np.int64) + tail_counts
-    width = int(count.max(initial=1))
-    position = np.repeat(np.arange(len(count)), count)
-    column = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    ids = np.zeros((len(count), width), dtype=np.int64)
-    logprobs = np.zeros((len(count), width), dtype=np.float32)
-    ids[position, column] = entry_ids
-    logprobs[position, column] = entry_logprobs
-    columns = np.arange(width)
-    is_head = columns < n_head[:, None]
-    is_tail = ~is_head & (columns < count[:, None])
-    arrays = (ids, logprobs, is_head, is_tail, tail_logmass.astype(np.float32))
-    return TeacherTargets(*(torch.from_numpy(a.copy()) for a in arrays))
+def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
+    """TeacherTargets over the positions of `responses` (arrays by name, COLUMNS among them) behind one another."""
+    found = {c: [r[c] for r in responses] for c in COLUMNS}
+    dtypes = {"head_counts": np.int32, "tail_counts": np.int32}
+    head_counts, tail_counts, tail_logmass, gaps, logp = (
+        np.concatenate(found[c] or [np.zeros(0, dtypes.get(c, np.float32))]) for c in COLUMNS
+    )
+    starts, n = _lists_within(head_counts, tail_counts)
+    gaps = gaps.astype(np.int64)
+    entry_ids = gaps.cumsum()  # over all lists: what the lists before add up to is taken off again
+    entry_ids -= np.repeat(entry_ids[starts] - gaps[starts], n)
+    count = head_counts + tail_counts
+    columns = np.arange(count.max(initial=1), dtype=np.int32)
+    is_head, is_entry = columns < head_counts[:, None], columns < count[:, None]  # [T, K]
+    ids = np.zeros(is_entry.shape, dtype=np.int64)
+    logprobs = np.zeros(is_entry.shape, dtype=np.float32)
+    ids[is_entry], logprobs[is_entry] = entry_ids, logp
+    arrays = (ids, logprobs, is_head, is_entry & ~is_head, np.array(tail_logmass, dtype=np.float32))
+    return TeacherTargets(*map(torch.from_numpy, arrays))
+
+
+def round_mantissa(x: np.ndarray, bits: int) -> np.ndarray:
+    """float32 `x` rounded to `bits` (1 to 23) bits of mantissa, ties away from 0; infinities and NaN stay."""
+    drop = 23 - bits
+    if not drop:
+        return x
+    raw = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((raw + np.uint32(1 << (drop - 1))) & ~np.uint32((1 << drop) - 1)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x).astype(np.float32)
+
+
+def _rounded(logprobs: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
+    """Log-probs [E] of positions [T] rounded, each head with the mass that it had."""
+    position = np.repeat(np.arange(len(n_head)), n_head + n_tail)
+    is_head = _is_head(n_head, n_tail)
+    result = np.where(is_head, round_mantissa(logprobs, bits), round_mantissa(logprobs, max(1, bits - 2)))
+    at, owner = np.flatnonzero(is_head), position[is_head]
+    order = at[np.lexsort((-logprobs[at], owner))]
+    largest = order[np.unique(owner, return_index=True)[1]]  # of each head that is not empty
+    lost = np.bincount(owner, np.exp(logprobs[at].astype(np.float64)) - np.exp(result[at].astype(np.float64)))
+    mass = np.exp(result[largest].astype(np.float64)) + lost[position[largest]]
+    fine = np.minimum(np.log(np.maximum(mass, np.finfo(np.float64).tiny)), 0.0).astype(np.float32)
+    result[largest] = round_mantissa(fine, max(FINE_BITS, bits))
+    return result
+
+
+def _is_head(n_head: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
+    """[E] bool."""
+    return np.repeat(np.tile([True, False], len(n_head)), np.stack([n_head, n_tail], 1).ravel())
+
+
+def _gaps(ids: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
+    """Differences [E] of ids to the one before in their head or tail; the first is the id itself."""
+    gaps = np.diff(ids, prepend=np.int32(0))
+    starts, _ = _lists_within(n_head, n_tail)
+    gaps[starts] = ids[starts]
+    return gaps.astype(np.float32)
+
+
+def _lists_within(n_head: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each head and each tail that is not empty begins in [E], and its length."""
+    n = np.stack([n_head, n_tail], 1).ravel()
+    starts = np.cumsum(n) - n
+    return starts[n > 0], n[n > 0]
 
 
 def _lists(flat: np.ndarray, ends: np.ndarray) -> pl.Series:
@@ -95,33 +162,54 @@ def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed_from("tail", seed, sample))).random(n)
 
 
-def _compress_block(logits: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings):
-    scaled = logits / s.temperature
-    logp = scaled.log_softmax(-1)
-    k = min(s.k_head, logp.shape[1])
-    top = logp.topk(k, dim=-1)
-    outside = 1 - top.values.double().exp().cumsum(-1)  # [T, k]: mass left by the first j + 1 entries
+def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings):
+    """Of logits z [c, V], which are overwritten: the token's log-prob, the log mass outside the head, head and tail
+    counts [c], ids and log-probs of all entries."""
+    if s.temperature != 1:
+        z.div_(s.temperature)
+    log_z = z.logsumexp(-1, keepdim=True)  # [c, 1]
+    token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0]
+    vocab = z.shape[1]
+    k = min(s.k_head, vocab)
+    top, top_ids = z.topk(k, dim=-1)  # [c, k]
+    top = top - log_z
+    outside = 1 - top.double().exp().cumsum(-1)  # mass left by the first j + 1 entries
     enough = outside <= s.epsilon
-    n_head = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, k)  # [T]
-    kept = torch.arange(k, device=logp.device) < n_head[:, None]
-    kept &= top.values > -torch.inf  # an impossible token is not an entry
-    in_head = torch.zeros_like(logp, dtype=torch.bool)
-    in_head.scatter_(1, top.indices, kept)
-    tail_logmass = logp.masked_fill(in_head, -torch.inf).logsumexp(-1)
-    draw = ~enough.any(-1) & (tail_logmass > -torch.inf) & bool(s.m_tail)
-    tail_ids = torch.zeros((len(logp), s.m_tail), dtype=torch.long, device=logp.device)
-    if draw.any():
-        mass = logp[draw].double().exp().masked_fill(in_head[draw], 0)
+    n_enough = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, vocab)  # [c]
+    n_head = n_enough.clamp(max=k).minimum((top.exp() >= s.min_weight).sum(-1).clamp(min=1))  # [c]
+    kept = torch.arange(k, device=z.device) < n_head[:, None]
+    kept &= top > -torch.inf  # an impossible token is not an entry
+    at_tops = z.gather(1, top_ids)
+    z.scatter_(1, top_ids, at_tops.masked_fill(kept, -torch.inf))  # from here on z is what is outside
+    tail_logmass = z.logsumexp(-1) - log_z[:, 0]
+    draw = (n_head < n_enough) & (tail_logmass > -torch.inf) & bool(s.m_tail)
+    n_tail = draw * _tail_size(tail_logmass.exp(), s)  # [c]
+    m = int(n_tail.max())
+    tail_ids = torch.zeros((len(z), m), dtype=torch.long, device=z.device)
+    tail = torch.zeros((len(z), m), device=z.device)
+    drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]
+    if m:
+        rest = z if draw.all() else z[draw]
+        mass = (rest - log_z[draw]).double().exp_()
         cdf = mass.cumsum(-1)
         u = torch.from_numpy(uniforms).to(cdf.device)[draw]
-        points = (u[:, None] + torch.arange(s.m_tail, device=cdf.device)) / s.m_tail * cdf[:, -1:]
-        last = (mass > 0).int().cumsum(-1).argmax(-1, keepdim=True)  # rounding must not pick an impossible id
-        tail_ids[draw] = torch.searchsorted(cdf, points, right=True).minimum(last)
-    head_first = torch.where(kept, top.indices, logp.shape[1]).sort(-1).values  # sorted by id, padding last
-    ids = torch.cat([head_first, tail_ids], 1)
-    valid = torch.cat([head_first < logp.shape[1], draw[:, None].expand_as(tail_ids)], 1)
-    logprobs = logp.gather(1, ids.clamp(max=logp.shape[1] - 1))
-    return (
-        token_logps(scaled, token_ids).cpu().numpy(), tail_logmass.cpu().numpy(), kept.sum(-1).cpu().numpy(),
-        (draw * s.m_tail).cpu().numpy(), ids[valid].cpu().numpy(), logprobs[valid].cpu().numpy(),
-    )  # fmt: skip
+        steps = (u[:, None] + torch.arange(m, device=cdf.device)) / n_tail[draw, None]
+        last = (
+            vocab - 1 - mass.flip(-1).ne(0).byte().argmax(-1, keepdim=True)
+        )  # rounding must not pick an impossible id
+        found = torch.searchsorted(cdf, steps.clamp(max=1) * cdf[:, -1:], right=True).minimum(last)
+        tail_ids[draw] = found
+        tail[draw] = rest.gather(1, found) - log_z[draw]
+    order = torch.where(kept, top_ids, vocab).argsort(-1)  # sorted by id, padding last
+    ids = torch.cat([top_ids.gather(1, order), tail_ids], 1)
+    logprobs = torch.cat([top.gather(1, order), tail], 1)
+    valid = torch.cat([kept.gather(1, order), drawn], 1)
+    columns = (token, tail_logmass, kept.sum(-1), n_tail, ids[valid], logprobs[valid])
+    return tuple(c.cpu().numpy() for c in columns)
+
+
+def _tail_size(mass: Tensor, s: TeacherSettings) -> Tensor:
+    """Samples [c] for a tail of `mass` [c]."""
+    if not s.min_weight:
+        return torch.full_like(mass, s.m_tail, dtype=torch.long)
+    return (mass / s.min_weight).ceil().long().clamp(min(1, s.m_tail), s.m_tail)

@@ -23,9 +23,8 @@ from nbg_core.forward import lay_out
 from nbg_core.losses import Denominators, TeacherTargets
 from nbg_core.models import Padded
 from nbg_core.packing import Pack
-from nbg_core.teacher.store import COLUMNS as TEACHER_COLUMNS
-from nbg_core.teacher.store import targets_of
-from nbg_core.training.rows import COLUMNS, Rows
+from nbg_core.teacher.store import decode
+from nbg_core.training.rows import Rows
 
 AHEAD = 2
 """Batches that are ready before their turn."""
@@ -86,16 +85,18 @@ class TrainingSet:
         """The tensors of `pairs`."""
         pairs = np.asarray(pairs, dtype=np.int64)
         found = [self.rows.read(number) for number in self.rows.numbers[pairs].ravel()]  # 2B
-        columns = {name: np.concatenate([r[name] for r in found]) if found else np.zeros(0, dtype) for name, dtype in
-                   COLUMNS.items()}  # fmt: skip
+        token_ids, reference = (
+            torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(r[name] for r in found)]))
+            for name, dtype in (("token_ids", np.int64), ("token_logprobs", np.float32))
+        )
         n = self.n_tokens[pairs].ravel().astype(np.int64)  # [2B]
         return PairBatch(
             inputs=lay_out([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id),
-            token_ids=torch.from_numpy(columns["token_ids"].astype(np.int64)),
+            token_ids=token_ids,
             pair_index=torch.from_numpy(np.repeat(np.arange(len(n)) // 2, n)),
             is_chosen=torch.from_numpy(np.repeat(np.arange(len(n)) % 2 == 0, n)),
-            reference_logps=torch.from_numpy(columns["token_logprobs"].copy()),
-            targets=targets_of(**{c: columns[c] for c in TEACHER_COLUMNS}),
+            reference_logps=reference,
+            targets=decode(found),
             n_pairs=len(pairs),
         )
 

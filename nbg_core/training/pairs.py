@@ -22,8 +22,8 @@ _RESPONSES = """
     t AS (
       SELECT sample_id, len(token_logprobs) AS n_teacher,
              len(head_counts) = n_teacher AND len(tail_counts) = n_teacher AND len(tail_logmass) = n_teacher
-               AND len(entry_ids) = len(entry_logprobs)
-               AND len(entry_ids) = list_sum(head_counts) + list_sum(tail_counts) AS is_whole
+               AND len(entry_gaps) = len(entry_logprobs)
+               AND len(entry_gaps) = list_sum(head_counts) + list_sum(tail_counts) AS is_whole
       FROM teacher_logits WHERE model_id = $2 AND settings_id = $3),
     r AS (SELECT sample_id, len(token_logprobs) AS n_reference FROM reference_logprobs
       WHERE model_id = $4 AND settings_id = $5),

@@ -23,18 +23,18 @@ from nbg_core.training.request import ASSET, Request
 
 TABLES = {
     "samples": ("prompt_token_ids", "token_ids"),
-    "teacher_logits": ("head_counts", "tail_counts", "tail_logmass", "entry_ids", "entry_logprobs"),
+    "teacher_logits": ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs"),
     "reference_logprobs": ("token_logprobs",),
 }
 """Columns that training reads."""
 
 COLUMNS = {
     "prompt_token_ids": np.int32, "token_ids": np.int32, "head_counts": np.int32, "tail_counts": np.int32,
-    "tail_logmass": np.float32, "entry_ids": np.int32, "entry_logprobs": np.float32, "token_logprobs": np.float32,
+    "tail_logmass": np.float32, "entry_gaps": np.float32, "entry_logprobs": np.float32, "token_logprobs": np.float32,
 }  # fmt: skip
 
 # Columns whose values lie at the same places as another's of their table.
-_LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_logprobs": "entry_ids"}
+_LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_logprobs": "entry_gaps"}
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
