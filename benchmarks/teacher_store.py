@@ -244,7 +244,7 @@ def measure(name: str, temperature: float | None, make: Callable[[int], Tokens],
             true += (p * (p.log() - z.log_softmax(-1))).nan_to_num(0).sum().item()
             gradient = (z.softmax(-1) - p).float()
             for c, (_, _, kl) in stored.items():
-                leaf = student.clone().requires_grad_()
+                leaf = student.clone().requires_grad_()  # float32, as in training
                 value = kl(slice(at, at + len(teacher)), teacher)(leaf)
                 value.sum().backward()
                 sums[c] += value.detach().double().sum().item()
@@ -290,12 +290,13 @@ def section(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=192, help="tokens of the longest response, of 16")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of the longest response, of 16")
     parser.add_argument("--model", type=Path, help="folder that keeps the converted model between runs")
     parser.add_argument("--only", nargs="+", choices=["smollm2", "heavy tail"], default=["smollm2", "heavy tail"])
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     args = parser.parse_args()
-    torch.set_num_threads(psutil.cpu_count(logical=False))
+    torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if "smollm2" in args.only:
