@@ -46,6 +46,8 @@ def write_profile(folder: Path, slices: tuple[str, ...] = ("a", "b"), **sections
 
 
 TRAINING = "training"
+STEP_0 = {"margin": 0.0, "dpo": math.log(2)}
+"""Metrics of a training's step 0."""
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _checkpoint(run: Run, slice: None) -> list:
                "grad_norm learning_rate tokens_per_second data_wait").split()  # fmt: skip
     steps = pl.DataFrame([
         {"training_id": TRAINING, "step": i, "margin": 0.1 * i, "dpo": math.log(2) - 0.1 * i}
-        | dict.fromkeys(metrics, 1.0 / (i + 1))
+        | dict.fromkeys(metrics, 1.0 / (i + 1)) | ({} if i else STEP_0)
         for i in range(3)
     ])  # fmt: skip
     return [("checkpoints", pl.DataFrame([row])), ("checkpoint_pairs", used), ("training_steps", steps)]
