@@ -80,10 +80,12 @@ class Fake:
         else:
             version = ids.content_version([str(row) for row in main.rows()])
         writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
+        before = lineage.latest(run.lake, asset, slice)
+        new_rows = 0 if before and before["data_version"] == version else main.height
         commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
         summary = accuracy.latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
         return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
-                "rows": main.height, "new_rows": main.height, "counts": {"kept": main.height},
+                "rows": main.height, "new_rows": new_rows, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
 
 
