@@ -60,6 +60,11 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {offload_optimizer: true}", "offload_optimizer needs zero_stage 1, 2 or 3"),
         (MODELS + "training: {lora: {rnak: 8}}", "unknown key 'training.lora.rnak'; did you mean 'rank'"),
         (MODELS + "training: {lora: {rank: 0}}", "training.lora.rank = 0: .*greater than or equal to 1"),
+        (
+            "models: {student: a, teacher: b, dtype: bfloat16}",
+            "models.dtype 'bfloat16' and training.precision 'fp32' .*set training.precision to 'bf16', or change",
+        ),
+        (MODELS + "training: {precision: bf16}", "models.dtype 'float32' .*set training.precision to 'fp32'"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
     ],

@@ -1,7 +1,9 @@
 """`student_samples`: responses of the current policy (and, as a setting, the teacher) to the training queries.
 
-Only responses whose id is not in the lake are drawn; each chunk of queries is committed when it is done. A chunk is
-always the same queries in the same order, so a run that was cut off continues with the batches it would have had.
+Only responses whose id is not in the lake are drawn; each chunk of queries that miss some is committed when it is
+done. Chunks follow the order of query ids, so a run that was cut off continues with the batches it would have had.
+
+Teacher and student get one prompt: the policy's chat template encodes it for both, whatever the teacher's own is.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import polars as pl
 from nbg_core import ids
 from nbg_core.config import Profile
 from nbg_core.lake import Write
-from nbg_core.models import check_same_tokenizer, context_length
+from nbg_core.models import check_same_tokenizer, context_length, encode_prompt, load_tokenizer
 from nbg_core.run import Run
 from nbg_core.sampling.sampler import Decoding, Request, Sampler
 
@@ -76,17 +78,17 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
     if not n_missing:
         return 0
     sampler = open_sampler(run.profile, path, s.batch_size)
+    tokenizer = load_tokenizer(run.policy.path, trust_remote_code=run.profile.models.trust_remote_code)
     decoding = Decoding(s.temperature, s.top_p, s.max_tokens)
     limit = context_length(path)
     progress = run.progress(what, n_missing)
     new_rows = 0
-    for chunk in queries.iter_slices(s.chunk_queries):
+    short = [q for q, row in wanted.items() if not present.issuperset(row)]
+    for chunk in queries.filter(pl.col("query_id").is_in(short)).iter_slices(s.chunk_queries):
         rows, requests = [], []
         for query in chunk.iter_rows(named=True):
             missing = [(i, sid) for i, sid in enumerate(wanted[query["query_id"]]) if sid not in present]
-            if not missing:
-                continue
-            prompt = sampler.encode(query["messages"])
+            prompt = encode_prompt(tokenizer, query["messages"])
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
                     f"query {query['query_id']} has {len(prompt)} prompt tokens; with sampling.max_tokens "
@@ -95,8 +97,6 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
             seeds = [ids.seed_from(s.seed, sid) for _, sid in missing]
             requests.append(Request(prompt, seeds))
             rows.append((query["query_id"], missing, prompt, seeds))
-        if not requests:
-            continue
         records = []
         for (query_id, missing, prompt, seeds), responses in zip(rows, sampler.sample(requests, decoding), strict=True):
             for (index, sid), seed, r in zip(missing, seeds, responses, strict=True):
