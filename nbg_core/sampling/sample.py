@@ -6,12 +6,14 @@ always the same queries in the same order, so a run that was cut off continues w
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
 from nbg_core import ids
-from nbg_core.config import Profile
 from nbg_core.lake import Write
 from nbg_core.models import check_same_tokenizer, context_length
 from nbg_core.run import Run
@@ -20,15 +22,24 @@ from nbg_core.sampling.sampler import Decoding, Request, Sampler
 ASSET = "student_samples"
 
 
-def open_sampler(profile: Profile, path: Path, batch_size: int) -> Sampler:
-    """The profile's sampler for the model at `path`. Raises ValueError for a backend this version does not have."""
-    if profile.sampling.backend == "transformers":
+COMMIT_SECONDS = 30.0
+"""Finished responses wait this long for their commit at most, where a chunk takes longer."""
+
+
+@contextmanager
+def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
+    """The profile's sampler for the model at `path`."""
+    profile = run.profile
+    if profile.sampling.backend == "vllm":
+        from nbg_core.sampling.vllm_sampler import VllmSampler
+        from nbg_core.vllm.server import served
+
+        with served(run, path) as client:
+            yield VllmSampler(client, path, trust_remote_code=profile.models.trust_remote_code)
+    else:
         from nbg_core.sampling.transformers_sampler import TransformersSampler
 
-        return TransformersSampler(profile, path, batch_size)
-    raise ValueError(
-        f"sampling.backend {profile.sampling.backend!r} is not in this version; set it to 'transformers' in the profile"
-    )
+        yield TransformersSampler(profile, path, batch_size)
 
 
 def materialise(run: Run, slice: str) -> dict:
@@ -75,11 +86,22 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
     run.log(f"{what}: {n_all - n_missing} of {n_all} responses already drawn")
     if not n_missing:
         return 0
-    sampler = open_sampler(run.profile, path, s.batch_size)
+    with open_sampler(run, path, s.batch_size) as sampler:
+        return _draw(run, slice, queries, wanted, present, sampler, n_missing, source, path, model, inputs)
+
+
+def _draw(run: Run, slice, queries, wanted, present, sampler: Sampler, n_missing, source, path, model, inputs) -> int:
+    s, sampling = run.profile.sampling, run.profile.sampling_id()
     decoding = Decoding(s.temperature, s.top_p, s.max_tokens)
     limit = context_length(path)
-    progress = run.progress(what, n_missing)
-    new_rows = 0
+    progress = run.progress(f"{ASSET}[{slice}]: {source}", n_missing)
+    new_rows = tokens = 0
+    start = committed = time.monotonic()
+
+    def commit(records: list[dict]) -> int:
+        writes = [Write("samples", pl.DataFrame(records))]
+        return run.commit(ASSET, slice, writes, inputs=inputs).n_rows if records else 0
+
     for chunk in queries.iter_slices(s.chunk_queries):
         rows, requests = [], []
         for query in chunk.iter_rows(named=True):
@@ -98,14 +120,24 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
         if not requests:
             continue
         records = []
-        for (query_id, missing, prompt, seeds), responses in zip(rows, sampler.sample(requests, decoding), strict=True):
-            for (index, sid), seed, r in zip(missing, seeds, responses, strict=True):
+        try:
+            for i, j, r in sampler.stream(requests, decoding):
+                query_id, missing, prompt, seeds = rows[i]
+                index, sid = missing[j]
                 records.append({
                     "slice": slice, "sample_id": sid, "query_id": query_id, "source": source, "model_id": model,
-                    "sampling_id": sampling, "sample_index": index, "seed": seed, "prompt_token_ids": prompt,
+                    "sampling_id": sampling, "sample_index": index, "seed": seeds[j], "prompt_token_ids": prompt,
                     "token_ids": r.token_ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason,
                     "text": sampler.decode(r.token_ids),
                 })  # fmt: skip
-        new_rows += run.commit(ASSET, slice, [Write("samples", pl.DataFrame(records))], inputs=inputs).n_rows
-        progress.advance(len(records), f"{sum(len(r['token_ids']) for r in records)} tokens in this chunk")
+                tokens += len(r.token_ids)
+                now = time.monotonic()
+                if now - committed > COMMIT_SECONDS:
+                    done, records = records, []
+                    new_rows += commit(done)
+                    committed = now
+                progress.advance(1, f"{tokens / max(now - start, 1e-9):.0f} tokens/s")
+        finally:  # also when a server died: what is finished is kept
+            new_rows += commit(records)
+            committed = time.monotonic()
     return new_rows
