@@ -74,7 +74,7 @@ def materialise_stale(
     `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
     of a failure is said on `on_line`. Training that is due and waits for a slice that is not fresh is a failure,
     unless `slices` was given. Raises LookupError for an unknown slice, ValueError for one whose name cannot be a
-    partition and for a profile that needs vLLM where it is not installed, KeyboardInterrupt when a run was interrupted."""
+    partition and for a profile that needs vLLM where there is none, KeyboardInterrupt when a run was interrupted."""
     if problem := missing_environment(profile):
         raise ValueError(problem)
     defs, lake = build(), Lake.of(profile)

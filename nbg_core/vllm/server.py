@@ -72,8 +72,8 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         self.log_path = logs / f"vllm-{model[:8]}-{port}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(interpreter(profile)), "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}",
-                   *_arguments(profile, path, model, prompt_logprobs)]  # fmt: skip
+        command = [str(interpreter(profile)), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--host=127.0.0.1", f"--port={port}", *_arguments(profile, path, model, prompt_logprobs)]
         with open(self.log_path, "w") as log:
             self._process = subprocess.Popen(
                 command, env=_environment(profile), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
