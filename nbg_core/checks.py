@@ -16,6 +16,7 @@ from nbg_core import violations as v
 from nbg_core.config import Profile
 from nbg_core.lake import Lake
 from nbg_core.violations import Subject
+from nbg_core.vllm.environment import missing_environment
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,6 @@ class Check:
     blocking: bool = True
 
 
-def not_in_this_version(profile: Profile) -> str | None:
-    """What the profile asks for that cannot be done yet, as a sentence, or None: asked before any work is."""
-    asked = {"sampling.backend": profile.sampling.backend, "teacher.engine": profile.teacher.engine}
-    later = [f"{key} {value!r}" for key, value in asked.items() if value != "transformers"]
-    return f"not in this version: {', '.join(later)}; set it to 'transformers' in the profile" if later else None
-
-
 def cannot_run(profile: Profile) -> list[str]:
     """What stands in the way of running a valid profile on this machine, a sentence each."""
     models = {"student": profile.models.student, "teacher": profile.models.teacher}
@@ -43,7 +37,7 @@ def cannot_run(profile: Profile) -> list[str]:
         for role, path in models.items()
         if not (profile.resolve(path) / "config.json").is_file()
     ]
-    return [*filter(None, [not_in_this_version(profile)]), *missing]
+    return [*filter(None, [missing_environment(profile)]), *missing]
 
 
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice: str | None) -> str | None:

@@ -8,6 +8,7 @@ against the project root: `NBG_ROOT`, else the folder above `profiles/` that the
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 import re
 import zoneinfo
@@ -79,7 +80,7 @@ class QuerySettings(Section):
 
 class SamplingSettings(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Sampler: `transformers` in a subprocess, or a vLLM server."""
+    """Sampler, of held-out answers too: `transformers` in a subprocess, or vLLM servers (section vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
     """Responses per query from the current policy."""
     n_teacher: Annotated[int, Field(ge=0)] = 0
@@ -126,7 +127,7 @@ class PreferenceSettings(Section):
 
 class TeacherSettings(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the teacher's forward passes."""
+    """What runs the teacher's forward passes: `transformers`, or vLLM servers, which give top entries only."""
     k_head: Annotated[int, Field(ge=1)] = 64
     """Most probable entries kept exactly, at most."""
     m_tail: Annotated[int, Field(ge=0)] = 64
@@ -274,6 +275,33 @@ class EvaluationSettings(Section):
     """Let the refresh job promote a checkpoint that passes the gate."""
 
 
+class VllmSettings(Section):
+    python: Path = Path(".venv-vllm/bin/python")
+    """Interpreter of the environment that vLLM is installed in (`make vllm` builds it)."""
+    version: str = "0.32.0"
+    """Version that the servers must be of; part of the keys of what they make."""
+    addresses: tuple[str, ...] = ()
+    """Base URLs of servers that run already, like http://host:8000, each serving one of the models under its model id;
+    none: a server is started for each stage that needs one, and stopped after it."""
+    args: tuple[str, ...] = ()
+    """More arguments for the server that we start, like --tensor-parallel-size=8 or --gpu-memory-utilization=0.85."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest sequence our server takes, in tokens; none is the model's own."""
+    max_in_flight: Annotated[int, Field(ge=1)] = 64
+    """Requests that wait for an answer at once, over all servers: what a killed server or worker can lose."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a request may take before it is tried again."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds our server may take until it answers."""
+
+    @model_validator(mode="after")
+    def _addresses_are_urls(self):
+        for address in self.addresses:
+            if not re.fullmatch(r"https?://[^\s/]+(/[^\s?#]*)?", address):
+                raise ValueError(f"addresses: {address!r} is not a base URL; write it like http://host:8000")
+        return self
+
+
 class RefreshSettings(Section):
     cron: str = "0 3 * * *"
     """When the refresh schedule runs (cron, `timezone`)."""
@@ -330,6 +358,8 @@ class Profile(Section):
     """DeepSpeed training."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Held-out evaluation and the promotion gate."""
+    vllm: VllmSettings = VllmSettings()
+    """The servers of sampling.backend and teacher.engine `vllm`."""
     refresh: RefreshSettings = RefreshSettings()
     """The refresh schedule."""
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -352,15 +382,40 @@ class Profile(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _vllm_gives_top_entries_only(self):
+        t, estimator = self.teacher, self.training.loss.estimator
+        needed = {
+            "teacher.m_tail": (t.m_tail, 0),
+            "teacher.min_weight": (t.min_weight, 0),
+            "teacher.temperature": (t.temperature, 1),
+            "training.loss.estimator": (estimator, "bucket"),
+        }
+        wrong = {key: want for key, (have, want) in needed.items() if have != want}
+        if t.engine == "vllm" and wrong:
+            remedy = ", ".join(f"{key} to {want!r}" for key, want in wrong.items())
+            raise ValueError(
+                "teacher.engine 'vllm' gives the most probable entries at temperature 1 and no samples of the tail; "
+                f"set {remedy}, or teacher.engine to 'transformers'"
+            )
+        return self
+
+    def engine_version(self, engine: str) -> list[str]:
+        """A sampling backend or teacher engine with the versions of what it computes with."""
+        if engine == "vllm":
+            return [engine, self.vllm.version]
+        return [engine, *(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))]
+
     def sampling_id(self) -> str:
         """Hash of what changes a response's distribution or draw, and nothing else (n and batching do not)."""
         s = self.sampling
-        return digest("sampling", self.models.dtype, s.backend, s.temperature, s.top_p, s.max_tokens, s.seed)
+        made_by = self.engine_version(s.backend)
+        return digest("sampling", self.models.dtype, made_by, s.temperature, s.top_p, s.max_tokens, s.seed)
 
     def storage_id(self) -> str:
         """Hash of what changes the stored teacher rows, besides the teacher."""
         stored = self.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples"})
-        return digest("teacher", STORE_VERSION, self.models.dtype, stored)
+        return digest("teacher", STORE_VERSION, self.models.dtype, self.engine_version(self.teacher.engine), stored)
 
     def scoring_id(self) -> str:
         """Hash of what changes the log-probabilities that a model gives a response, besides the model."""
@@ -368,7 +423,8 @@ class Profile(Section):
 
     def answering_id(self) -> str:
         """Hash of what changes a model's greedy answer to a held-out query, besides the model."""
-        return digest("evaluation", self.models.dtype, self.evaluation.max_tokens)
+        made_by = self.engine_version(self.sampling.backend)
+        return digest("evaluation", self.models.dtype, made_by, self.evaluation.max_tokens)
 
     def resolve(self, path: Path | str) -> Path:
         """`path` below the project root, unless it is absolute."""
@@ -408,7 +464,7 @@ def _explain(error: dict, model: type[BaseModel]) -> str:
         return f"unknown key {where!r}; {hint}"
     if error["type"] == "missing":
         return f"missing key {where!r}"
-    return f"{where or 'profile'} = {error['input']!r}: {error['msg']}"
+    return f"{where} = {error['input']!r}: {error['msg']}" if where else error["msg"]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

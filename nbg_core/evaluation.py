@@ -91,16 +91,21 @@ def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) ->
     if unknown.is_empty():
         return new_rows
     e = run.profile.evaluation
-    sampler = open_sampler(run.profile, path, e.batch_size)
     progress = run.progress(f"{ASSET}: {role}", unknown.height)
-    for chunk in unknown.iter_slices(e.batch_size):
-        requests = [Request(sampler.encode(messages), [0]) for messages in chunk["messages"].to_list()]
-        answers = [a for (a,) in sampler.sample(requests, Decoding(0.0, 1.0, e.max_tokens))]
-        new_rows += commit(chunk.with_columns(
-            text=pl.Series([sampler.decode(a.token_ids) for a in answers], dtype=pl.String),
-            finish_reason=pl.Series([a.finish_reason for a in answers], dtype=pl.String),
-        ))  # fmt: skip
-        progress.advance(chunk.height)
+    with open_sampler(run, path, e.batch_size) as sampler:
+        for chunk in unknown.iter_slices(e.batch_size):
+            requests = [Request(sampler.encode(messages), [0]) for messages in chunk["messages"].to_list()]
+            answers = {}
+            try:
+                for i, _, answer in sampler.stream(requests, Decoding(0.0, 1.0, e.max_tokens)):
+                    answers[i] = answer
+                    progress.advance(1)
+            finally:  # also when a server died: what is finished is kept
+                if answers:
+                    new_rows += commit(chunk[list(answers)].with_columns(
+                        text=pl.Series([sampler.decode(a.token_ids) for a in answers.values()], dtype=pl.String),
+                        finish_reason=pl.Series([a.finish_reason for a in answers.values()], dtype=pl.String),
+                    ))  # fmt: skip
     return new_rows
 
 

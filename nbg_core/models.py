@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -59,17 +66,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Token ids that end a response: the generation config's, and the tokenizer's end-of-turn."""
-    configured = model.generation_config.eos_token_id
+    configured = config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def generation_config(path: Path | str, *, trust_remote_code: bool = False) -> GenerationConfig:
+    """The generation config of a model folder, as its loaded model has it."""
+    if (_folder(path) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(path)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def context_length(path: Path | str) -> int | None:
     """Longest sequence the model in a folder takes, in tokens; None if its config does not say."""
     config = json.loads((_folder(path) / "config.json").read_text())
     return config.get("max_position_embeddings")
+
+
+def output_width(path: Path | str, *, trust_remote_code: bool = False) -> int:
+    """Columns of the output matrix of the model in a folder: the tokenizer's ids, and perhaps padding."""
+    return AutoConfig.from_pretrained(_folder(path), trust_remote_code=trust_remote_code).get_text_config().vocab_size
 
 
 def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remote_code: bool = False) -> int:

@@ -209,7 +209,7 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
-        main = subprocess.Popen(command, preexec_fn=_die_with_parent)
+        main = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as e:
         print(f"{command[0]} cannot be started: {e}", flush=True)
         return 127
@@ -229,7 +229,7 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
     return main.wait()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the command, before it starts: also a supervisor that is killed outright (out of memory) takes it along."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -164,12 +164,14 @@ def test_training_that_is_due_and_cannot_start_is_a_failure(instance, profile, f
     assert Result("student_checkpoint", None, False, False, why) in results
 
 
-def test_a_profile_for_a_later_version_is_refused_before_the_first_stage(instance, tmp_path, monkeypatch, fake):
-    path = write_profile(tmp_path / "later", teacher={"engine": "vllm"})
+def test_a_profile_that_needs_vllm_where_there_is_none_is_refused_before_the_first_stage(
+    instance, tmp_path, monkeypatch, fake
+):
+    path = write_profile(tmp_path / "vllm", sampling={"backend": "vllm"})
     monkeypatch.setenv("NBG_PROFILE", str(path))
     name, sentence = step_failure(run_slice(instance, "a", ["queries"]))
     assert (name, fake.calls) == ("queries", [])
-    assert sentence == "not in this version: teacher.engine 'vllm'; set it to 'transformers' in the profile"
+    assert sentence.startswith("sampling.backend 'vllm' need") and "run `make vllm`" in sentence
 
 
 def test_an_interrupt_in_a_step_ends_everything(instance, profile, monkeypatch):

@@ -93,17 +93,19 @@ def test_no_password_is_shown(profile, tmp_path, monkeypatch):
     assert "s3cretpw" not in shown.stdout + shown.stderr + failed.stdout + failed.stderr
 
 
-def test_a_run_that_this_version_cannot_do_is_refused_before_any_work(profile, tmp_path, monkeypatch):
+def test_a_run_that_needs_vllm_where_there_is_none_is_refused_before_any_work(profile, tmp_path, monkeypatch):
     data = json.loads(profile.model_dump_json())
-    data["sampling"]["backend"] = data["teacher"]["engine"] = "vllm"
+    data["sampling"]["backend"] = "vllm"
     path = tmp_path / "vllm.yaml"
     path.write_text(yaml.safe_dump(data))
     monkeypatch.setenv("NBG_PROFILE", str(path))
     (profile.resolve(profile.paths.queries) / "a.jsonl").write_text('{"prompt": "x"}\n')
     result = nbg("run")
     assert result.returncode == 1
-    wanted = "not in this version: sampling.backend 'vllm', teacher.engine 'vllm'; set it to 'transformers'"
-    assert wanted in result.stderr and Lake.of(profile).sql("SELECT * FROM lineage.materialisations").is_empty()
+    wanted = "sampling.backend 'vllm' need an environment with vLLM, and vllm.python"
+    assert wanted in result.stderr and "; run `make vllm`, or give the addresses" in result.stderr
+    assert "run `make vllm`" in nbg("profile").stderr
+    assert Lake.of(profile).sql("SELECT * FROM lineage.materialisations").is_empty()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become another user")

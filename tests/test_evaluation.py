@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Parrot:
 
     asked: list[str] = []
 
-    def __init__(self, profile, path: Path, batch_size: int):
+    def __init__(self, path: Path):
         self.name = path.name
 
     def encode(self, messages):
@@ -35,14 +36,20 @@ class Parrot:
     def decode(self, token_ids):
         return bytes(token_ids).decode()
 
-    def sample(self, requests, decoding):
+    def stream(self, requests, decoding):
         self.asked += [self.name] * len(requests)
-        return [[Response(list(ANSWERS[self.name].encode()), [0.0], "stop")] for _ in requests]
+        for i in reversed(range(len(requests))):
+            yield i, 0, Response(list(ANSWERS[self.name].encode()), [0.0], "stop")
+
+
+@contextmanager
+def open_parrot(run: Run, path: Path, batch_size: int):
+    yield Parrot(path)
 
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch) -> Profile:
-    monkeypatch.setattr(evaluation, "open_sampler", Parrot)
+    monkeypatch.setattr(evaluation, "open_sampler", open_parrot)
     monkeypatch.setattr(Parrot, "asked", [])
     profile = load_profile(write_profile(tmp_path / "p", ("a",), evaluation={"batch_size": 5, "auto_promote": True}))
     run = open_run(profile)
@@ -103,17 +110,17 @@ def test_models_answer_once_and_a_corrected_answer_is_judged_from_the_texts_kept
 
 
 def test_a_run_that_was_cut_off_continues_with_the_answers_that_are_missing(profile, monkeypatch):
-    run, real = open_run(profile), Parrot.sample
+    run, real = open_run(profile), Parrot.stream
 
     def dies(self, requests, decoding):
         if len(Parrot.asked) == 10:
             raise KeyboardInterrupt
         return real(self, requests, decoding)
 
-    monkeypatch.setattr(Parrot, "sample", dies)
+    monkeypatch.setattr(Parrot, "stream", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluation.materialise(run)
-    monkeypatch.setattr(Parrot, "sample", real)
+    monkeypatch.setattr(Parrot, "stream", real)
     assert evaluation.materialise(run)["new_rows"] == 26
     assert len(Parrot.asked) == 36
 

@@ -158,7 +158,7 @@ def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run,
     prompts = [f"query {i}" for i in range(6)]
     add_queries(run, prompts)
     calls = []
-    real = TransformersSampler.sample
+    real = TransformersSampler.stream
 
     def dies(self, requests, decoding):
         calls.append(len(requests))
@@ -166,7 +166,7 @@ def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run,
             raise KeyboardInterrupt
         return real(self, requests, decoding)
 
-    monkeypatch.setattr(TransformersSampler, "sample", dies)
+    monkeypatch.setattr(TransformersSampler, "stream", dies)
     with pytest.raises(KeyboardInterrupt):
         sample.materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 2 * 3
@@ -188,6 +188,25 @@ def test_a_prompt_that_does_not_fit_the_context_is_named(run):
         sample.materialise(run, "a")
 
 
-def test_vllm_is_refused_clearly(make_profile, tiny_models):
-    with pytest.raises(ValueError, match="sampling.backend 'vllm'"):
-        sample.open_sampler(make_profile(sampling={"backend": "vllm"}), tiny_models.student, 1)
+def test_a_sampler_that_dies_midway_leaves_what_was_finished(run, monkeypatch):
+    add_queries(run, ["one", "two"])
+    real = TransformersSampler.stream
+
+    def dies(self, requests, decoding):
+        yield from list(real(self, requests, decoding))[:2]
+        raise RuntimeError("the server died")
+
+    monkeypatch.setattr(TransformersSampler, "stream", dies)
+    with pytest.raises(RuntimeError, match="the server died"):
+        sample.materialise(run, "a")
+    assert run.lake.sql("SELECT count(*) FROM samples").item() == 2
+    monkeypatch.undo()
+    assert sample.materialise(run, "a")["new_rows"] == 2 * 4 - 2
+
+
+def test_long_chunks_are_committed_as_they_go(run, monkeypatch):
+    add_queries(run, ["one", "two"])
+    monkeypatch.setattr(sample, "COMMIT_SECONDS", 0.0)
+    sample.materialise(run, "a")
+    commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'student_samples'").item()
+    assert commits >= 2 * 4 and run.lake.sql("SELECT count(DISTINCT sample_id) FROM samples").item() == 2 * 4

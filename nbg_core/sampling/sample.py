@@ -8,29 +8,40 @@ Teacher and student get one prompt: the policy's chat template encodes it for bo
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
 from nbg_core import ids
-from nbg_core.config import Profile
 from nbg_core.lake import Write
 from nbg_core.models import check_same_tokenizer, context_length, encode_prompt, load_tokenizer
-from nbg_core.run import Run
+from nbg_core.run import Progress, Run
 from nbg_core.sampling.sampler import Decoding, Request, Sampler
 
 ASSET = "student_samples"
 
 
-def open_sampler(profile: Profile, path: Path, batch_size: int) -> Sampler:
-    """The profile's sampler for the model at `path`. Raises ValueError for a backend this version does not have."""
-    if profile.sampling.backend == "transformers":
+COMMIT_SECONDS = 30.0
+"""Finished responses wait this long for their commit at most, where a chunk takes longer."""
+
+
+@contextmanager
+def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
+    """The profile's sampler for the model at `path`."""
+    profile = run.profile
+    if profile.sampling.backend == "vllm":
+        from nbg_core.sampling.vllm_sampler import VllmSampler
+        from nbg_core.vllm.server import served
+
+        with served(run, path) as client:
+            yield VllmSampler(client, path, trust_remote_code=profile.models.trust_remote_code)
+    else:
         from nbg_core.sampling.transformers_sampler import TransformersSampler
 
-        return TransformersSampler(profile, path, batch_size)
-    raise ValueError(
-        f"sampling.backend {profile.sampling.backend!r} is not in this version; set it to 'transformers' in the profile"
-    )
+        yield TransformersSampler(profile, path, batch_size)
 
 
 def materialise(run: Run, slice: str) -> dict:
@@ -71,41 +82,61 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
         [model, sampling, slice],
     )["sample_id"]
     present = set(present)
-    n_all = sum(len(v) for v in wanted.values())
-    n_missing = sum(i not in present for v in wanted.values() for i in v)
-    what = f"{ASSET}[{slice}]: {source}"
-    run.log(f"{what}: {n_all - n_missing} of {n_all} responses already drawn")
-    if not n_missing:
+    todo = [
+        (query["query_id"], query["messages"], missing)
+        for query in queries.iter_rows(named=True)
+        if (missing := [(i, sid) for i, sid in enumerate(wanted[query["query_id"]]) if sid not in present])
+    ]
+    n_all, n_missing = sum(map(len, wanted.values())), sum(len(missing) for *_, missing in todo)
+    run.log(f"{ASSET}[{slice}]: {source}: {n_all - n_missing} of {n_all} responses already drawn")
+    if not todo:
         return 0
-    sampler = open_sampler(run.profile, path, s.batch_size)
+    same = {"slice": slice, "source": source, "model_id": model, "sampling_id": sampling}
+
+    def commit(records: list[dict]) -> int:
+        rows = pl.DataFrame([same | record for record in records])
+        return run.commit(ASSET, slice, [Write("samples", rows)], inputs=inputs).n_rows if records else 0
+
+    with open_sampler(run, path, s.batch_size) as sampler:
+        return _draw(run, sampler, path, todo, commit, run.progress(f"{ASSET}[{slice}]: {source}", n_missing))
+
+
+def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], commit: Callable, progress: Progress) -> int:
+    """Draw the missing (index, sample_id) of each (query_id, messages, missing) of `todo`; the number of new rows."""
+    s = run.profile.sampling
     tokenizer = load_tokenizer(run.policy.path, trust_remote_code=run.profile.models.trust_remote_code)
-    decoding = Decoding(s.temperature, s.top_p, s.max_tokens)
-    limit = context_length(path)
-    progress = run.progress(what, n_missing)
-    new_rows = 0
-    short = [q for q, row in wanted.items() if not present.issuperset(row)]
-    for chunk in queries.filter(pl.col("query_id").is_in(short)).iter_slices(s.chunk_queries):
-        rows, requests = [], []
-        for query in chunk.iter_rows(named=True):
-            missing = [(i, sid) for i, sid in enumerate(wanted[query["query_id"]]) if sid not in present]
-            prompt = encode_prompt(tokenizer, query["messages"])
+    decoding, limit = Decoding(s.temperature, s.top_p, s.max_tokens), context_length(path)
+    new_rows = tokens = 0
+    start = committed = time.monotonic()
+    for at in range(0, len(todo), s.chunk_queries):
+        chunk = todo[at : at + s.chunk_queries]
+        requests = []
+        for query_id, messages, missing in chunk:
+            prompt = encode_prompt(tokenizer, messages)
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
-                    f"query {query['query_id']} has {len(prompt)} prompt tokens; with sampling.max_tokens "
+                    f"query {query_id} has {len(prompt)} prompt tokens; with sampling.max_tokens "
                     f"{s.max_tokens} that passes the context of {limit} tokens of {path}; lower one of them"
                 )
-            seeds = [ids.seed_from(s.seed, sid) for _, sid in missing]
-            requests.append(Request(prompt, seeds))
-            rows.append((query["query_id"], missing, prompt, seeds))
+            requests.append(Request(prompt, [ids.seed_from(s.seed, sid) for _, sid in missing]))
         records = []
-        for (query_id, missing, prompt, seeds), responses in zip(rows, sampler.sample(requests, decoding), strict=True):
-            for (index, sid), seed, r in zip(missing, seeds, responses, strict=True):
+        try:
+            for i, j, r in sampler.stream(requests, decoding):
+                query_id, _, missing = chunk[i]
+                index, sid = missing[j]
                 records.append({
-                    "slice": slice, "sample_id": sid, "query_id": query_id, "source": source, "model_id": model,
-                    "sampling_id": sampling, "sample_index": index, "seed": seed, "prompt_token_ids": prompt,
-                    "token_ids": r.token_ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason,
-                    "text": sampler.decode(r.token_ids),
+                    "sample_id": sid, "query_id": query_id, "sample_index": index, "seed": requests[i].seeds[j],
+                    "prompt_token_ids": requests[i].prompt_token_ids, "token_ids": r.token_ids, "logprobs": r.logprobs,
+                    "finish_reason": r.finish_reason, "text": sampler.decode(r.token_ids),
                 })  # fmt: skip
-        new_rows += run.commit(ASSET, slice, [Write("samples", pl.DataFrame(records))], inputs=inputs).n_rows
-        progress.advance(len(records), f"{sum(len(r['token_ids']) for r in records)} tokens in this chunk")
+                tokens += len(r.token_ids)
+                now = time.monotonic()
+                if now - committed > COMMIT_SECONDS:
+                    done, records = records, []
+                    new_rows += commit(done)
+                    committed = now
+                progress.advance(1, f"{tokens / max(now - start, 1e-9):.0f} tokens/s")
+        finally:  # also when a server died: what is finished is kept
+            new_rows += commit(records)
+            committed = time.monotonic()
     return new_rows

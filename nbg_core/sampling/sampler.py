@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,11 +33,15 @@ class Decoding:
     max_tokens: int
 
 
+Drawn = tuple[int, int, Response]
+"""Number of the request, number of its seed, and the response."""
+
+
 class Sampler(Protocol):
     """A served model."""
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
-        """The responses to each request, in its order of seeds. A seed decides its response, whatever the batch."""
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
+        """One response per seed of each request, as they finish. A seed decides its response, whatever the batch."""
         ...
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -47,3 +51,8 @@ class Sampler(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
         ...
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
+        """All responses to each request, in its order of seeds."""
+        drawn = {(i, j): response for i, j, response in self.stream(requests, decoding)}
+        return [[drawn[i, j] for j in range(len(request.seeds))] for i, request in enumerate(requests)]

@@ -7,7 +7,7 @@ responses that share it. Shapes: B responses, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from nbg_core.config import Profile
 from nbg_core.models import encode_prompt, load_model, load_tokenizer, stop_ids
-from nbg_core.sampling.sampler import Decoding, Request, Response
+from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
 
 
-class TransformersSampler:
+class TransformersSampler(Sampler):
     def __init__(self, profile: Profile, path: Path, batch_size: int):
         if profile.threads:
             torch.set_num_threads(profile.threads)
         trust = profile.models.trust_remote_code
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust)
         self.model = load_model(path, dtype=profile.models.dtype, trust_remote_code=trust)
-        self.stop = torch.tensor(sorted(stop_ids(self.model, self.tokenizer)), device=self.model.device)
+        stop = stop_ids(self.model.generation_config, self.tokenizer)
+        self.stop = torch.tensor(sorted(stop), device=self.model.device)
         self.vocab = len(self.tokenizer)
         self.batch_size = batch_size
 
@@ -36,16 +37,15 @@ class TransformersSampler:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
-        """See Sampler.sample. Requests are grouped up to `batch_size` responses (one request is never split)."""
-        result: list[list[Response]] = []
-        batch: list[Request] = []
-        for request in requests:
-            if batch and sum(len(r.seeds) for r in batch) + len(request.seeds) > self.batch_size:
-                result += self._batch(batch, decoding)
-                batch = []
-            batch.append(request)
-        return result + (self._batch(batch, decoding) if batch else [])
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
+        """See Sampler.stream. Requests are grouped up to `batch_size` responses (one request is never split)."""
+        start = 0
+        for end in range(1, len(requests) + 1):
+            batch = requests[start : end + 1]
+            if end == len(requests) or sum(len(r.seeds) for r in batch) > self.batch_size:
+                for i, responses in enumerate(self._batch(requests[start:end], decoding), start):
+                    yield from ((i, j, response) for j, response in enumerate(responses))
+                start = end
 
     @torch.inference_mode()
     def _batch(self, requests: list[Request], decoding: Decoding) -> list[list[Response]]:

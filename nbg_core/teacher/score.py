@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import polars as pl
 
 from nbg_core.ids import content_version, model_id
@@ -18,11 +22,6 @@ def materialise(run: Run, slice: str) -> dict:
     """Score the responses that have no row for this teacher and these settings yet; a chunk per commit.
 
     Raises ValueError when the teacher has another tokenizer than the student."""
-    settings = run.profile.teacher
-    if settings.engine != "transformers":
-        raise ValueError(
-            f"teacher.engine {settings.engine!r} is not in this version; set it to 'transformers' in the profile"
-        )
     path = run.profile.resolve(run.profile.models.teacher)
     check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
     teacher, storage = model_id(path), run.profile.storage_id()
@@ -47,17 +46,43 @@ def materialise(run: Run, slice: str) -> dict:
 def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, teacher: str, storage: str) -> int:
     if missing.is_empty():
         return 0
-    scorer = Scorer(run, path)
     progress = run.progress(f"{ASSET}[{slice}]", missing.height)
     new_rows = 0
-    for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
-        frames = []
-        for scored in scorer.score(chunk):
-            ids = scored.samples["sample_id"].to_list()
-            frames.append(compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, run.profile.teacher))
-            progress.advance(len(ids))
+
+    def commit(frames: list[pl.DataFrame]) -> int:
+        if not frames:
+            return 0
         rows = pl.concat(frames).with_columns(
             pl.lit(slice).alias("slice"), pl.lit(teacher).alias("model_id"), pl.lit(storage).alias("settings_id")
         )
-        new_rows += run.commit(ASSET, slice, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
+        return run.commit(ASSET, slice, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
+
+    with open_engine(run, path) as rows_of:
+        for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
+            frames = []
+            try:
+                for frame in rows_of(chunk):
+                    frames.append(frame)
+                    progress.advance(frame.height)
+            finally:  # also when a server died: what is finished is kept
+                new_rows += commit(frames)
     return new_rows
+
+
+@contextmanager
+def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
+    """The profile's engine with the teacher at `path`: what makes frames of teacher_logits columns of `samples`."""
+    if run.profile.teacher.engine == "vllm":
+        from nbg_core.teacher.vllm_scoring import open_vllm
+
+        with open_vllm(run, path) as rows_of:
+            yield rows_of
+        return
+    scorer = Scorer(run, path)
+
+    def rows_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        for scored in scorer.score(samples):
+            ids = scored.samples["sample_id"].to_list()
+            yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, run.profile.teacher)
+
+    yield rows_of

@@ -61,14 +61,33 @@ def compress(
             rows = slice(at, at + len(z))
             parts.append(_compress_block(z, token_ids[rows], uniforms[rows], s))
             at += len(z)
-    token, tail, n_head, n_tail, ids, logprobs = (np.concatenate(p) for p in zip(*parts, strict=True))
-    ends = np.cumsum(lengths)
+    token, tail, *entries = (np.concatenate(p) for p in zip(*parts, strict=True))
     bad = np.isnan(token) | np.isnan(tail)
     if bad.any():
-        name = samples[int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))]
+        name = samples[int(np.searchsorted(np.cumsum(lengths), np.flatnonzero(bad)[0], side="right"))]
         raise ValueError(
             f"the teacher's logits for sample {name} are not numbers; check the teacher's weights and dtype"
         )
+    return frame(samples, lengths, token, tail, *entries, logprob_bits=s.logprob_bits)
+
+
+def frame(
+    samples: list[str],
+    lengths: Sequence[int],
+    token: np.ndarray,
+    tail: np.ndarray,
+    n_head: np.ndarray,
+    n_tail: np.ndarray,
+    ids: np.ndarray,
+    logprobs: np.ndarray,
+    *,
+    logprob_bits: int,
+) -> pl.DataFrame:
+    """The teacher_logits columns, a row per sample, of positions behind one another.
+
+    `token`: log-probs [T] of the responses' tokens; `tail`: log mass [T] outside the head; `n_head`, `n_tail`: counts
+    [T] of the `ids` and `logprobs` [E], each head and each tail sorted by id; all but counts and ids float32."""
+    ends = np.cumsum(lengths)
     entry_ends = np.cumsum(n_head + n_tail)[ends - 1]
     return pl.DataFrame({
         "sample_id": samples,
@@ -77,7 +96,7 @@ def compress(
         "head_counts": _lists(n_head.astype(np.int32), ends),
         "tail_counts": _lists(n_tail.astype(np.int32), ends),
         "entry_gaps": _lists(_gaps(ids.astype(np.int32), n_head, n_tail), entry_ends),
-        "entry_logprobs": _lists(_rounded(logprobs, n_head, n_tail, s.logprob_bits), entry_ends),
+        "entry_logprobs": _lists(_rounded(logprobs, n_head, n_tail, logprob_bits), entry_ends),
     })  # fmt: skip
 
 
