@@ -62,8 +62,8 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {lora: {rank: 0}}", "training.lora.rank = 0: .*greater than or equal to 1"),
         (
             MODELS + "teacher: {engine: vllm}",
-            "teacher.engine 'vllm' gives the most probable entries .*; set "
-            "teacher.m_tail to 0, teacher.min_weight to 0, training.loss.estimator to 'bucket', or teacher.engine to 'tr",
+            "teacher.engine 'vllm' gives the most probable entries .*; set teacher.m_tail to 0, teacher.min_weight to "
+            "0, training.loss.estimator to 'bucket', or teacher.engine to 'transformers'",
         ),
         (
             MODELS + "teacher: {engine: vllm, m_tail: 0, min_weight: 0, temperature: 2}\ntraining: {loss: {estimator: "
