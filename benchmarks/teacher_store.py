@@ -183,7 +183,8 @@ def decode_speed(rows: pl.DataFrame) -> float:
 
 
 def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], bucket: bool) -> Callable:
-    """A codec of the k most probable entries: `values` is what it gives back of log-probs [c, k] in falling order."""
+    """A codec of the k most probable entries: `values` is what it gives back of log-probs [c, k] in falling order. What
+    they leave of 1 is the bucket; without one they are renormalised."""
 
     def codec(tokens: Tokens, seed: int, folder: Path) -> Stored:
         def kl(_: slice, teacher: Tensor) -> KL:
@@ -191,7 +192,7 @@ def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], b
             top = logp.topk(k, -1)
             kept = values(top.values)
             if bucket:
-                outside = logp.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+                outside = (1 - kept.double().exp().sum(-1)).clamp(min=0).log().float()
                 head = torch.ones_like(top.indices, dtype=torch.bool)
                 rows = TeacherTargets(top.indices, kept, head, ~head, outside)
                 return lambda z: bucket_divergence(z, rows, kind="forward")
@@ -216,10 +217,9 @@ def distillkit(k: int, exact: int, terms: list[float], vocab: int, bucket: bool)
 
 def codecs(vocab: int) -> dict[str, Callable[[Tokens, int, Path], Stored]]:
     recommended, budget = (128, 16, [0, 1, 2, 3, 4, 0.5]), (50, 1, [0, 1, 0.5])
-    found = {
-        f"project, 1/{n}": project(TeacherSettings(min_weight=1 / n, k_head=n, m_tail=n)) for n in (64, 96, 48, 128)
-    }
-    found |= {f"project, {n} + {n}": project(TeacherSettings(k_head=n, m_tail=n, min_weight=0)) for n in (16, 32)}
+    grains = {f"project, min_weight 1/{n}": project(TeacherSettings(min_weight=1 / n)) for n in (40, 160)}
+    found = {"project, as it comes": project(TeacherSettings()), **grains}
+    found["project, always 16 + 16"] = project(TeacherSettings(k_head=16, m_tail=16, min_weight=0))
     found["project, top-64, bucket"] = project(TeacherSettings(k_head=64, m_tail=0, min_weight=0, epsilon=0))
     found["top-64, int32 + fp16, bucket"] = packed(64, 64 * 6, lambda x: x.half().float(), True)
     for name, s in (("recommended", recommended), ("budget", budget)):
@@ -244,7 +244,7 @@ def measure(name: str, temperature: float | None, make: Callable[[int], Tokens],
             true += (p * (p.log() - z.log_softmax(-1))).nan_to_num(0).sum().item()
             gradient = (z.softmax(-1) - p).float()
             for c, (_, _, kl) in stored.items():
-                leaf = student.clone().requires_grad_()
+                leaf = student.clone().requires_grad_()  # float32, as in training
                 value = kl(slice(at, at + len(teacher)), teacher)(leaf)
                 value.sum().backward()
                 sums[c] += value.detach().double().sum().item()
@@ -290,12 +290,13 @@ def section(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="longest response, of 16")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of the longest response, of 16")
     parser.add_argument("--model", type=Path, help="folder that keeps the converted model between runs")
     parser.add_argument("--only", nargs="+", choices=["smollm2", "heavy tail"], default=["smollm2", "heavy tail"])
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     args = parser.parse_args()
-    torch.set_num_threads(psutil.cpu_count(logical=False))
+    torch.set_num_threads(args.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if "smollm2" in args.only:

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from nbg_core import accuracy, checks, config, lineage
 from nbg_core.config import Profile, load_profile
-from nbg_core.lake import Lake, LakeError
-from nbg_core.processes import redact, sentence
+from nbg_core.lake import Lake
+from nbg_core.processes import is_defect, redact, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 # No markup, no emoji codes: names, errors and answers are shown as they are, whatever brackets and colons they hold.
@@ -35,9 +35,9 @@ def main() -> None:
     """Entry point: errors that a user can mend end in one line on stderr and exit code 1."""
     try:
         app()
-    except (KeyError, IndexError):  # defects of ours: the traceback is what helps
-        raise
-    except (LakeError, LookupError, ValueError, OSError) as e:
+    except Exception as e:
+        if is_defect(e):
+            raise
         errors.print(Text.assemble(("error: ", "red"), sentence(e)), soft_wrap=True)
         sys.exit(1)
 
@@ -62,7 +62,10 @@ def run(slice: Slices = None) -> None:
         raise typer.Exit(130) from None
     failed = [r for r in results if not r.success]
     for r in failed:
-        console.print(Text.assemble(("failed: ", "red"), f"{r.name}: {redact(r.message)}"), soft_wrap=True)
+        console.print(
+            Text.assemble(("failed: ", "red"), f"{r.name}: {redact(r.message).removeprefix(f'{r.name}: ')}"),
+            soft_wrap=True,
+        )
     made = sum(r.ran and r.success for r in results)
     console.print(f"{made} materialised, {len(results) - made - len(failed)} already up to date, {len(failed)} failed")
     if failed:

@@ -23,6 +23,7 @@ from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core import lineage
 from nbg_core.config import PROJECT_ROOT, Profile
+from nbg_core.files import hold
 from nbg_core.lake import Lake
 from nbg_core.vllm.environment import missing_environment
 
@@ -33,7 +34,7 @@ QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one partition: `ran` is false for what was fresh already or could not start, `message` is why it
+    """What became of one partition: `ran` is false for what was there already or could not start, `message` is why it
     did not succeed."""
 
     asset: str
@@ -74,7 +75,8 @@ def materialise_stale(
     `slices` limits the slices. Returns one result per partition that ran or was fresh; what could not start because
     of a failure is said on `on_line`. Training that is due and waits for a slice that is not fresh is a failure,
     unless `slices` was given. Raises LookupError for an unknown slice, ValueError for one whose name cannot be a
-    partition and for a profile that needs vLLM where there is none, KeyboardInterrupt when a run was interrupted."""
+    partition and for a profile that needs vLLM where there is none, RuntimeError while another command is at it,
+    KeyboardInterrupt when a run was interrupted."""
     if problem := missing_environment(profile):
         raise ValueError(problem)
     defs, lake = build(), Lake.of(profile)
@@ -86,8 +88,16 @@ def materialise_stale(
             raise LookupError(f"no slice {name!r}; slices: {', '.join(good) or 'none'}")
     for reason in refused.values():
         on_line(f"left out: {reason}")
-    sync_partitions(instance, profile)
-    _end_killed_runs(instance)
+    lock = profile.resolve(profile.paths.work) / "locks" / "nbg run.lock"
+    with hold(lock, f"process {os.getpid()} on {socket.gethostname()}", "another `nbg run` is going on:"):
+        sync_partitions(instance, profile)
+        _end_killed_runs(instance)
+        for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
+            on_line(f"run {run.run_id} of {run.job_name} is going on; steps that load a model wait until it has none")
+        return _materialise_stale(instance, profile, defs, lake, slices, good, on_line)
+
+
+def _materialise_stale(instance, profile: Profile, defs, lake: Lake, slices, good: list[str], on_line) -> list[Result]:
     chosen = list(slices or good)
     states = lineage.status(lake, profile, chosen)
     results = [Result(s.asset, s.slice, ran=False) for s in states if s.slice and s.state == "fresh"]
@@ -125,14 +135,14 @@ def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str
         raise KeyboardInterrupt from None
     if _interrupted(instance, outcome):  # Dagster turns the signal into one more failed step
         raise KeyboardInterrupt
-    made = {e.asset_key.path[-1] for e in outcome.get_asset_materialization_events()}
+    made = {e.asset_key.path[-1]: e.materialization.metadata for e in outcome.get_asset_materialization_events()}
     failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
     results = []
     for asset in assets:
         if asset in failures:
             results.append(Result(asset, slice, ran=True, success=False, message=failures[asset]))
         elif asset in made:
-            results.append(Result(asset, slice, ran=True))
+            results.append(Result(asset, slice, ran=not made[asset]["unchanged"].value))
         else:
             on_line(f"{asset}{where} not started: what it reads failed")
     for check in outcome.get_asset_check_evaluations():

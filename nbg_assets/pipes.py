@@ -53,7 +53,7 @@ def materialise(
     lake = nbg.lake()
     if problem := broken_upstream(lake, profile, asset, slice):
         raise dg.Failure(f"not started: {problem}", allow_retries=False)
-    start = time.monotonic()
+    start, before = time.monotonic(), lineage.latest(lake, asset, slice)
     try:
         report = run_worker(asset, slice, context.run_id, profile=nbg.profile, on_line=_say(context))
     except WorkerFailed as e:
@@ -62,10 +62,12 @@ def materialise(
             metadata={"log": dg.MetadataValue.path(str(e.log_path)), "end of log": "\n".join(e.tail)},
             allow_retries=False,
         ) from None
-    made = metadata.Made(asset, slice, profile, lake, report, time.monotonic() - start)
+    version = report["data_version"]
+    unchanged = report["new_rows"] == 0 and before is not None and before["data_version"] == version
+    made = metadata.Made(asset, slice, profile, lake, report | {"unchanged": unchanged}, time.monotonic() - start)
     return dg.MaterializeResult(
         metadata=metadata.describe(made, plots or {}),
-        data_version=dg.DataVersion(report["data_version"]),
+        data_version=dg.DataVersion(version),
         check_results=_check(made),
     )
 

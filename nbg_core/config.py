@@ -60,7 +60,7 @@ class Models(Section):
     teacher: Path
     """Folder of the teacher (NBG3.5-Pro); same tokenizer as the student."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype models are loaded in for sampling and scoring."""
+    """Dtype models are loaded in for sampling and scoring: float32 with training.precision fp32, bfloat16 with bf16."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model folder. Leave off unless you wrote that code."""
 
@@ -151,6 +151,9 @@ class TeacherSettings(Section):
 STORE_VERSION = 2
 """Raised when the same settings give other stored teacher rows."""
 
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+"""The training precision that goes with a dtype of the models: it makes the policy start at its reference."""
+
 DpoVariant = Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"]
 Divergence = Literal["forward", "reverse", "jsd"]
 Estimator = Literal["sampled_tail", "bucket"]
@@ -227,7 +230,7 @@ class TrainingSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the training weights (bf16 keeps fp32 master weights)."""
+    """Dtype of the training weights (bf16 keeps fp32 master weights): that of models.dtype."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     offload_optimizer: bool = False
@@ -366,6 +369,17 @@ class Profile(Section):
     def _estimator_has_samples(self):
         if self.training.loss.estimator == "sampled_tail" and not self.teacher.m_tail:
             raise ValueError("training.loss.estimator 'sampled_tail' needs teacher.m_tail > 0; or use 'bucket'")
+        return self
+
+    @model_validator(mode="after")
+    def _one_precision(self):
+        dtype, precision = self.models.dtype, self.training.precision
+        if PRECISIONS[dtype] != precision:
+            raise ValueError(
+                f"models.dtype {dtype!r} and training.precision {precision!r} do not go together: rounded otherwise, "
+                f"the policy would not start at its reference; set training.precision to {PRECISIONS[dtype]!r}, or "
+                "change models.dtype"
+            )
         return self
 
     @model_validator(mode="after")

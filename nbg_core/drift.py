@@ -4,12 +4,15 @@ Sampler and trainer run other kernels, so they never agree exactly; when they di
 what was drawn. Both sides are of the model's own distribution, temperature 1 and nothing cut, whatever the tokens were
 drawn at (`samples.logprobs`), so sampling settings do not matter here. Only responses that the reference itself drew
 are compared: those of the teacher, or of an earlier policy, have other log-probs for good reasons.
+
+`step_0_bound` is how far the trainer itself may be from the reference before its first update.
 """
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import polars as pl
 
 from nbg_core import lineage
@@ -19,6 +22,15 @@ BOUND = 0.1
 """Nats a token may drift: some five times what rounding logits to bfloat16 costs."""
 MAX_SHARE = 0.01
 """Share of tokens past the bound that is worth a warning."""
+
+
+def step_0_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
+    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
+
+    Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
+    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
+    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
+
 
 _DRIFTS = """
     SELECT r.sample_id, unnest(list_transform(list_zip(s.logprobs, r.token_logprobs), x -> abs(x[1] - x[2]))) AS drift

@@ -1,16 +1,32 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and locks that go with their process."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def hold(lock: Path, me: str, what: str) -> Iterator[None]:
+    """Hold a lock; it goes with the process, however that ends. Raises RuntimeError: `what`, then who holds it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    holder = lock.with_suffix(".holder")
+    try:
+        with FileLock(lock, timeout=0):
+            holder.write_text(me)
+            yield
+    except Timeout as e:
+        who = holder.read_text() if holder.exists() else "another run"
+        raise RuntimeError(f"{what} {who}; wait for it or terminate it, then run again") from e
 
 
 def write_json(path: Path, data: dict) -> None:

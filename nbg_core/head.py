@@ -38,8 +38,8 @@ from nbg_core.losses import (
 )
 
 TILE_BYTES = 128 << 20
-MIN_ROWS, MAX_ROWS = 16, 128
-"""On a CPU a row's logits come from GEMMs of 16 to 128 rows: there MKL sums every row in the same order, whatever is
+MIN_ROWS, MAX_ROWS = 16, 256
+"""On a CPU a row's logits come from GEMMs of 16 to 256 rows: there MKL sums every row in the same order, whatever is
 beside it. Fewer rows, or more, may round differently."""
 CACHE_BYTES = 8 << 20
 """Passes over a tile go by blocks of rows of about this size, but of 16 rows at least: torch reduces few long rows 20

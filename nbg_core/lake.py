@@ -213,14 +213,24 @@ class Lake:
         return self._commit(record, ready)
 
     def _commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
+        tried = False
+
+        def attempt() -> int:
+            nonlocal tried
+            if tried and (n_rows := self._landed(record)) is not None:  # the error came after the commit
+                return n_rows
+            tried = True
+            return self._try_commit(record, ready)
+
         try:
-            return _patiently(self._try_commit, record, ready)
+            n_rows = _patiently(attempt)
+            return Commit(record.materialisation_id, _patiently(self._snapshot_of, record), n_rows)
         except (duckdb.Error, OSError) as e:  # a folder that is read-only, a disk that is full
             if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
                 raise
             raise self._error("written", e) from None
 
-    def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
+    def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> int:
         files: list[Path] = []
         with self._connection(read_only=False) as con:
             con.execute("BEGIN")
@@ -243,21 +253,27 @@ class Lake:
                 con.execute("COMMIT")
             except BaseException:
                 _quietly_rollback(con)
-                if files and not self._landed(record):  # an interrupt can come after the commit, before its return
+                # An interrupt can come after the commit, before its return.
+                if files and _patiently(self._landed, record) is None:
                     for path in files:
                         path.unlink(missing_ok=True)
                 raise
-            snapshot = con.execute(
+        return n_rows
+
+    def _snapshot_of(self, record: Record) -> int:
+        with self._connection(read_only=False) as con:  # it is attached already
+            return con.execute(
                 "SELECT max(snapshot_id) FROM ducklake_snapshots('lake') "
                 "WHERE json_extract_string(commit_extra_info, '$.materialisation_id') = ?",
                 [record.materialisation_id],
             ).fetchone()[0]
-        return Commit(record.materialisation_id, snapshot, n_rows)
 
-    def _landed(self, record: Record) -> bool:
-        return not self.sql(
-            "SELECT 1 FROM lineage.materialisations WHERE materialisation_id = ?", [record.materialisation_id]
-        ).is_empty()
+    def _landed(self, record: Record) -> int | None:
+        """The rows that a commit has written, None if it is not in the lake."""
+        rows = self.sql(
+            "SELECT n_rows FROM lineage.materialisations WHERE materialisation_id = ?", [record.materialisation_id]
+        )
+        return None if rows.is_empty() else rows.item()
 
     def _insert(self, con, write: Write, rows: pl.DataFrame, record: Record, files: list[Path]) -> int:
         if rows.is_empty():

@@ -183,15 +183,18 @@ class Status:
 def status(lake: Lake, profile: Profile, which: Sequence[str] | None = None) -> list[Status]:
     """The state of every partition, in an order in which they can be materialised.
 
-    `which` limits the slices. A partition below a stale one is stale too. A query file that is broken today shows
-    as stale `queries`; the error itself comes when it is materialised."""
+    `which` limits the slices that are shown. What reads all slices is held to all of them, and a partition below a
+    stale one is stale too. A query file that is broken today shows as stale `queries`; the error itself comes when it
+    is materialised. Raises FileNotFoundError for a slice without a file."""
+    for name in which or ():
+        query_file(profile, name)
     policy = current_policy(lake, profile)
     rows = lake.sql(
         "SELECT asset, slice, data_version, settings_id, inputs, code_version FROM lineage.commits "
         "WHERE status = 'complete' QUALIFY row_number() OVER (PARTITION BY asset, slice ORDER BY snapshot_id DESC) = 1"
     )
     done = {(r["asset"], r["slice"]): r for r in rows.iter_rows(named=True)}
-    names = list(slices(profile) if which is None else which)
+    names = slices(profile)
     result: dict[tuple[str, str | None], Status] = {}
     for asset, upstream in UPSTREAM.items():
         for slice in [None] if asset in UNPARTITIONED else names:
@@ -203,7 +206,7 @@ def status(lake: Lake, profile: Profile, which: Sequence[str] | None = None) -> 
             wanted = settings_id(settings_of(asset, profile, policy, slice))
             state, why = _state(done.get((asset, slice)), inputs, done, result, wanted)
             result[asset, slice] = Status(asset, slice, state, why)
-    return list(result.values())
+    return [s for s in result.values() if which is None or s.slice is None or s.slice in which]
 
 
 def _state(row: dict | None, inputs: list, done: dict, result: dict, wanted: str) -> tuple[str, str]:

@@ -92,7 +92,8 @@ def run_worker(
     """Materialise one partition in a worker process and return its report.
 
     `profile` is a name or path as in NBG_PROFILE. The worker's output goes to `on_line` and to a log below
-    `paths.work`. Raises WorkerFailed, with the worker's own sentence, when it failed or died."""
+    `paths.work`; the traceback of an error that a user can mend goes to the log alone. Raises WorkerFailed, with the
+    worker's own sentence, when it failed or died."""
     from nbg_core.config import load_profile
 
     loaded = load_profile(profile)
@@ -120,6 +121,9 @@ def run_worker(
             command += ["--slice", slice]
         code = run_process(command, env=env, on_line=each, log_path=log_path)
         report = json.loads(report_path.read_text()) if report_path.exists() else {}
+    if "traceback" in report:
+        with open(log_path, "a") as log:
+            log.write(redact(report["traceback"]))
     if code == 0 and report and "error" not in report:
         return report
     raise WorkerFailed(redact(report.get("error") or f"the worker of {what} {_ending(code)}"), tail, log_path)
@@ -140,6 +144,13 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         text += "; give this user access to it, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
     return text
+
+
+def is_defect(error: BaseException) -> bool:
+    """Whether the traceback is what helps; errors of the other kinds are made to name value, place and remedy."""
+    return isinstance(error, (KeyError, IndexError)) or not isinstance(
+        error, (ValueError, LookupError, OSError, RuntimeError)
+    )
 
 
 def _secret_values() -> list[str]:

@@ -21,8 +21,6 @@ MASS_SAMPLE = 200
 """Responses whose stored mass is summed up: content-hashed ids make the first ones by id a random sample."""
 WARN_SHARE = 0.2
 """Share of truncated or empty responses that is worth a warning."""
-STEP_0_TOLERANCE = 1e-3
-"""Margin, in nats, that float32 rounding may leave where the policy still is the reference."""
 
 RESPONSES = """(
     SELECT s.sample_id, s.token_ids, s.finish_reason FROM samples s WHERE s.sample_id IN (
@@ -228,10 +226,29 @@ def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
     )
     if steps.is_empty():
         return pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no metrics of step 0"]})
-    off = pl.col("margin").abs() > STEP_0_TOLERANCE
-    if s.made_with("student_checkpoint")["loss"]["dpo_variant"] in ("sigmoid", "sigmoid_norm"):
-        off |= (pl.col("dpo") - math.log(2)).abs() > STEP_0_TOLERANCE
+    made = s.made_with("student_checkpoint")
+    steps = steps.with_columns(allowed=pl.lit(_step_0_margin(s, row, made)))
+    off = ~(pl.col("margin").abs() <= pl.col("allowed"))
+    if made["loss"]["dpo_variant"] in ("sigmoid", "sigmoid_norm"):
+        off |= ~((pl.col("dpo") - math.log(2)).abs() <= pl.col("allowed"))
     return steps.filter(off)
+
+
+def _step_0_margin(s: Subject, checkpoint: dict, made: dict) -> float:
+    """How far the mean margin of the first batch may be from 0, and its DPO loss from log 2.
+
+    A margin is the difference of two rewards, each within `step_0_bound` (or training would have stopped), so it is
+    within the sum of both bounds, and the mean within the mean; -log sigmoid is nowhere steeper than 1."""
+    first = s.sql("SELECT pair_id FROM checkpoint_pairs WHERE training_id = $1 AND step = 0", checkpoint["training_id"])
+    n_tokens = s.lake.sql(
+        "SELECT len(c.token_ids) AS chosen, len(r.token_ids) AS rejected FROM pairs p "
+        "JOIN samples c ON c.sample_id = p.chosen_id JOIN samples r ON r.sample_id = p.rejected_id "
+        "WHERE p.pair_id IN (SELECT unnest($1::VARCHAR[]))",
+        [first["pair_id"].to_list()],
+        snapshot=checkpoint["input_snapshot"],
+    )
+    bounds = drift.step_0_bound(made["precision"], made["loss"]["beta"], n_tokens.to_numpy())  # [B, 2]
+    return float(bounds.sum(1).mean()) if n_tokens.height else 0.0
 
 
 def weights_missing(s: Subject) -> pl.DataFrame:

@@ -15,13 +15,11 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from nbg_core.config import Profile, load_profile
-from nbg_core.files import write_json
+from nbg_core.files import hold, write_json
 from nbg_core.lake import Lake
 from nbg_core.lineage import UNPARTITIONED, UPSTREAM
-from nbg_core.processes import sentence
+from nbg_core.processes import is_defect, sentence
 from nbg_core.run import Run
 
 STAGES = {
@@ -39,17 +37,10 @@ STAGES = {
 @contextmanager
 def only_worker(profile: Profile, asset: str, slice: str | None, run_id: str):
     """Hold the lock of a partition. Raises RuntimeError naming the run that holds it."""
-    folder = profile.resolve(profile.paths.work) / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
     name = asset + (f"[{slice}]" if slice else "")
-    holder = folder / f"{name}.holder"
-    try:
-        with FileLock(folder / f"{name}.lock", timeout=0):
-            holder.write_text(f"run {run_id}, process {os.getpid()}")
-            yield
-    except Timeout as e:
-        who = holder.read_text() if holder.exists() else "another run"
-        raise RuntimeError(f"{name} is being materialised by {who}; wait for it or terminate it, then run again") from e
+    lock = profile.resolve(profile.paths.work) / "locks" / f"{name}.lock"
+    with hold(lock, f"run {run_id}, process {os.getpid()}", f"{name} is being materialised by"):
+        yield
 
 
 def materialise(asset: str, slice: str | None, run_id: str = "local", profile: Profile | None = None) -> dict:
@@ -76,8 +67,11 @@ def main() -> int:
     try:
         report = materialise(args.asset, args.slice, args.run_id)
     except Exception as e:  # whatever went wrong is reported in one sentence; the log has the traceback
-        traceback.print_exc()
         report = {"error": sentence(e), "error_type": type(e).__name__}
+        if is_defect(e) or not args.report:
+            traceback.print_exc()
+        else:
+            report["traceback"] = traceback.format_exc()
     if args.report:
         write_json(args.report, report)
     else:

@@ -46,6 +46,8 @@ def write_profile(folder: Path, slices: tuple[str, ...] = ("a", "b"), **sections
 
 
 TRAINING = "training"
+STEP_0 = {"margin": 0.0, "dpo": math.log(2)}
+"""Metrics of a training's step 0."""
 
 
 @dataclass
@@ -78,10 +80,12 @@ class Fake:
         else:
             version = ids.content_version([str(row) for row in main.rows()])
         writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
+        before = lineage.latest(run.lake, asset, slice)
+        new_rows = 0 if before and before["data_version"] == version else main.height
         commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
         summary = accuracy.latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
         return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
-                "rows": main.height, "new_rows": main.height, "counts": {"kept": main.height},
+                "rows": main.height, "new_rows": new_rows, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def _checkpoint(run: Run, slice: None) -> list:
                "grad_norm learning_rate tokens_per_second data_wait").split()  # fmt: skip
     steps = pl.DataFrame([
         {"training_id": TRAINING, "step": i, "margin": 0.1 * i, "dpo": math.log(2) - 0.1 * i}
-        | dict.fromkeys(metrics, 1.0 / (i + 1))
+        | dict.fromkeys(metrics, 1.0 / (i + 1)) | ({} if i else STEP_0)
         for i in range(3)
     ])  # fmt: skip
     return [("checkpoints", pl.DataFrame([row])), ("checkpoint_pairs", used), ("training_steps", steps)]

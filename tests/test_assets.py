@@ -123,9 +123,17 @@ def test_everything_stale_is_materialised_once_and_training_comes_last(instance,
     assert len(fake.calls) == done and len(again) == 12 and not any(r.ran for r in again)
 
     (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
-    materialise_stale(instance, profile, on_line=lines.append)
+    again = materialise_stale(instance, profile, on_line=lines.append)
+    assert len(again) == 12 and not any(r.ran for r in again), "a stage that found its rows there has made nothing"
     assert fake.calls[done:] == [("queries", "b")] + fake.calls[done + 1 :]
     assert {s for _, s in fake.calls[done:]} == {"b"}, "the same content came out: training is still fresh"
+
+
+def test_another_run_that_is_going_on_is_named(instance, profile, fake):
+    other = instance.create_run_for_job(build().resolve_job_def("train"), status=dg.DagsterRunStatus.STARTED)
+    lines = []
+    materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
+    assert lines[0].startswith(f"run {other.run_id} of train is going on; steps that load a model wait")
 
 
 def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(instance, profile, fake):

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_core import lineage, violations
+from nbg_core import drift, lineage
 from nbg_core.checks import CHECKS, Subject, broken_upstream
 from nbg_core.config import load_profile
 from nbg_core.lake import Record, Write
@@ -118,9 +118,6 @@ def test_a_checkpoint_must_start_at_the_reference_keep_its_weights_and_its_train
         fake(asset, "a" if asset in SLICED else None, "run", profile=path, on_line=lambda _: None)
     found = lambda: [c for _, c in failing(path, fake, None, ["student_checkpoint"])]  # noqa: E731
     assert found() == []
-    monkeypatch.setattr(violations, "STEP_0_TOLERANCE", -1.0)
-    assert found() == ["starts_at_reference"]
-    monkeypatch.undo()
     weights = tmp_path / "p" / "checkpoints" / "new" / "model.safetensors"
     good = weights.read_text()
     weights.write_text("other weights")
@@ -136,3 +133,23 @@ def test_a_checkpoint_must_start_at_the_reference_keep_its_weights_and_its_train
     monkeypatch.setattr("fake_worker.TRAINING", "another")
     fake("student_checkpoint", None, "run", profile=path, on_line=lambda _: None)
     assert found() == ["training_set_known"]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_step_0_may_differ_by_what_training_allowed_in_its_precision(tmp_path, monkeypatch, dtype, precision):
+    """The first batch of three pairs has responses of 2 tokens; the second checkpoint starts just outside."""
+    models = {"student": "student", "teacher": "teacher", "dtype": dtype}
+    path = str(write_profile(tmp_path / "p", ("a",), models=models, training={"precision": precision}))
+    fake = Fake()
+    bound = 2 * drift.step_0_bound(precision, 0.1, 2)
+    for name, margin, dpo, expected in [
+        ("inside", 0.9, -0.9, []),
+        ("margin", 1.1, 0, ["starts_at_reference"]),
+        ("loss", 0, 1.1, ["starts_at_reference"]),
+    ]:
+        values = {"margin": margin * bound, "dpo": math.log(2) + dpo * bound}
+        monkeypatch.setattr("fake_worker.TRAINING", name)
+        monkeypatch.setattr("fake_worker.STEP_0", values)
+        for asset in (*SLICED, "student_checkpoint"):
+            fake(asset, "a" if asset in SLICED else None, "run", profile=path, on_line=lambda _: None)
+        assert failing(path, fake, None, ["student_checkpoint"]) == [("student_checkpoint", c) for c in expected]

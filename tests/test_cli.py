@@ -18,8 +18,9 @@ import yaml
 from fake_worker import write_profile
 from typer.testing import CliRunner
 
-from nbg_assets import cli
+from nbg_assets import cli, driver
 from nbg_core.config import PROJECT_ROOT
+from nbg_core.files import hold
 from nbg_core.lake import Lake, Record, Write
 
 
@@ -155,6 +156,34 @@ def test_an_interrupt_ends_the_run_and_starts_nothing_more(profile, tmp_path):
     assert process.returncode == 130, out + err
     assert "stopped; what was committed is kept" in err and "Traceback" not in err
     assert "run " not in out and "failed" not in out
+
+
+def test_a_second_run_is_told_of_the_first_at_once(profile):
+    with hold(profile.resolve(profile.paths.work) / "locks" / "nbg run.lock", "process 7 on here", ""):
+        result = nbg("run")
+    assert (result.returncode, result.stderr) == (
+        1, "error: another `nbg run` is going on: process 7 on here; wait for it or terminate it, then run again\n"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_bad_data_is_said_once_and_its_traceback_is_in_the_log_alone(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    (profile.resolve(profile.paths.queries) / "a.jsonl").write_text('{"prompt": 3}\n')
+    result = nbg("run")
+    assert result.returncode == 1
+    (said,) = [line for line in (result.stdout + result.stderr).splitlines() if "a.jsonl" in line]
+    assert said.startswith("failed: queries[a]: ") and "Traceback" not in result.stdout + result.stderr
+    (log,) = profile.resolve(profile.paths.work).rglob("queries*.log")
+    assert "Traceback" in log.read_text() and "QueryFileError" in log.read_text()
+
+
+def test_a_failure_names_its_partition_once(profile, tmp_path, monkeypatch):
+    message = "filtered_pairs[a]: no pair"
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    failed = [driver.Result("filtered_pairs", "a", ran=True, success=False, message=message)]
+    monkeypatch.setattr(driver, "materialise_stale", lambda *_, **__: failed)
+    assert f"failed: {message}\n" in CliRunner().invoke(cli.app, ["run"]).stdout
 
 
 def test_sql_at_a_snapshot(profile):

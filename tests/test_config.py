@@ -72,6 +72,11 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         ),
         (MODELS + "vllm: {addresses: [localhost:8000]}", "'localhost:8000' is not a base URL; write it like http://"),
         (MODELS + "vllm: {max_in_flight: 0}", "vllm.max_in_flight = 0: .*greater than or equal to 1"),
+        (
+            "models: {student: a, teacher: b, dtype: bfloat16}",
+            "models.dtype 'bfloat16' and training.precision 'fp32' .*set training.precision to 'bf16', or change",
+        ),
+        (MODELS + "training: {precision: bf16}", "models.dtype 'float32' .*set training.precision to 'fp32'"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
     ],

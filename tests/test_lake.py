@@ -136,6 +136,35 @@ def test_four_processes_committing_at_once_lose_nothing(lake):
     assert lake.sql("SELECT count(*) FROM lineage.materialisations").item() == 4 * n
 
 
+@pytest.mark.parametrize("where", ["COMMIT", "ducklake_snapshots"])
+def test_a_lock_met_after_the_commit_does_not_commit_twice(lake, monkeypatch, where):
+    """SQLite may say that it is locked when the rows are already in."""
+    real, locked = Lake.connect, []
+
+    class Locked:
+        def __init__(self, con):
+            self.con = con.execute("SET python_scan_all_frames = true")  # frames are found above this class's, too
+
+        def __getattr__(self, name):
+            return getattr(self.con, name)
+
+        def execute(self, query, *params):
+            result = self.con.execute(query, *params)
+            if where in query and not locked:
+                locked.append(query)
+                raise duckdb.IOException("IO Error: database is locked")
+            return result
+
+    monkeypatch.setattr(Lake, "connect", lambda self, **kwargs: Locked(real(self, **kwargs)))
+    before = lake.snapshot() if where == "COMMIT" else 0
+    file = Write("teacher_logits", pl.DataFrame([teacher_row("s1"), teacher_row("s2")]), as_file=True)
+    commit = lake.commit(record(), [file])
+    assert locked and commit.n_rows == 2
+    assert lake.sql("SELECT count(*) FROM lineage.materialisations").item() == 1
+    assert lake.sql("SELECT count(*) FROM teacher_logits").item() == 2
+    assert commit.snapshot == lake.snapshot() and commit.snapshot > before
+
+
 def test_a_reader_sees_what_others_commit_after_it_opened(lake):
     assert lake.sql("SELECT * FROM scores").is_empty()
     Lake(lake.catalog, lake.data_path).commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])

@@ -133,6 +133,18 @@ def test_a_missing_query_file_names_what_is_there(run):
         lineage.status(run.lake, run.profile, ["zz"])
 
 
+def test_what_reads_all_slices_is_held_to_all_of_them_whichever_are_shown(run):
+    make_all(run)
+    shown = lineage.status(run.lake, run.profile, ["a"])
+    assert {s.slice for s in shown} == {"a", None} and {s.state for s in shown} == {"fresh"}
+    (run.profile.resolve("data/queries") / "b.jsonl").write_text('{"prompt": "y"}\n')
+    why = {s.asset: s.why for s in lineage.status(run.lake, run.profile, ["a"]) if s.state != "fresh"}
+    assert why == {
+        "student_checkpoint": "filtered_pairs[b] is stale",
+        "student_eval": "queries[b] is stale",
+    }
+
+
 def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     make_all(run)
     before = lineage.current_policy(run.lake, run.profile)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,25 +66,26 @@ def profile_at(root: Path, python: Path, **sections) -> Profile:
     return profile
 
 
-def of_vllm() -> list[psutil.Process]:
-    """What runs of vLLM below this process, or was left behind by it."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if ("vllm.entrypoints" in line or "VLLM::" in line) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+def below(pid: int | None = None) -> list[psutil.Process]:
+    """What runs of vLLM below a process, or this one: others on this machine may have servers too."""
+    found = psutil.Process(pid).children(recursive=True)
+    return [p for p in found if re.search(r"vllm\.entrypoints|VLLM::", " ".join(p.cmdline()))]
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(scope="module")
 def served(python, tmp_path_factory):
     """A run, and a sampler of the embedded student behind a real server."""
-    before = of_vllm()
     profile = profile_at(tmp_path_factory.mktemp("served"), python)
     run = Run(profile, Lake.of(profile))
     with open_sampler(run, run.policy.path, 64) as sampler:
+        processes = below()
+        assert len(processes) > 1
         yield run, sampler
-    assert [p for p in of_vllm() if p not in before] == []
+    assert alive(processes) == []
 
 
 def ask(sampler, text: str, seeds) -> Request:
@@ -168,12 +170,12 @@ def test_teacher_rows_agree_with_the_transformers_engines(python, tmp_path):
 
 
 def test_a_killed_server_is_an_error_and_a_rerun_does_the_rest(python, tmp_path):
-    before, killed = of_vllm(), []
+    killed = []
     profile = profile_at(tmp_path, python)
 
     def kill_at_the_first_progress(line: str) -> None:
         if "tokens/s" in line and not killed:
-            killed.extend(p for p in of_vllm() if p not in before)
+            killed.extend(below())
             (main,) = [p for p in killed if "vllm.entrypoints" in " ".join(p.cmdline())]
             main.send_signal(signal.SIGKILL)
 
@@ -181,7 +183,7 @@ def test_a_killed_server_is_an_error_and_a_rerun_does_the_rest(python, tmp_path)
     add_queries(run, PROMPTS)
     with pytest.raises(ServerFailed, match="(?s)ended with signal 9.*end of .*vllm-"):
         sample.materialise(run, "a")
-    assert killed and [p for p in of_vllm() if p not in before] == []
+    assert len(killed) > 1 and alive(killed) == []
     kept = stored(run)
     assert 0 < kept.height < 240
     report = sample.materialise(run, "a")
@@ -190,11 +192,10 @@ def test_a_killed_server_is_an_error_and_a_rerun_does_the_rest(python, tmp_path)
     assert rows["sample_id"].n_unique() == rows.height == 240
     same = rows.join(kept.select("sample_id", "materialisation_id"), on=["sample_id", "materialisation_id"])
     assert same.height == kept.height  # finished work is as it was
-    assert [p for p in of_vllm() if p not in before] == []
+    assert below() == []
 
 
 def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
-    before = of_vllm()
     profile = profile_at(tmp_path, python)
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(json.loads(profile.model_dump_json())))
@@ -204,10 +205,11 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     for line in caller.stdout:
         if "tokens/s" in line:
             break
-    assert [p for p in of_vllm() if p not in before]
+    processes = psutil.Process(caller.pid).children(recursive=True)
+    assert len(below(caller.pid)) > 1
     caller.send_signal(signal.SIGKILL)
     caller.wait()
     deadline = time.monotonic() + 40
-    while (left := [p for p in of_vllm() if p not in before]) and time.monotonic() < deadline:
+    while alive(processes) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == []
+    assert alive(processes) == []

@@ -1,5 +1,6 @@
 """Sampling: the draw is the model's distribution, decided by seeds alone; and only what is missing is drawn."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from nbg_core import ids
 from nbg_core.lake import Lake, Write
-from nbg_core.models import load_model, load_tokenizer
+from nbg_core.models import encode_prompt, load_model, load_tokenizer
 from nbg_core.run import Run
 from nbg_core.sampling import sample
 from nbg_core.sampling.sampler import Decoding, Request
@@ -118,6 +119,30 @@ def test_only_missing_responses_are_drawn(run):
     assert (again["rows"], again["new_rows"], again["data_version"]) == (12, 0, first["data_version"])
     add_queries(run, ["four"])
     assert sample.materialise(run, "a")["new_rows"] == 4
+
+
+def test_new_queries_among_old_ones_fill_whole_chunks(run):
+    add_queries(run, [f"old {i}" for i in range(12)])
+    sample.materialise(run, "a")
+    before = run.lake.sql("SELECT count(*) FROM lineage.materialisations WHERE status = 'chunk'").item()
+    add_queries(run, [f"new {i}" for i in range(4)])  # their ids are scattered among the others
+    assert sample.materialise(run, "a")["new_rows"] == 4 * 4
+    chunks = run.lake.sql("SELECT n_rows FROM lineage.materialisations WHERE status = 'chunk' ORDER BY created_at")
+    assert chunks["n_rows"][before:].to_list() == [2 * 3, 2 * 3, 2 * 1, 2 * 1]
+
+
+def test_teacher_and_student_get_the_prompt_of_the_students_template(run, tiny_models, tmp_path):
+    teacher = shutil.copytree(tiny_models.teacher, tmp_path / "teacher")
+    tokenizer = load_tokenizer(teacher)
+    tokenizer.chat_template = "{{ 'Q: ' + messages[0]['content'] }}"
+    tokenizer.save_pretrained(teacher)
+    models = run.profile.models.model_copy(update={"teacher": teacher})
+    run = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
+    add_queries(run, ["one"])
+    sample.materialise(run, "a")
+    (prompt,) = run.lake.sql("SELECT DISTINCT prompt_token_ids FROM samples")["prompt_token_ids"].to_list()
+    student = load_tokenizer(tiny_models.student)
+    assert prompt == encode_prompt(student, [{"role": "user", "content": "one"}])
 
 
 def test_held_out_queries_are_never_sampled(run):

@@ -353,6 +353,21 @@ def test_rows_of_another_length_are_refused(profile, table, column):
             training.train(request_of(profile, "short"))
 
 
+def test_a_pair_with_two_prompts_is_refused(profile):
+    lake = Lake.of(profile)
+    pair = lake.sql("SELECT pair_id, slice, rejected_id FROM pairs ORDER BY pair_id LIMIT 1").row(0, named=True)
+    change = "UPDATE samples SET prompt_token_ids = list_transform(prompt_token_ids, x -> {}) WHERE sample_id = ?"
+    with lake.connect(read_only=False) as con:
+        con.execute(change.format("x + 1"), [pair["rejected_id"]])
+    try:
+        message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*other prompt_token_ids.*another sampling.seed"
+        with pytest.raises(TrainingError, match=message):
+            request_of(profile, "two prompts")
+    finally:
+        with lake.connect(read_only=False) as con:
+            con.execute(change.format("x - 1"), [pair["rejected_id"]])
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile):
     request = request_of(profile, "not finite", micro_batch_tokens=1, global_batch_pairs=12)
     data = TrainingSet(request.rows)

@@ -4,11 +4,11 @@ Run it from anywhere: `python data/models/make_models.py`. A model folder that e
 the queries are rewritten each time, to the same bytes. Everything is seeded; another torch build or CPU may round
 differently and so land on slightly different scores.
 
-Three slices of short tasks, scored by the reasoning-gym scorer named in each row. Those scorers give 1 for a right
-answer and (nearly always) 0 for a wrong one; `spell_backward` and `word_sorting` would pay near misses, so they are
-not used. `number_sorting` forgives an error of 1 per number: numbers in one list therefore differ by 3 or more, so
-that no skipped, repeated or swapped number passes. Each slice mixes difficulties, because a tiny model learns one
-difficulty abruptly.
+Three slices of short tasks. Training is steered by reasoning-gym's scorers, which give 1 for a right answer and (nearly
+always) 0 for a wrong one; `spell_backward` and `word_sorting` would pay near misses, so they are not used.
+`number_sorting` forgives an error of 1 per number: numbers in one list therefore differ by 3 or more, so that no
+skipped, repeated or swapped number passes. Where the answer is one text, the query file names `exact` instead, and the
+cards go by the query files. Each slice mixes difficulties, because a tiny model learns one difficulty abruptly.
 
 Both models are byte-level Llamas trained on freshly drawn tasks, never on a prompt of the query files. Now and then
 each slice is measured (greedy, on validation prompts that are in neither set), and its share of the next batches
@@ -32,6 +32,8 @@ import reasoning_gym
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nbg_core.preference.verifiers import verify
 
 DATA = Path(__file__).resolve().parents[1]
 SCORER = {"addition": "chain_sum", "reversal": "word_sequence_reversal", "sorting": "number_sorting"}
@@ -210,14 +212,22 @@ def train(name: str, spec: dict, tokenizer, validation: dict[str, list[dict]], h
 
 
 def measure(model, tokenizer, queries: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Per slice: greedy accuracy, pass rate of 8 samples at temperature 1, share of queries with both outcomes."""
+    """Per slice, by the verifiers of the query files: greedy accuracy, pass rate of 8 samples at temperature 1, share
+    of queries with both outcomes."""
+
+    def n_right(task: str, rows: list[dict], responses: list[list[str]]) -> list[int]:
+        asked = [query(task, row) for row in rows]
+        return [
+            sum(verify(t, q["answer"], q["verifier"], q.get("verifier_args", {}), q["prompt"]) >= 1 for t in texts)
+            for q, texts in zip(asked, responses, strict=True)
+        ]
+
     scores = {}
     for task, rows in queries.items():
         torch.manual_seed(0)
-        sampled = respond(model, tokenizer, rows, n=8, temperature=1.0)
-        right = [sum(score(t, row) >= 1 for t in texts) for texts, row in zip(sampled, rows, strict=True)]
+        right = n_right(task, rows, respond(model, tokenizer, rows, n=8, temperature=1.0))
         scores[task] = {
-            "greedy": accuracy(model, tokenizer, rows),
+            "greedy": sum(n_right(task, rows, respond(model, tokenizer, rows))) / len(rows),
             "sampled": sum(right) / (8 * len(rows)),
             "mixed": sum(0 < r < 8 for r in right) / len(rows),
         }
@@ -240,14 +250,14 @@ A toy: {goal} when greedy accuracy on validation prompts lay between {low:.1%} a
   sort), never a prompt of `data/queries`. The mix of tasks follows validation accuracy.
 - Training: {steps:,} steps of {BATCH}, AdamW, peak learning rate {spec["lr"]:g}, loss on answers only.
 - Greedy accuracy, pass rate of 8 samples at temperature 1, and share of queries whose 8 samples are both right and
-  wrong, on the {N_QUERIES} held-out queries of each slice, scored by reasoning-gym:
+  wrong, on the {N_QUERIES} held-out queries of each slice, by the verifiers that the query files name:
 
 | slice | greedy | sampled | mixed |
 |---|---|---|---|
 {chr(10).join(rows)}
 
 Limits: it knows these three prompt formats and nothing else; no language, no system prompt, no second turn, no
-larger numbers or longer lists. The scorer of `sorting` forgives an error of 1 per number.
+larger numbers or longer lists.
 """
 
 

@@ -1,13 +1,15 @@
 """`student_samples`: responses of the current policy (and, as a setting, the teacher) to the training queries.
 
-Only responses whose id is not in the lake are drawn; each chunk of queries is committed when it is done. A chunk is
-always the same queries in the same order, so a run that was cut off continues with the batches it would have had.
+Only responses whose id is not in the lake are drawn; each chunk of queries that miss some is committed when it is
+done. Chunks follow the order of query ids, so a run that was cut off continues with the batches it would have had.
+
+Teacher and student get one prompt: the policy's chat template encodes it for both, whatever the teacher's own is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import polars as pl
 
 from nbg_core import ids
 from nbg_core.lake import Write
-from nbg_core.models import check_same_tokenizer, context_length
-from nbg_core.run import Run
+from nbg_core.models import check_same_tokenizer, context_length, encode_prompt, load_tokenizer
+from nbg_core.run import Progress, Run
 from nbg_core.sampling.sampler import Decoding, Request, Sampler
 
 ASSET = "student_samples"
@@ -80,55 +82,52 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
         [model, sampling, slice],
     )["sample_id"]
     present = set(present)
-    n_all = sum(len(v) for v in wanted.values())
-    n_missing = sum(i not in present for v in wanted.values() for i in v)
-    what = f"{ASSET}[{slice}]: {source}"
-    run.log(f"{what}: {n_all - n_missing} of {n_all} responses already drawn")
-    if not n_missing:
+    todo = [
+        (query["query_id"], query["messages"], missing)
+        for query in queries.iter_rows(named=True)
+        if (missing := [(i, sid) for i, sid in enumerate(wanted[query["query_id"]]) if sid not in present])
+    ]
+    n_all, n_missing = sum(map(len, wanted.values())), sum(len(missing) for *_, missing in todo)
+    run.log(f"{ASSET}[{slice}]: {source}: {n_all - n_missing} of {n_all} responses already drawn")
+    if not todo:
         return 0
-    with open_sampler(run, path, s.batch_size) as sampler:
-        return _draw(run, slice, queries, wanted, present, sampler, n_missing, source, path, model, inputs)
-
-
-def _draw(run: Run, slice, queries, wanted, present, sampler: Sampler, n_missing, source, path, model, inputs) -> int:
-    s, sampling = run.profile.sampling, run.profile.sampling_id()
-    decoding = Decoding(s.temperature, s.top_p, s.max_tokens)
-    limit = context_length(path)
-    progress = run.progress(f"{ASSET}[{slice}]: {source}", n_missing)
-    new_rows = tokens = 0
-    start = committed = time.monotonic()
+    same = {"slice": slice, "source": source, "model_id": model, "sampling_id": sampling}
 
     def commit(records: list[dict]) -> int:
-        writes = [Write("samples", pl.DataFrame(records))]
-        return run.commit(ASSET, slice, writes, inputs=inputs).n_rows if records else 0
+        rows = pl.DataFrame([same | record for record in records])
+        return run.commit(ASSET, slice, [Write("samples", rows)], inputs=inputs).n_rows if records else 0
 
-    for chunk in queries.iter_slices(s.chunk_queries):
-        rows, requests = [], []
-        for query in chunk.iter_rows(named=True):
-            missing = [(i, sid) for i, sid in enumerate(wanted[query["query_id"]]) if sid not in present]
-            if not missing:
-                continue
-            prompt = sampler.encode(query["messages"])
+    with open_sampler(run, path, s.batch_size) as sampler:
+        return _draw(run, sampler, path, todo, commit, run.progress(f"{ASSET}[{slice}]: {source}", n_missing))
+
+
+def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], commit: Callable, progress: Progress) -> int:
+    """Draw the missing (index, sample_id) of each (query_id, messages, missing) of `todo`; the number of new rows."""
+    s = run.profile.sampling
+    tokenizer = load_tokenizer(run.policy.path, trust_remote_code=run.profile.models.trust_remote_code)
+    decoding, limit = Decoding(s.temperature, s.top_p, s.max_tokens), context_length(path)
+    new_rows = tokens = 0
+    start = committed = time.monotonic()
+    for at in range(0, len(todo), s.chunk_queries):
+        chunk = todo[at : at + s.chunk_queries]
+        requests = []
+        for query_id, messages, missing in chunk:
+            prompt = encode_prompt(tokenizer, messages)
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
-                    f"query {query['query_id']} has {len(prompt)} prompt tokens; with sampling.max_tokens "
+                    f"query {query_id} has {len(prompt)} prompt tokens; with sampling.max_tokens "
                     f"{s.max_tokens} that passes the context of {limit} tokens of {path}; lower one of them"
                 )
-            seeds = [ids.seed_from(s.seed, sid) for _, sid in missing]
-            requests.append(Request(prompt, seeds))
-            rows.append((query["query_id"], missing, prompt, seeds))
-        if not requests:
-            continue
+            requests.append(Request(prompt, [ids.seed_from(s.seed, sid) for _, sid in missing]))
         records = []
         try:
             for i, j, r in sampler.stream(requests, decoding):
-                query_id, missing, prompt, seeds = rows[i]
+                query_id, _, missing = chunk[i]
                 index, sid = missing[j]
                 records.append({
-                    "slice": slice, "sample_id": sid, "query_id": query_id, "source": source, "model_id": model,
-                    "sampling_id": sampling, "sample_index": index, "seed": seeds[j], "prompt_token_ids": prompt,
-                    "token_ids": r.token_ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason,
-                    "text": sampler.decode(r.token_ids),
+                    "sample_id": sid, "query_id": query_id, "sample_index": index, "seed": requests[i].seeds[j],
+                    "prompt_token_ids": requests[i].prompt_token_ids, "token_ids": r.token_ids, "logprobs": r.logprobs,
+                    "finish_reason": r.finish_reason, "text": sampler.decode(r.token_ids),
                 })  # fmt: skip
                 tokens += len(r.token_ids)
                 now = time.monotonic()

@@ -2,6 +2,7 @@
 
 Nothing is trained on that does not fit together: every response has its teacher row (this teacher, these storage
 settings) and its reference row (this policy and dtype), once each, and all of them have one entry per response token.
+Both responses of a pair answer one prompt, token by token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ _RESPONSES = """
       SELECT pair_id, slice, chosen_id AS sample_id, 0 AS side FROM pairs WHERE slice IN (SELECT unnest($1::VARCHAR[]))
       UNION ALL
       SELECT pair_id, slice, rejected_id, 1 FROM pairs WHERE slice IN (SELECT unnest($1::VARCHAR[]))),
-    s AS (SELECT sample_id, len(token_ids) AS n_response, len(prompt_token_ids) AS n_prompt FROM samples),
+    s AS (
+      SELECT sample_id, len(token_ids) AS n_response, len(prompt_token_ids) AS n_prompt,
+             hash(prompt_token_ids) AS prompt
+      FROM samples SEMI JOIN members USING (sample_id)),
     t AS (
       SELECT sample_id, len(token_logprobs) AS n_teacher,
              len(head_counts) = n_teacher AND len(tail_counts) = n_teacher AND len(tail_logmass) = n_teacher
@@ -29,11 +33,12 @@ _RESPONSES = """
       WHERE model_id = $4 AND settings_id = $5),
     counted AS (
       SELECT m.*, n_response, n_prompt, n_teacher, is_whole, n_reference,
-             count(*) OVER (PARTITION BY pair_id, side) > 1 AS repeated
+             count(*) OVER (PARTITION BY pair_id, side) > 1 AS repeated,
+             min(prompt) OVER (PARTITION BY pair_id) <> max(prompt) OVER (PARTITION BY pair_id) AS prompts_differ
       FROM members m LEFT JOIN s USING (sample_id) LEFT JOIN t USING (sample_id) LEFT JOIN r USING (sample_id))
     SELECT *, count(*) OVER () AS n_bad FROM counted
     WHERE repeated OR n_response IS NULL OR n_teacher IS NULL OR n_reference IS NULL OR NOT is_whole
-       OR n_response = 0 OR n_prompt = 0 OR n_response <> n_teacher OR n_response <> n_reference
+       OR n_response = 0 OR n_prompt = 0 OR prompts_differ OR n_response <> n_teacher OR n_response <> n_reference
     ORDER BY NOT repeated, pair_id, side LIMIT 1"""
 
 
@@ -43,7 +48,8 @@ def read_pairs(
 ) -> pl.DataFrame:  # fmt: skip
     """The pairs in order of pair_id: pair_id, slice. Light: token ids and distributions stay where they are.
 
-    Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length."""
+    Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length, and with
+    two prompts."""
     params = [list(slices), teacher_id, storage_id, reference_id, scoring_id]
     bad = lake.sql(_RESPONSES, params, snapshot=snapshot)
     if not bad.is_empty():
@@ -73,6 +79,9 @@ def _problem(r: dict, teacher: str, reference: str) -> tuple[str, str]:
     for column, (what, asset) in missing.items():
         if r[column] is None:
             return what, f"materialise {asset} of this slice again"
+    if r["prompts_differ"]:
+        what = "other prompt_token_ids than the pair's other response"
+        return what, "set another sampling.seed, so that all responses are drawn anew, and materialise this slice again"
     what = (
         f"{r['n_prompt']} prompt tokens, {r['n_response']} response tokens, {r['n_teacher']} teacher positions"
         f"{'' if r['is_whole'] else ' (damaged)'} and {r['n_reference']} reference log-probs"

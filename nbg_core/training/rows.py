@@ -40,7 +40,7 @@ INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
 ID_BYTES = 32
 BATCH_ROWS = 2048
-MEMORY = "1GB"
+MEMORY = "400MB"
 """What DuckDB may use to join; it spills to disk beyond."""
 
 

@@ -33,6 +33,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from nbg_core.config import TrainingSettings  # noqa: E402
+from nbg_core.drift import step_0_bound  # noqa: E402
 from nbg_core.forward import no_packing  # noqa: E402
 from nbg_core.run import Progress  # noqa: E402
 from nbg_core.training import states  # noqa: E402
@@ -48,14 +49,6 @@ SUMS = ("dpo", "kl_chosen", "kl_rejected", "nll", "margin", "accuracy", "chosen_
 
 PER_TOKEN = {"kl_chosen": "chosen_tokens", "nll": "chosen_tokens", "kl_rejected": "rejected_tokens"}
 """Sums that are means over tokens; the others are means over pairs."""
-
-
-def drift_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
-    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
-
-    Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
-    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
-    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
 
 
 def init_distributed() -> None:
@@ -164,7 +157,7 @@ def _check_drift(
     """Raise on all ranks when a response of the first batch has another log-prob than its reference row."""
     pairs = np.concatenate(shares)
     reward = settings.loss.beta * torch.cat(drifts).abs().cpu().numpy()  # [2B]
-    bound = drift_bound(settings.precision, settings.loss.beta, data.n_tokens[pairs].ravel())
+    bound = step_0_bound(settings.precision, settings.loss.beta, data.n_tokens[pairs].ravel())
     worst = (0.0, 0.0, 0.0, "")
     if len(reward):
         at = int((reward / bound).argmax())
