@@ -91,8 +91,8 @@ def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) ->
     if unknown.is_empty():
         return new_rows
     e = run.profile.evaluation
-    progress = run.progress(f"{ASSET}: {role}", unknown.height)
     with open_sampler(run, path, e.batch_size) as sampler:
+        progress = run.progress(f"{ASSET}: {role}", unknown.height)
         for chunk in unknown.iter_slices(e.batch_size):
             requests = [Request(sampler.encode(messages), [0]) for messages in chunk["messages"].to_list()]
             answers = {}

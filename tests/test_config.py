@@ -61,6 +61,18 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {lora: {rnak: 8}}", "unknown key 'training.lora.rnak'; did you mean 'rank'"),
         (MODELS + "training: {lora: {rank: 0}}", "training.lora.rank = 0: .*greater than or equal to 1"),
         (
+            MODELS + "teacher: {engine: vllm}",
+            "teacher.engine 'vllm' gives the most probable entries .*; set teacher.m_tail to 0, teacher.min_weight to "
+            "0, training.loss.estimator to 'bucket', or teacher.engine to 'transformers'",
+        ),
+        (
+            MODELS + "teacher: {engine: vllm, m_tail: 0, min_weight: 0, temperature: 2}\ntraining: {loss: {estimator: "
+            "bucket}}",
+            "; set teacher.temperature to 1, or",
+        ),
+        (MODELS + "vllm: {addresses: [localhost:8000]}", "'localhost:8000' is not a base URL; write it like http://"),
+        (MODELS + "vllm: {max_in_flight: 0}", "vllm.max_in_flight = 0: .*greater than or equal to 1"),
+        (
             "models: {student: a, teacher: b, dtype: bfloat16}",
             "models.dtype 'bfloat16' and training.precision 'fp32' .*set training.precision to 'bf16', or change",
         ),
@@ -111,9 +123,26 @@ def test_ids_of_settings_change_with_what_matters_only():
     assert changed(base, "teacher", batch_tokens=7).storage_id() == base.storage_id()
     assert changed(base, "evaluation", batch_size=7).answering_id() == base.answering_id()
     assert changed(base, "evaluation", max_tokens=7).answering_id() != base.answering_id()
+    of_vllm = changed(base, "sampling", backend="vllm")
+    for id in ("sampling_id", "answering_id"):
+        assert getattr(of_vllm, id)() != getattr(base, id)()
+        assert getattr(changed(of_vllm, "vllm", version="1.0"), id)() != getattr(of_vllm, id)()
+        assert (
+            getattr(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1), id)() == getattr(of_vllm, id)()
+        )
+    assert changed(of_vllm, "vllm", version="1.0").storage_id() == base.storage_id()
+    scored = changed(base, "teacher", engine="vllm")
+    assert changed(scored, "vllm", version="1.0").storage_id() != scored.storage_id() != base.storage_id()
     rounded = changed(base, "models", dtype="bfloat16")
     for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
         assert getattr(rounded, id)() != getattr(base, id)()
+
+
+def test_another_version_of_what_computes_is_another_key(monkeypatch):
+    base = load_profile("embedded")
+    ids = [base.sampling_id(), base.storage_id(), base.answering_id()]
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.0")
+    assert not set(ids) & {base.sampling_id(), base.storage_id(), base.answering_id()}
 
 
 def test_a_training_is_the_same_however_its_sums_are_shared_out():

@@ -46,7 +46,6 @@ def materialise(run: Run, slice: str) -> dict:
 def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, teacher: str, storage: str) -> int:
     if missing.is_empty():
         return 0
-    progress = run.progress(f"{ASSET}[{slice}]", missing.height)
     new_rows = 0
 
     def commit(frames: list[pl.DataFrame]) -> int:
@@ -58,6 +57,7 @@ def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, te
         return run.commit(ASSET, slice, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
 
     with open_engine(run, path) as rows_of:
+        progress = run.progress(f"{ASSET}[{slice}]", missing.height)
         for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
             frames = []
             try:

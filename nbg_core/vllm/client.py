@@ -216,7 +216,7 @@ class Client:
 
     def _talk(self, address: str, path: str, body: dict | None) -> dict:
         try:
-            with httpx.Client(timeout=self.settings.timeout_s, **self._http) as http:
+            with httpx.Client(timeout=httpx.Timeout(self.settings.timeout_s, connect=10), **self._http) as http:
                 response = http.get(address + path) if body is None else http.post(address + path, json=body)
             response.raise_for_status()
             return response.json()
