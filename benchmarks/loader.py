@@ -18,6 +18,8 @@ from pathlib import Path
 
 import report
 
+from nbg_core.schemas import GAP_ZERO
+
 PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
 
@@ -49,7 +51,8 @@ def make_lake(folder: Path, n_pairs: int) -> None:
                    list_transform(range({RESPONSE}), lambda x: -9.0::FLOAT) AS tail_logmass,
                    list_transform(range({RESPONSE}), lambda x: {ENTRIES}::INTEGER) AS head_counts,
                    list_transform(range({RESPONSE}), lambda x: 0::INTEGER) AS tail_counts,
-                   list_transform(range({n}), lambda x: (9 * least(x % {ENTRIES}, 1))::FLOAT) AS entry_gaps,
+                   list_transform(range({n}), lambda x: {GAP_ZERO} + 9.0::FLOAT * least(x % {ENTRIES}, 1))
+                     AS entry_gaps,
                    list_transform(range({n}), lambda x: -2.0::FLOAT) AS entry_logprobs
             FROM range({2 * n_pairs}) t(i)""")
         con.execute(f"""

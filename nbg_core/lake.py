@@ -54,8 +54,8 @@ VIEWS = {
                  unnest(entry_gaps) AS gap, unnest(entry_logprobs) AS logprob
           FROM {lake}.teacher_logits)
         SELECT sample_id, model_id, settings_id, slice, position, is_head,
-               (sum(gap) OVER (PARTITION BY sample_id, model_id, settings_id, position, is_head ORDER BY i))::INTEGER
-                 AS token_id,
+               (sum(gap - {zero}) OVER (PARTITION BY sample_id, model_id, settings_id, position, is_head ORDER BY i)
+                 )::INTEGER AS token_id,
                logprob, CASE WHEN is_head THEN exp(logprob) ELSE exp(logmass) / n_tail END AS weight
         FROM o JOIN e USING (sample_id, model_id, settings_id, entry)""",
     "lineage.commits": """
@@ -378,7 +378,7 @@ class Lake:
                 ):  # of an earlier version: its rows have other settings, and are not read
                     con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
             for name, body in VIEWS.items():
-                con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake')}")
+                con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake', zero=schemas.GAP_ZERO)}")
             con.execute("COMMIT")
             # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
             con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")

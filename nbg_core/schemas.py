@@ -110,7 +110,7 @@ class TeacherLogits(Produced):
     tail_logmass = _floats("log of the exact mass outside the head; -inf when none", allow_inf=True)
     head_counts = _ints("entries kept exactly, per position")
     tail_counts = _ints("entries sampled from the tail, per position")
-    entry_gaps = _floats("token ids, sorted in each head and tail: the first, then differences; whole numbers")
+    entry_gaps = _floats("2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries")
     entry_logprobs = _floats("teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats")
 
 
@@ -232,6 +232,9 @@ TABLES: dict[str, type[dy.Schema]] = {
     "promotions": Promotions,
     "lineage.materialisations": Materialisations,
 }
+
+GAP_ZERO = 1 << 23
+"""What teacher_logits.entry_gaps holds for 0: a float32 from here on has a whole number's bytes in its last three."""
 
 BYTE_SPLIT = {"teacher_logits": ("token_logprobs", "tail_logmass", "entry_gaps", "entry_logprobs")}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""

@@ -21,6 +21,7 @@ from nbg_core.lake import Lake, Write
 from nbg_core.preference.verifiers import scorer_ids
 from nbg_core.processes import WorkerFailed
 from nbg_core.run import Run
+from nbg_core.schemas import GAP_ZERO
 
 QUERIES = 4
 """Queries per slice; the last is held out."""
@@ -131,11 +132,11 @@ def _pairs(run: Run, slice: str) -> list:
 
 def _teacher(run: Run, slice: str) -> list:
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
-    half = math.log(0.5)
+    half, gaps = math.log(0.5), [GAP_ZERO + gap for gap in (3.0, 4.0, 1.0, 63.0)]
     return [("teacher_logits", pl.DataFrame([
         {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.storage_id(),
          "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
-         "tail_counts": [2, 0], "entry_gaps": [3.0, 4.0, 1.0, 63.0], "entry_logprobs": [half, -2.0, -3.0, 0.0]}
+         "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [half, -2.0, -3.0, 0.0]}
         for _, s in _samples_of(slice)
     ]))]  # fmt: skip
 

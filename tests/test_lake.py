@@ -19,6 +19,7 @@ import pytest
 from nbg_core import lake as lake_module
 from nbg_core import schemas
 from nbg_core.lake import Lake, LakeError, Record, Write
+from nbg_core.schemas import GAP_ZERO
 
 
 @pytest.fixture
@@ -98,10 +99,11 @@ def test_frames_of_a_function_are_one_commit_and_a_bad_one_undoes_all(lake):
 
 
 def teacher_row(sample: str) -> dict:
+    gaps = [GAP_ZERO + gap for gap in (1.0, 1.0, 7.0, 2.0, 4.0)]
     return {
         "slice": "a", "sample_id": sample, "model_id": "m", "settings_id": "x",
         "token_logprobs": [-0.5, -0.1], "tail_logmass": [-5.0, float("-inf")], "head_counts": [2, 1],
-        "tail_counts": [2, 0], "entry_gaps": [1.0, 1.0, 7.0, 2.0, 4.0], "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
+        "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
     }  # fmt: skip
 
 

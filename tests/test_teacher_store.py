@@ -1,5 +1,6 @@
 """The store: exact head, unbiased tail, exact mass, and a round trip, for any distribution."""
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from nbg_core import schemas
 from nbg_core.config import TeacherSettings
+from nbg_core.files import write_parquet
+from nbg_core.schemas import GAP_ZERO
 from nbg_core.teacher.store import compress, targets
 
 
@@ -26,7 +29,9 @@ def positions(rows: pl.DataFrame) -> list[dict]:
         at = 0
         for r, (h, t) in enumerate(zip(row["head_counts"], row["tail_counts"], strict=True)):
             gaps, logprobs = row["entry_gaps"][at : at + h + t], row["entry_logprobs"][at : at + h + t]
-            ids = [int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(part, dtype=np.float64)]
+            ids = [
+                int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(np.array(part, dtype=np.int64) - GAP_ZERO)
+            ]
             found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:],
                           "mass": row["tail_logmass"][r], "token": row["token_logprobs"][r]})  # fmt: skip
             at += h + t
@@ -181,3 +186,19 @@ def test_a_300k_vocabulary_is_handled_in_blocks():
     z = np.random.default_rng(4).normal(size=(70, 300_000)).astype(np.float32)
     rows = compressed(z, TeacherSettings(k_head=8, m_tail=8, min_weight=0))
     assert len(rows["entry_gaps"][0]) == 70 * 16
+    for r, p in enumerate(positions(rows)):
+        assert set(p["head"]) == set(np.argpartition(-z[r], 8)[:8]) and max(p["tail"]) < 300_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(distributions(), st.integers(1, 45), st.integers(0, 8), st.sampled_from([0.0, 0.05]))
+def test_a_file_gives_back_what_was_stored_to_sql_and_to_training(tmp_path_factory, logits, k, m, min_weight):
+    rows = compressed(logits, TeacherSettings(k_head=k, m_tail=m, epsilon=0.0, min_weight=min_weight))
+    path = tmp_path_factory.mktemp("file") / "rows.parquet"
+    write_parquet(rows, path, schemas.BYTE_SPLIT["teacher_logits"])
+    read = duckdb.sql(f"SELECT * FROM '{path}'").pl()
+    assert read.to_dicts() == rows.to_dicts()
+    t = targets(read)
+    for r, p in enumerate(positions(rows)):
+        head = dict(zip(t.ids[r][t.is_head[r]].tolist(), t.logprobs[r][t.is_head[r]].tolist(), strict=True))
+        assert head == p["head"] and t.ids[r][t.is_tail[r]].tolist() == p["tail"]

@@ -22,6 +22,7 @@ from nbg_core.config import TrainingSettings
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.models import encode_prompt, load_model, load_tokenizer
 from nbg_core.run import Run
+from nbg_core.schemas import GAP_ZERO
 from nbg_core.teacher import reference
 from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
@@ -220,7 +221,11 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
             at = 0
             for t, (h, k) in enumerate(zip(r["head_counts"], r["tail_counts"], strict=True)):
                 gaps = r["entry_gaps"][at : at + h + k]
-                entry_ids = [int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(part)]
+                entry_ids = [
+                    int(i)
+                    for part in (gaps[:h], gaps[h:])
+                    for i in np.cumsum(np.array(part, dtype=np.int64) - GAP_ZERO)
+                ]
                 for e in range(at, at + h + k):
                     q = np.exp(r["entry_logprobs"][e]) if e < at + h else np.exp(r["tail_logmass"][t]) / k
                     total = total + weight * q * (r["entry_logprobs"][e] - logp[t, entry_ids[e - at]]) / count

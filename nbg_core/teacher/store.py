@@ -14,9 +14,9 @@ entries (sampling proportional to size). With 0 every position that is not sure 
 In a file every value is plain, so that SQL reads it, and shaped for Parquet's BYTE_STREAM_SPLIT encoding with zstd
 (`files.write_parquet`), which store bytes that are mostly equal in next to nothing:
 
-* ids, sorted in the head and in the tail, as differences to the one before (`entry_gaps`; the first is the id itself),
-  as float32: exact up to 2^24, DuckDB reads the encoding of floats alone, and a float's exponent and mantissa are what
-  a difference of any size is best split into;
+* ids, sorted in the head and in the tail, as differences to the one before (`entry_gaps`; the first is the id itself).
+  DuckDB reads the encoding of floats alone, so they are float32 with 2^23 added, where the last three bytes of a float
+  are those of a whole number;
 * log-probs as float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. The largest of a head has
   more, and takes what rounding the others lost, so that head and tail sum to 1.
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from nbg_core.config import TeacherSettings
 from nbg_core.ids import seed_from
 from nbg_core.losses import TeacherTargets
+from nbg_core.schemas import GAP_ZERO
 
 COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
 """Columns of teacher_logits that hold the distribution."""
@@ -113,7 +114,7 @@ def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
         np.concatenate(found[c] or [np.zeros(0, dtypes.get(c, np.float32))]) for c in COLUMNS
     )
     starts, n = _lists_within(head_counts, tail_counts)
-    gaps = gaps.astype(np.int64)
+    gaps = gaps.astype(np.int64) - GAP_ZERO
     entry_ids = gaps.cumsum()  # over all lists: what the lists before add up to is taken off again
     entry_ids -= np.repeat(entry_ids[starts] - gaps[starts], n)
     count = head_counts + tail_counts
@@ -161,7 +162,7 @@ def _gaps(ids: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray) -> np.ndarray
     gaps = np.diff(ids, prepend=np.int32(0))
     starts, _ = _lists_within(n_head, n_tail)
     gaps[starts] = ids[starts]
-    return gaps.astype(np.float32)
+    return (gaps + GAP_ZERO).astype(np.float32)
 
 
 def _lists_within(n_head: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
