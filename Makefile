@@ -33,7 +33,7 @@ bench-train: .venv/installed-bench
 bench-store: .venv/smollm2
 	$(BIN)/python benchmarks/teacher_store.py
 
-bench-serve: .venv/smollm2
+bench-serve: .venv/smollm2 .venv-vllm/installed
 	$(BIN)/python benchmarks/serving.py
 
 # Its file alone is wanted, not the program that it is for.

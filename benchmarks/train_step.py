@@ -9,6 +9,10 @@ between steps. Of each case, in one process:
    `peak_bytes` is the most that lives at once beyond what was there before the step (weights, pairs) and beyond the
    gradients that the step leaves behind.
 3. Time: rounds in which every variant takes one step, the median of each.
+4. One more step of D under the profiler: the share of its time that is matrix products, which no variant can avoid.
+
+The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed against three bare products of its rows:
+their mean is one GEMM. Pairs of 64 tokens fit the tile (pair-aligned), one of 512 does not (recompute).
 
 `tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for A0 and D
 over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
@@ -36,6 +40,9 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from train_step_variants import Models, Pairs, Step, make_models, make_pairs, steps
+
+from nbg_core.head import head_joint_loss
+from nbg_core.losses import Denominators, LossSettings, TeacherTargets
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- train_step: begin -->", "<!-- train_step: end -->"
@@ -168,6 +175,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
             start = time.perf_counter()
             take(step, models)
             seconds[name].append(time.perf_counter() - start)
+    share = gemm_share(running["D"], models)
     rows = []
     for name, step in found.items():
         row = {"case": case.name, "shape": {**case.model, "prompt": case.prompt, "response": case.response,
@@ -175,12 +183,57 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
         if callable(step):
             median = statistics.median(seconds[name])
             row |= {"median_s": median, "tokens_per_s": pairs.unique_tokens / median, "peak_bytes": peaks[name]}
+            row |= {"gemm_share": share} if name == "D" else {}
             print(f"  {name:8} {median * 1e3:8.0f} ms {peaks[name] / 1e6:8.1f} MB", flush=True)
         else:
             row |= {"median_s": None, "tokens_per_s": None, "peak_bytes": None, "error": step}
             print(f"  {name:8} {step}", flush=True)
         rows.append(row)
     return rows
+
+
+def gemm_share(step: Step, models: Models) -> float:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        take(step, models)
+    times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    return sum(times.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(times.values())
+
+
+def head_gemms(repeats: int) -> dict[str, float]:
+    """What `head_joint_loss` costs, forward and backward, in GEMMs (see the module's docstring)."""
+    vocab, width, k = K152, 1024, 64
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(vocab, width)).requires_grad_()
+    costs = {}
+    for name, n_pairs, per_pair in (("pair-aligned", 4, 64), ("recompute", 1, 512)):
+        n = n_pairs * per_pair
+        hidden, ids = torch.randn(n, width).requires_grad_(), torch.randint(vocab, (n,))
+        pair, position = torch.arange(n) // per_pair, torch.arange(n) % per_pair
+        entries = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)])
+        head = (torch.arange(k) < k // 2).expand(n, k)
+        targets = TeacherTargets(entries, torch.full((n, k), -4.5), head, ~head, torch.full((n,), -1.0))
+        arguments = (ids, pair, position < per_pair // 2, torch.full((n,), -9.0), targets, n_pairs)
+        kwargs = dict(vocab=vocab, settings=LossSettings(), denominators=Denominators(n_pairs, n // 2, n // 2))
+        h, w = hidden.detach(), weight.detach()
+        z, d_hidden, d_weight = torch.zeros(n, vocab), torch.empty_like(h), torch.empty_like(w)
+
+        def whole(hidden=hidden, arguments=arguments, kwargs=kwargs):
+            hidden.grad = weight.grad = None
+            head_joint_loss(hidden, weight, *arguments, **kwargs)[0].backward()
+
+        parts = [
+            lambda h=h, w=w, z=z: torch.mm(h, w.t(), out=z), lambda z=z, w=w, d=d_hidden: torch.mm(z, w, out=d),
+            lambda z=z, h=h, d=d_weight: torch.mm(z.t(), h, out=d), whole,
+        ]  # fmt: skip
+        seconds = [[] for _ in parts]
+        for _ in range(repeats + 1):
+            for part, found in zip(parts, seconds, strict=True):
+                start = time.perf_counter()
+                part()
+                found.append(time.perf_counter() - start)
+        *bare, mine = (statistics.median(s[1:]) for s in seconds)
+        costs[name] = mine / statistics.mean(bare)
+    return costs
 
 
 def tables(rows: list[dict]) -> str:
@@ -197,6 +250,8 @@ def tables(rows: list[dict]) -> str:
 
     times = table("ms (times of D)", lambda r, d: f"{r['median_s'] * 1e3:.0f} ({r['median_s'] / d['median_s']:.1f})")
     peaks = table("peak, MB", lambda r, d: f"{r['peak_bytes'] / 1e6:.0f}")
+    shares = ", ".join(f"{r['case']} {r['gemm_share']:.0%}" for r in rows if "gemm_share" in r)
+    peaks += [f"Matrix products are this share of D's time: {shares}."] if shares else []
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
     return "\n".join([*times, *peaks, *errors]).strip()
 
@@ -223,7 +278,7 @@ def plot(rows: list[dict], folder: Path) -> list[str]:
     return files
 
 
-def write(folder: Path, rows: list[dict], growth: list[dict], args: argparse.Namespace) -> None:
+def write(folder: Path, rows: list[dict], growth: list[dict], head: dict, args: argparse.Namespace) -> None:
     """results/train_step.json (growth rows have `axis` and `value`), plots, and the section of README.md."""
     results, readme = folder / "results", folder / "README.md"
     results.mkdir(exist_ok=True)
@@ -235,7 +290,8 @@ def write(folder: Path, rows: list[dict], growth: list[dict], args: argparse.Nam
     )
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    section = "\n\n".join([BEGIN, run + ".", tables(rows), *images, END])
+    cost = ", ".join(f"{x:.2f} GEMMs {name}" for name, x in head.items())
+    section = "\n\n".join([BEGIN, run + ".", tables(rows), f"The head alone: {cost}.", *images, END])
     readme.write_text(before + section + after)
 
 
@@ -277,7 +333,9 @@ def main() -> None:
     if args.quick:
         folder = Path(tempfile.mkdtemp())
         shutil.copy(HERE / "README.md", folder)
-    write(folder, rows, growth, args)
+    head = {} if args.quick else head_gemms(args.repeats)
+    print(head)
+    write(folder, rows, growth, head, args)
     print(f"\n{tables(rows)}\n\nwritten to {folder}")
 
 

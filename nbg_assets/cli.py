@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -123,6 +124,7 @@ def sql(
     """Ask the lake a read-only question; safe while a run is going on."""
     _, lake = _open()
     try:
+        _only_questions(query)
         df = lake.sql(query, snapshot=snapshot)
     except duckdb.Error as e:
         raise LookupError(f"{e}") from e
@@ -138,6 +140,21 @@ def sql(
             table.add_row(*(_short(v) for v in row))
         console.print(table)
         console.print(f"{df.height} rows" + (f", first {rows} shown" if df.height > rows else ""))
+
+
+def _only_questions(query: str) -> None:
+    """Raises ValueError for a statement that is not a question: the lake is read-only to DuckDB, files are not."""
+    explain = re.compile(r"\s*EXPLAIN\b(\s+ANALYZE\b)?", re.IGNORECASE)
+    for statement in duckdb.extract_statements(query):
+        parts = [statement]
+        if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
+            parts = duckdb.extract_statements(explain.sub("", statement.query, count=1))
+        if other := [part.type.name for part in parts if part.type != duckdb.StatementType.SELECT]:
+            raise ValueError(
+                "`nbg sql` is read-only and takes questions (SELECT, FROM, DESCRIBE, SHOW, SUMMARIZE, EXPLAIN), not "
+                f"{other[0]} statements; use --format csv for a file, FROM name(...) for CALL, and "
+                "FROM (PIVOT ... ON column IN (...)) for PIVOT"
+            )
 
 
 def _json(value: object) -> str:
@@ -170,6 +187,17 @@ def tables() -> None:
         for column, spec in schema.columns().items():
             table.add_row(column, sql_type(spec.dtype), spec.description or "")
         console.print(table)
+
+
+@app.command("compact")
+def compact_files() -> None:
+    """Merge the lake's small files into larger ones; what any snapshot shows stays the same."""
+    from nbg_core.compact import KEEP, compact
+
+    _, lake = _open()
+    for name, before, after in compact(lake).iter_rows():
+        console.print(f"{name}: {before} files are now {after}")
+    console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
 
 
 @app.command()

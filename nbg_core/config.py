@@ -144,6 +144,8 @@ class TeacherSettings(Section):
     """Base seed of the tail samples."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Tokens per forward pass, padding included."""
+    n_processes: Annotated[int, Field(ge=1)] = 1
+    """Processes that score side by side with engine `transformers`, a GPU and a copy of the teacher each."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
     """Responses per commit: what a crash can lose."""
 
@@ -414,7 +416,7 @@ class Profile(Section):
 
     def storage_id(self) -> str:
         """Hash of what changes the stored teacher rows, besides the teacher."""
-        stored = self.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples"})
+        stored = self.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples", "n_processes"})
         return digest("teacher", STORE_VERSION, self.models.dtype, self.engine_version(self.teacher.engine), stored)
 
     def scoring_id(self) -> str:

@@ -13,7 +13,7 @@ import json
 import re
 import sqlite3
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -106,10 +106,13 @@ class Write:
 
     Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
     (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
-    it, for tables with large arrays."""
+    it, for tables with large arrays.
+
+    Rows that do not fit in memory at once come from a function that gives them frame by frame; it is called again when
+    the commit is retried."""
 
     table: str
-    rows: pl.DataFrame
+    rows: pl.DataFrame | Callable[[], Iterable[pl.DataFrame]]
     replace: str | None = None
     params: tuple = ()
     as_file: bool = False
@@ -205,14 +208,10 @@ class Lake:
     def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
         """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
 
-        Raises dataframely's ValidationError before anything is written if a frame breaks its contract."""
-        ready = []
-        for write in writes:
-            rows = write.rows.with_columns(pl.lit(record.materialisation_id).alias("materialisation_id"))
-            ready.append((write, schemas.validate(write.table, rows)))
-        return self._commit(record, ready)
+        Raises dataframely's ValidationError if a frame breaks its contract; then nothing is written."""
+        return self._commit(record, [(write, _checked(write, record)) for write in writes])
 
-    def _commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> Commit:
+    def _commit(self, record: Record, ready: list[tuple[Write, Frames]]) -> Commit:
         tried = False
 
         def attempt() -> int:
@@ -223,25 +222,26 @@ class Lake:
             return self._try_commit(record, ready)
 
         try:
-            n_rows = _patiently(attempt)
-            return Commit(record.materialisation_id, _patiently(self._snapshot_of, record), n_rows)
+            n_rows = patiently(attempt)
+            return Commit(record.materialisation_id, patiently(self._snapshot_of, record), n_rows)
         except (duckdb.Error, OSError) as e:  # a folder that is read-only, a disk that is full
             if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
                 raise
             raise self._error("written", e) from None
 
-    def _try_commit(self, record: Record, ready: list[tuple[Write, pl.DataFrame]]) -> int:
+    def _try_commit(self, record: Record, ready: list[tuple[Write, Frames]]) -> int:
         files: list[Path] = []
         with self._connection(read_only=False) as con:
             con.execute("BEGIN")
             try:
                 n_rows = 0
-                for write, rows in ready:
+                for write, frames in ready:
                     if write.replace is not None:
                         con.execute(f"DELETE FROM {write.table} WHERE {write.replace}", list(write.params))
-                    else:
-                        rows = _without_present(con, write.table, rows)
-                    n_rows += self._insert(con, write, rows, record, files)
+                    for rows in frames():
+                        if write.replace is None:
+                            rows = _without_present(con, write.table, rows)
+                        n_rows += self._insert(con, write, rows, record, files)
                 row = self._lineage_row(record, n_rows)  # noqa: F841  (DuckDB reads it by name)
                 con.execute("INSERT INTO lineage.materialisations BY NAME SELECT * FROM row")
                 extra = json.dumps({"materialisation_id": record.materialisation_id, "run_id": record.run_id})
@@ -252,9 +252,9 @@ class Lake:
                 )
                 con.execute("COMMIT")
             except BaseException:
-                _quietly_rollback(con)
+                quietly_rollback(con)
                 # An interrupt can come after the commit, before its return.
-                if files and _patiently(self._landed, record) is None:
+                if files and patiently(self._landed, record) is None:
                     for path in files:
                         path.unlink(missing_ok=True)
                 raise
@@ -324,7 +324,7 @@ class Lake:
             if kind == "sqlite":
                 self._create_file(Path(where))
             else:
-                _patiently(self._create_tables)
+                patiently(self._create_tables)
         except (OSError, sqlite3.Error) as e:
             raise self._error("created", e) from None
 
@@ -384,6 +384,21 @@ class Lake:
             con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")
 
 
+Frames = Callable[[], Iterable[pl.DataFrame]]
+
+
+def _checked(write: Write, record: Record) -> Frames:
+    """The frames of a write with their `materialisation_id`, held to the table's contract: a single one at once."""
+
+    def check(rows: pl.DataFrame) -> pl.DataFrame:
+        return schemas.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))
+
+    if callable(write.rows):
+        return lambda: map(check, write.rows())
+    rows = check(write.rows)
+    return lambda: [rows]
+
+
 def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
     """`rows` whose primary key is not in the table yet."""
     key = schemas.TABLES[table].primary_key()
@@ -403,7 +418,7 @@ def _is_contention(error: BaseException) -> bool:
     return isinstance(error, duckdb.Error) and not isinstance(error, mistakes) and bool(_CONTENTION.search(str(error)))
 
 
-def _patiently(attempt, *args):
+def patiently(attempt, *args):
     """`attempt(*args)`, again and again while other writers are in the way, for RETRY_SECONDS at most."""
     return retry(
         retry=retry_if_exception(_is_contention),
@@ -413,7 +428,7 @@ def _patiently(attempt, *args):
     )(attempt)(*args)
 
 
-def _quietly_rollback(con) -> None:
+def quietly_rollback(con) -> None:
     try:
         con.execute("ROLLBACK")
     except duckdb.Error:  # a failed COMMIT has already ended the transaction

@@ -61,6 +61,34 @@ def test_sql_cannot_write_and_names_its_mistakes(profile):
         assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "before", ["", "EXPLAIN ANALYZE ", "explain (analyze) ", "SELECT 1; ", "EXPLAIN /* */ ANALYZE "]
+)
+def test_sql_writes_no_file(profile, tmp_path, capsys, before):
+    file = tmp_path / "out.csv"
+    with pytest.raises((ValueError, LookupError)):
+        cli.sql(f"{before}COPY (SELECT 1) TO '{file}'", "table", None, 40)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "query", ["EXPLAIN SELECT 1", "EXPLAIN ANALYZE FROM pairs", "DESCRIBE pairs", "SHOW TABLES", "SUMMARIZE pairs",
+              "FROM (PIVOT pairs ON slice IN ('a') USING count(*))", "FROM ducklake_snapshots('lake')"],
+)  # fmt: skip
+def test_sql_takes_every_kind_of_question(profile, query, capsys):
+    cli.sql(query, "json", None, 40)
+    json.loads(capsys.readouterr().out)
+
+
+def test_compact_says_what_became_fewer(profile, capsys):
+    for i in range(2):
+        row = {"slice": "a", "scorer": "verifier", "scorer_id": "v", "score": 1.0}
+        rows = pl.DataFrame([row | {"sample_id": f"{i}-{j}"} for j in range(20)])
+        Lake.of(profile).commit(Record("filtered_pairs", "a", "r", "t"), [Write("scores", rows)])
+    cli.compact_files()
+    assert capsys.readouterr().out.startswith("scores: 2 files are now 1\n")
+
+
 def test_programs_get_valid_json_and_whole_structs(profile):
     query = (
         "SELECT '-inf'::DOUBLE AS a, ['nan'::DOUBLE, 1] AS l, {'role': 'user', 'n': [{'k': 2}]} AS s, NULL::INT[] AS e"

@@ -83,6 +83,20 @@ def test_replace_swaps_a_partition_and_a_snapshot_still_has_the_old_one(lake):
     assert past["sample_id"].to_list() == ["o", "s1", "s2"]
 
 
+def test_frames_of_a_function_are_one_commit_and_a_bad_one_undoes_all(lake):
+    def frames(last: str):
+        yield pl.DataFrame([score("s1"), score("s2")])
+        yield pl.DataFrame([score("s2"), score(last)])
+
+    before = lake.snapshot()
+    with pytest.raises(dy.exc.ValidationError, match="sample_id"):
+        lake.commit(record(), [Write("scores", lambda: frames(""))])
+    assert lake.snapshot() == before and lake.sql("FROM lineage.materialisations").is_empty()
+    commit = lake.commit(record(), [Write("scores", lambda: frames("s3"))])
+    assert (commit.n_rows, commit.snapshot) == (3, before + 1)
+    assert lake.sql("SELECT sample_id FROM scores ORDER BY ALL")["sample_id"].to_list() == ["s1", "s2", "s3"]
+
+
 def teacher_row(sample: str) -> dict:
     return {
         "slice": "a", "sample_id": sample, "model_id": "m", "settings_id": "x",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 
+import polars as pl
 import pytest
 from training_lake import make_profile
 
-from nbg_core import ids
+from nbg_core import ids, schemas
 from nbg_core.files import link_folder
 from nbg_core.lake import Lake
 from nbg_core.run import Run
@@ -62,6 +65,49 @@ def test_a_training_that_ended_is_not_repeated(tmp_path, trainings, monkeypatch,
     assert ids.model_id(report["path"]) == report["checkpoint_id"]
     assert not list((tmp_path / "work" / "training").glob("*"))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [report["checkpoint_id"]]
+
+
+def test_which_pair_was_used_when_is_written_a_part_at_a_time_in_one_commit(tmp_path, trainings, monkeypatch):
+    profile = make_profile(tmp_path, n_pairs=6, global_batch_pairs=2, epochs=3)
+    run = Run(profile, Lake.of(profile), log=lambda line: None)
+    monkeypatch.setattr(launch, "PAIRS_AT_ONCE", 4)
+    parts, validate = [], schemas.validate
+    monkeypatch.setattr(schemas, "validate", lambda table, df: parts.append((table, df.height)) or validate(table, df))
+    launch.materialise(run)
+    assert [n for table, n in parts if table == "checkpoint_pairs"] == [4, 4, 4, 4, 2]
+    used = run.lake.sql("SELECT step, epoch, pair_id FROM checkpoint_pairs ORDER BY ALL")
+    assert used["step"].to_list() == sorted([*range(9)] * 2)
+    assert used.group_by("epoch").agg(pl.col("pair_id").n_unique())["pair_id"].to_list() == [6] * 3
+    assert run.lake.sql("SELECT DISTINCT materialisation_id FROM checkpoint_pairs").height == 1
+
+
+LAUNCHER = """
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+print("student_checkpoint: waiting", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("hosts", [None, "hosts"])
+def test_a_launcher_with_a_hostfile_is_asked_to_end_before_it_is_killed(tmp_path, monkeypatch, hosts):
+    """It alone can end the ranks on other machines; ranks on this one end with their stdin."""
+    profile = make_profile(tmp_path, n_pairs=6, hostfile=hosts)
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "ended")]
+    monkeypatch.setattr(launch, "_command", lambda *_: command)
+
+    def interrupted(line):
+        if "waiting" in line:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch.materialise(Run(profile, Lake.of(profile), log=interrupted))
+    assert (tmp_path / "ended").exists() == (hosts is not None)
+    assert time.monotonic() - began < 30
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -180,9 +180,9 @@ def test_run_worker_passes_on_the_workers_own_sentence(profile, tmp_path):
     with pytest.raises(WorkerFailed, match="no model at") as e:
         run_worker("queries", "addition", "r1", profile=profile, on_line=lines.append)
     assert e.value.log_path == tmp_path / "work" / "logs" / "r1" / "queries[addition].log"
-    log = e.value.log_path.read_text()
-    assert log.startswith("".join(line + "\n" for line in lines) + "Traceback ") and "Traceback" not in str(lines)
-    assert "Traceback (most recent call last):" in lines
+    log = e.value.log_path.read_text().splitlines()
+    assert log[: len(lines)] == lines and not any("Traceback" in line for line in lines)
+    assert log[len(lines)] == "Traceback (most recent call last):" and log[-1].startswith("FileNotFoundError: no model")
 
 
 def test_run_worker_says_which_signal_ended_the_worker_and_where_the_log_is(profile, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -79,6 +80,39 @@ def test_scoring_again_does_nothing_and_other_settings_are_other_rows(run):
     other = score.materialise(Run(wider, run.lake, log=lambda line: None), "a")
     assert other["new_rows"] == 3
     assert other["storage_id"] != first["storage_id"]
+
+
+def with_processes(run: Run, n: int) -> Run:
+    teacher = run.profile.teacher.model_copy(update={"n_processes": n, "batch_tokens": 4096})
+    return Run(run.profile.model_copy(update={"teacher": teacher}), run.lake, log=lambda line: None)
+
+
+def test_two_processes_store_what_one_does_and_one_that_dies_is_named(run, tiny_models):
+    one, two = with_processes(run, 1), with_processes(run, 2)
+    assert one.profile.storage_id() == two.profile.storage_id()
+    report = score.materialise(two, "a")
+    assert (report["rows"], report["new_rows"]) == (3, 3)
+    columns = "sample_id, token_logprobs, head_counts, tail_counts, entry_gaps"
+    made = run.lake.sql(f"SELECT {columns} FROM teacher_logits ORDER BY sample_id")
+    samples = score.samples_of_pairs(run, "a", run.lake.snapshot())
+    with score.open_engine(one, tiny_models.teacher) as rows_of:
+        alone = pl.concat(rows_of(samples)).select(made.columns).sort("sample_id")
+    assert alone.drop("token_logprobs").equals(made.drop("token_logprobs"))
+    for mine, other in zip(alone["token_logprobs"], made["token_logprobs"], strict=True):
+        assert mine.to_list() == pytest.approx(other.to_list(), rel=1e-3)
+
+    rng = np.random.default_rng(0)
+    many = pl.DataFrame({
+        "sample_id": [f"{i:032}" for i in range(1600)], "prompt_token_ids": rng.integers(1, 255, (1600, 8)).tolist(),
+        "token_ids": rng.integers(1, 255, (1600, 100)).tolist(),
+    })  # fmt: skip
+    with score.open_engine(two, tiny_models.teacher) as rows_of:
+        frames = rows_of(many)
+        assert next(frames).height
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        with pytest.raises(RuntimeError, match="a scoring process died.*lower teacher.n_processes"):
+            list(frames)
 
 
 def test_reference_rows_are_the_policys_logprobs(run, tiny_models):

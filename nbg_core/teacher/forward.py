@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from nbg_core.config import Profile
 from nbg_core.forward import lay_out, no_packing, output_matrix, response_hidden
 from nbg_core.head import head_logps, logit_tiles
 from nbg_core.models import load_model, load_tokenizer, padding_id
@@ -32,11 +33,12 @@ class Scored:
 class Scorer:
     """A model that scores `samples` (columns sample_id, prompt_token_ids, token_ids)."""
 
-    def __init__(self, run: Run, path: Path):
-        """Raises FileNotFoundError or ValueError for a model that is not there or cannot be scored."""
-        profile = run.profile
+    def __init__(self, profile: Profile, path: Path, log: Callable[[str], None] = print, n_beside: int = 1):
+        """`n_beside`: scorers that share this machine's threads.
+
+        Raises FileNotFoundError or ValueError for a model that is not there or cannot be scored."""
         if profile.threads:
-            torch.set_num_threads(profile.threads)
+            torch.set_num_threads(max(1, profile.threads // n_beside))
         trust = profile.models.trust_remote_code
         tokenizer = load_tokenizer(path, trust_remote_code=trust)
         self.model = load_model(path, dtype=profile.models.dtype, trust_remote_code=trust)
@@ -44,7 +46,7 @@ class Scorer:
         self.vocab = len(tokenizer)
         self.packed = supports_packing(self.model.config)
         if not self.packed:
-            run.log(no_packing(self.model.config))
+            log(no_packing(self.model.config))
         self.pad_id = padding_id(tokenizer)
         self.batch_tokens = profile.teacher.batch_tokens
 
@@ -97,7 +99,7 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
     Log-probabilities are at temperature 1, in nats, one per response token."""
     if samples.is_empty():
         return
-    scorer = Scorer(run, path)
+    scorer = Scorer(run.profile, path, run.log)
     progress = run.progress(what, samples.height)
     for chunk in samples.sort("sample_id").iter_slices(run.profile.teacher.chunk_samples):
         ids, logprobs = [], []

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import polars as pl
+import torch
 
+from nbg_core.config import Profile, TeacherSettings
 from nbg_core.ids import content_version, model_id
 from nbg_core.lake import Write
 from nbg_core.models import check_same_tokenizer
@@ -78,11 +84,63 @@ def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Itera
         with open_vllm(run, path) as rows_of:
             yield rows_of
         return
-    scorer = Scorer(run, path)
+    if run.profile.teacher.n_processes > 1:
+        with _many(run, path) as rows_of:
+            yield rows_of
+        return
+    scorer = Scorer(run.profile, path, run.log)
+    yield lambda samples: _rows(scorer, samples, run.profile.teacher)
 
-    def rows_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        for scored in scorer.score(samples):
-            ids = scored.samples["sample_id"].to_list()
-            yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, run.profile.teacher)
 
-    yield rows_of
+def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator[pl.DataFrame]:
+    for scored in scorer.score(samples):
+        ids = scored.samples["sample_id"].to_list()
+        yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, s)
+
+
+PIECES = 4
+"""Pieces of a chunk per process, so that none waits long for the last one."""
+
+
+@contextmanager
+def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
+    """Processes with a copy of the teacher each. Raises RuntimeError when one of them dies."""
+    n, context = run.profile.teacher.n_processes, multiprocessing.get_context("spawn")
+    arguments = (run.profile, path, context.Value("i", 0))
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_start, initargs=arguments) as pool:
+
+        def rows_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
+            samples = samples.sort("prompt_token_ids", "sample_id")  # responses that share a prompt stay together
+            pieces = samples.iter_slices(max(1, -(-samples.height // (n * PIECES))))
+            work = [pool.submit(_score_piece, piece) for piece in pieces]
+            try:
+                for done in as_completed(work):
+                    yield from done.result()
+            except BrokenProcessPool as e:
+                raise RuntimeError(
+                    "a scoring process died, perhaps for want of memory; what was finished is kept: lower "
+                    "teacher.n_processes or teacher.batch_tokens, and run again"
+                ) from e
+
+        try:
+            yield rows_of
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_scorer: tuple[Scorer, TeacherSettings] | None = None  # of a scoring process
+
+
+def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
+    """In a scoring process: take a turn, with it a GPU, and load the teacher."""
+    global _scorer
+    with turn.get_lock():
+        number, turn.value = turn.value, turn.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
+
+
+def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
+    scorer, settings = _scorer
+    return list(_rows(scorer, samples, settings))

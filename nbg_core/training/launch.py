@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +34,10 @@ from nbg_core.training.rows import write_rows
 
 UPSTREAM = lineage.UPSTREAM[ASSET]
 LOG_TAIL = 20
+PAIRS_AT_ONCE = 200_000
+"""Rows of `checkpoint_pairs` in memory at once: a training may use millions of pairs many times."""
+REMOTE_GRACE_SECONDS = 5.0
+"""What a launcher with ranks on other machines gets to end them."""
 
 
 def materialise(run: Run, slice: None = None) -> dict:
@@ -116,7 +121,7 @@ def _train(run: Run, request: Request) -> None:
                     run.log(line.rstrip())
         process.wait()
     finally:
-        _end(process)
+        _end(process, REMOTE_GRACE_SECONDS if request.training.hostfile else 0)
     if request.error_file.exists():
         raise TrainingError(json.loads(request.error_file.read_text())["error"])
     if not request.final.is_dir():  # the launcher also exits with 0 when it was killed
@@ -149,10 +154,18 @@ def _environment(request: Request) -> dict[str, str]:
     return env
 
 
-def _end(process: subprocess.Popen) -> None:
-    """No rank outlives this: on the normal way there is nothing left to end."""
+def _end(process: subprocess.Popen, grace: float) -> None:
+    """No rank outlives this: on the normal way there is nothing left to end.
+
+    Ranks on other machines are the launcher's to end, so it has `grace` seconds for it before it is killed."""
     family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.stdin.close()
+    if family and grace:
+        process.terminate()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
     for p in family:
         try:
             p.kill()
@@ -179,14 +192,20 @@ def _writes(
         "input_snapshot": request.snapshot, "n_pairs": pairs.height, "n_steps": len(steps),
         "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
     }  # fmt: skip
-    used = pl.concat(
-        pairs[step.pairs].with_columns(step=pl.lit(step.index, pl.Int64), epoch=pl.lit(step.epoch, pl.Int32))
-        for step in steps
-    )
     training = pl.lit(request.training_id).alias("training_id")
+    at_once = max(1, PAIRS_AT_ONCE // request.training.global_batch_pairs)
+
+    def used() -> Iterator[pl.DataFrame]:
+        for i in range(0, len(steps), at_once):
+            rows = pl.concat(
+                pairs[step.pairs].with_columns(step=pl.lit(step.index, pl.Int64), epoch=pl.lit(step.epoch, pl.Int32))
+                for step in steps[i : i + at_once]
+            )
+            yield rows.with_columns(training, pl.lit(checkpoint).alias("checkpoint_id"))
+
     return [
         Write("checkpoints", pl.DataFrame([row])),
-        Write("checkpoint_pairs", used.with_columns(training, pl.lit(checkpoint).alias("checkpoint_id"))),
+        Write("checkpoint_pairs", used),
         Write("training_steps", metrics.with_columns(training)),
     ]
 
