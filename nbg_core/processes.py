@@ -236,14 +236,15 @@ def die_with_parent() -> None:
 
 
 def _living() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if _status(p) != psutil.STATUS_ZOMBIE]
+    return [p for p in psutil.Process().children(recursive=True) if is_alive(p)]
 
 
-def _status(process: psutil.Process) -> str:
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and waits to be collected does not."""
     try:
-        return process.status()
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return psutil.STATUS_ZOMBIE
+        return False
 
 
 def _signal_all(number: int) -> None:

@@ -23,6 +23,7 @@ from test_vllm import stored
 
 from nbg_core.config import PROJECT_ROOT, Profile
 from nbg_core.lake import Lake, Record, Write
+from nbg_core.processes import is_alive
 from nbg_core.run import Run
 from nbg_core.sampling import sample
 from nbg_core.sampling.sample import open_sampler
@@ -69,11 +70,11 @@ def profile_at(root: Path, python: Path, **sections) -> Profile:
 def below(pid: int | None = None) -> list[psutil.Process]:
     """What runs of vLLM below a process, or this one: others on this machine may have servers too."""
     found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if re.search(r"vllm\.entrypoints|VLLM::", " ".join(p.cmdline()))]
+    return [p for p in living(found) if re.search(r"vllm\.entrypoints|VLLM::", " ".join(p.cmdline()))]
 
 
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if is_alive(p)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def served(python, tmp_path_factory):
         processes = below()
         assert len(processes) > 1
         yield run, sampler
-    assert alive(processes) == []
+    assert living(processes) == []
 
 
 def ask(sampler, text: str, seeds) -> Request:
@@ -183,7 +184,7 @@ def test_a_killed_server_is_an_error_and_a_rerun_does_the_rest(python, tmp_path)
     add_queries(run, PROMPTS)
     with pytest.raises(ServerFailed, match="(?s)ended with signal 9.*end of .*vllm-"):
         sample.materialise(run, "a")
-    assert len(killed) > 1 and alive(killed) == []
+    assert len(killed) > 1 and living(killed) == []
     kept = stored(run)
     assert 0 < kept.height < 240
     report = sample.materialise(run, "a")
@@ -210,6 +211,6 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     caller.send_signal(signal.SIGKILL)
     caller.wait()
     deadline = time.monotonic() + 40
-    while alive(processes) and time.monotonic() < deadline:
+    while living(processes) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert alive(processes) == []
+    assert living(processes) == []

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import polars as pl
-import psutil
 import pytest
 import tenacity
 from fake_vllm import FAULTS, FakeVllm, response_of
+from test_processes import alive
 from test_sampling import add_queries
 
 from nbg_core import ids
@@ -198,7 +198,7 @@ def test_a_server_that_never_answers_is_ended_with_its_children(own, tmp_path, m
     run = own(f"trap '' TERM; sleep 300 & echo $$ $! > {tmp_path}/pids; wait", start_timeout_s=1.0)
     with pytest.raises(ServerFailed, match="did not answer within 1 s; raise vllm.start_timeout_s"):
         sample.materialise(run, "a")
-    assert not [p for p in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(p))]
+    assert alive([int(p) for p in (tmp_path / "pids").read_text().split()]) == []
 
 
 def test_what_a_killed_server_leaves_behind_is_ended(own, tmp_path, monkeypatch):
@@ -209,9 +209,9 @@ def test_what_a_killed_server_leaves_behind_is_ended(own, tmp_path, monkeypatch)
     pid, child = map(int, (tmp_path / "pids").read_text().split())
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
-    assert "ended with signal 9" in started.died() and psutil.pid_exists(child)
+    assert "ended with signal 9" in started.died() and alive([child])
     started.stop()
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert alive([pid, child]) == []
 
 
 def test_the_servers_arguments(open_run, tiny_models, monkeypatch):

@@ -25,7 +25,7 @@ import psutil
 from nbg_core.config import Profile
 from nbg_core.ids import model_id
 from nbg_core.models import context_length, load_tokenizer
-from nbg_core.processes import die_with_parent, redact
+from nbg_core.processes import die_with_parent, is_alive, redact
 from nbg_core.run import Run
 from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
@@ -114,14 +114,23 @@ class Server:
         self._remember_tree()
         if self._process.poll() is None:
             self._process.terminate()
-        left = [p for p in psutil.wait_procs(self._tree, GRACE_SECONDS)[1] if p.is_running()]
-        for process in left:
+        for process in self._left_after(GRACE_SECONDS):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
         self._process.wait()
-        psutil.wait_procs(left, GRACE_SECONDS)
+        self._left_after(GRACE_SECONDS)
+
+    def _left_after(self, seconds: float) -> list[psutil.Process]:
+        """Processes of it that have not ended by themselves in that time; what only waits to be collected has."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._process.poll()
+            left = [p for p in self._tree if is_alive(p)]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.05)
 
     def _remember_tree(self) -> None:
         try:
