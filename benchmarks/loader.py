@@ -110,6 +110,7 @@ def measured(stage: str, folder: Path, *args: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
     parser.add_argument("--stage", choices=["make", "write", "read"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, default=0, help=argparse.SUPPRESS)
@@ -129,6 +130,8 @@ def main() -> None:
             row = {"pairs": n} | measured("write", folder) | measured("read", folder, "--n", "1000")
         found.append(row)
         print(row, flush=True)
+    if args.dry:
+        return
     section = report.table(
         ["pairs", "write, s", "write, peak MB", "read, peak MB", "read, tokens/s"],
         [[f"{r['pairs']:,}", f"{r['write_s']:.1f}", r["write_peak_mb"], r["read_peak_mb"],
