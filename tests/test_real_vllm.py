@@ -130,6 +130,14 @@ def test_a_seed_decides_its_response(served):
         assert alone.token_ids == expected[5].token_ids
 
 
+def test_seeded_prompts_of_more_tokens_than_are_computed_at_once(served):
+    """Regression: on a CPU the server died of them."""
+    _, sampler = served
+    asked = [ask(sampler, f"{i:03}" * 66, [i]) for i in range(48)]
+    assert sum(len(r.prompt_token_ids) for r in asked) > 2 * 4096
+    assert all(answers[0].token_ids for answers in sampler.sample(asked, Decoding(1.0, 1.0, 4)))
+
+
 def test_teacher_rows_agree_with_the_transformers_engines(python, tmp_path):
     profile = profile_at(
         tmp_path, python, training={"loss": {"estimator": "bucket"}},

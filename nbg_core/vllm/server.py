@@ -12,6 +12,7 @@ error about it.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import time
@@ -31,8 +32,13 @@ from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
 
 GRACE_SECONDS = 10.0
+CPU_BATCH_TOKENS = 4096
+"""Prompt tokens that a server on a CPU computes at once, or one prompt if it is longer."""
 TAIL_LINES = 25
 """Lines of a server's log that an error about it shows."""
+_ERROR = re.compile(r"( ERROR .*|^)\b[A-Z]\w*(Error|Exception): ")
+_NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)|resource_tracker|warnings\.warn")
+"""What a server says about its own end, after what ended it."""
 
 
 @contextmanager
@@ -146,10 +152,16 @@ class Server:
             return False
 
     def _tail(self) -> list[str]:
-        return redact(self.log_path.read_text(errors="replace")).splitlines()[-TAIL_LINES:]
+        return self._lines()[-TAIL_LINES:]
+
+    def _lines(self) -> list[str]:
+        lines = redact(self.log_path.read_text(errors="replace")).splitlines()
+        return [line for line in lines if not _NOISE.search(line)]
 
     def _end_of_log(self) -> str:
-        return f"\n\nend of {self.log_path}:\n" + "\n".join(self._tail())
+        errors = [line for line in self._lines() if _ERROR.search(line)]
+        first = f"; the first error in its log: {errors[0].strip()}" if errors else ""
+        return f"{first}\n\nend of {self.log_path}:\n" + "\n".join(self._tail())
 
 
 def _arguments(profile: Profile, path: Path, model: str, prompt_logprobs: int) -> list[str]:
@@ -171,7 +183,9 @@ def _arguments(profile: Profile, path: Path, model: str, prompt_logprobs: int) -
     if length:
         arguments.append(f"--max-model-len={length}")
     if not torch.cuda.is_available():
-        arguments.append("--enforce-eager")
+        # A prompt computed in parts makes 0.32 wind back a seed's generator, which a CPU's cannot, and the server dies.
+        arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        arguments += [f"--max-num-batched-tokens={max(length or 0, CPU_BATCH_TOKENS)}"]
     return [*arguments, *profile.vllm.args]
 
 
