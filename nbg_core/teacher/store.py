@@ -210,14 +210,12 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]
     if m:
         rest = z if draw.all() else z[draw]
-        mass = (rest - log_z[draw]).double().exp_()
-        cdf = mass.cumsum(-1)
+        cdf = (rest - log_z[draw]).exp_().cumsum(-1, dtype=torch.float64)
         u = torch.from_numpy(uniforms).to(cdf.device)[draw]
         steps = (u[:, None] + torch.arange(m, device=cdf.device)) / n_tail[draw, None]
-        last = (
-            vocab - 1 - mass.flip(-1).ne(0).byte().argmax(-1, keepdim=True)
-        )  # rounding must not pick an impossible id
-        found = torch.searchsorted(cdf, steps.clamp(max=1) * cdf[:, -1:], right=True).minimum(last)
+        # Below the last sum, whatever rounding does: the first sum above a point belongs to a possible id.
+        below = torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
+        found = torch.searchsorted(cdf, (steps * cdf[:, -1:]).minimum(below), right=True)
         tail_ids[draw] = found
         tail[draw] = rest.gather(1, found) - log_z[draw]
     order = torch.where(kept, top_ids, vocab).argsort(-1)  # sorted by id, padding last
