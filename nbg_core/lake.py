@@ -373,9 +373,8 @@ class Lake:
                 made = ", ".join(f"{n} {t}" for n, t in columns.items())
                 con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({made})")
                 there = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
-                for n in (
-                    columns.keys() - there
-                ):  # of an earlier version: its rows have other settings, and are not read
+                # Made by an earlier version: its rows were made with other settings, and are not read.
+                for n in columns.keys() - there:
                     con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
             for name, body in VIEWS.items():
                 con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake', zero=schemas.GAP_ZERO)}")

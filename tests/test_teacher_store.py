@@ -108,6 +108,14 @@ def test_a_confident_position_stores_one_entry_and_no_tail():
     assert np.exp(p["mass"]) == pytest.approx(99 * np.exp(-30), rel=2e-3)  # 1 - p would be 0 here
 
 
+def test_a_tail_too_small_for_a_float_can_be_drawn_from():
+    """Regression: rounding leaves some mass outside the head on paper, and e^-120 is 0 in float32."""
+    z = np.concatenate([np.random.default_rng(0).normal(size=(200, 5)), np.full((200, 3), -120.0)], 1)
+    found = positions(compressed(z, TeacherSettings(k_head=5, m_tail=2, epsilon=0.0, min_weight=0)))
+    drawn = [p["tail"] for p in found if p["tail"]]
+    assert drawn and all(5 <= i < 8 for tail in drawn for i in tail)
+
+
 def test_one_hot_teacher_has_no_mass_outside():
     (p,) = positions(compressed([[float("-inf"), 0.0, float("-inf")]], TeacherSettings(k_head=3)))
     assert (p["head"], p["tail"], p["mass"]) == ({1: 0.0}, [], float("-inf"))

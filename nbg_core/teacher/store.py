@@ -210,7 +210,8 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]
     if m:
         rest = z if draw.all() else z[draw]
-        cdf = (rest - log_z[draw]).exp_().cumsum(-1, dtype=torch.float64)
+        # Of the most probable outside: a tail of any mass, however small, has a sum.
+        cdf = (rest - rest.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
         u = torch.from_numpy(uniforms).to(cdf.device)[draw]
         steps = (u[:, None] + torch.arange(m, device=cdf.device)) / n_tail[draw, None]
         # Below the last sum, whatever rounding does: the first sum above a point belongs to a possible id.
