@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -19,14 +19,22 @@ def machine(*packages: str) -> dict:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else model or platform.processor()
     return {
         "machine": where, "cores": psutil.cpu_count(logical=False), "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("torch", "transformers", *packages)},
+        "versions": {p: v for p in ("torch", "transformers", *packages) if (v := _version(p))},
     }  # fmt: skip
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def write(name: str, rows: list[dict], section: str, about: dict, *, folder: Path = HERE) -> None:
-    """Write `rows`, each with what `machine` gave, and put `section` (Markdown) between the markers of `name`."""
+    """Write `rows`, each with what `machine` gave (rows of an earlier run keep theirs), and put `section` (Markdown)
+    between the markers of `name`."""
     (folder / "results").mkdir(exist_ok=True)
-    (folder / "results" / f"{name}.json").write_text(json.dumps([r | about for r in rows], indent=1) + "\n")
+    (folder / "results" / f"{name}.json").write_text(json.dumps([about | r for r in rows], indent=1) + "\n")
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     readme = folder / "README.md"
     before, rest = readme.read_text().split(begin)

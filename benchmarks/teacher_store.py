@@ -171,7 +171,7 @@ def project(settings: TeacherSettings) -> Callable[[Tokens, int, Path], Stored]:
 
 
 def decode_speed(rows: pl.DataFrame) -> float:
-    """Tokens a second of `store.targets_of` over many responses, one thread, best of 5."""
+    """Tokens a second of `store.decode` over many responses, one thread, best of 5."""
     arrays = [{c: row[c][0].to_numpy() for c in store.COLUMNS} for row in rows.iter_slices(1)] * 8
     n = sum(len(a["head_counts"]) for a in arrays)
     best = math.inf

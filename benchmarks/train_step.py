@@ -30,12 +30,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import psutil
+import report
 import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -45,12 +45,10 @@ from nbg_core.head import head_joint_loss
 from nbg_core.losses import Denominators, LossSettings, TeacherTargets
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- train_step: begin -->", "<!-- train_step: end -->"
 TOLERANCE = 1e-3
 """Of the norm of a parameter's gradient, in float32."""
 SAME = (("A0", "B", "C", "D"), ("A", "TRL", "Liger"))
 """Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
-PACKAGES = ("torch", "transformers", "trl", "liger-kernel")
 
 
 def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict:
@@ -280,26 +278,13 @@ def plot(rows: list[dict], folder: Path) -> list[str]:
 
 def write(folder: Path, rows: list[dict], growth: list[dict], head: dict, args: argparse.Namespace) -> None:
     """results/train_step.json (growth rows have `axis` and `value`), plots, and the section of README.md."""
-    results, readme = folder / "results", folder / "README.md"
-    results.mkdir(exist_ok=True)
-    versions = {p: _version(p) for p in PACKAGES}
-    (results / "train_step.json").write_text(json.dumps([r | {"versions": versions} for r in rows + growth], indent=1))
-    images = [f"![seconds and memory of a step as it grows](results/{file})" for file in plot(growth, results)]
-    run = f"Median of {args.repeats}; {torch.get_num_threads()} threads; " + ", ".join(
-        f"{p} {v}" for p, v in versions.items()
-    )
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    cost = ", ".join(f"{x:.2f} GEMMs {name}" for name, x in head.items())
-    section = "\n\n".join([BEGIN, run + ".", tables(rows), f"The head alone: {cost}.", *images, END])
-    readme.write_text(before + section + after)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    (folder / "results").mkdir(exist_ok=True)
+    images = [
+        f"![seconds and memory of a step as it grows](results/{file})" for file in plot(growth, folder / "results")
+    ]
+    cost = [f"The head alone: {', '.join(f'{x:.2f} GEMMs {name}' for name, x in head.items())}."] if head else []
+    section = "\n\n".join([f"Median of {args.repeats}.", tables(rows), *cost, *images])
+    report.write("train_step", rows + growth, section, report.machine("trl", "liger-kernel"), folder=folder)
 
 
 def main() -> None:

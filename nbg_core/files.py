@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 
@@ -55,6 +53,9 @@ def _link(source: str, target: str) -> None:
 def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -> None:
     """Write rows as Parquet with zstd. Numbers in the list columns `split` are stored byte by byte (first bytes, second
     bytes, ...), which is small where some bytes are mostly equal; other columns get a dictionary."""
+    import pyarrow as pa  # not at every start: only where rows are written
+    import pyarrow.parquet as pq
+
     table = rows.to_arrow()
     leaf = {f.name: f"{f.name}.list.element" if pa.types.is_large_list(f.type) else f.name for f in table.schema}
     pq.write_table(

@@ -25,6 +25,7 @@ Shapes: T response positions, V vocabulary, K entries of the widest position, E 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -188,20 +189,22 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     if s.temperature != 1:
         z.div_(s.temperature)
     log_z = z.logsumexp(-1, keepdim=True)  # [c, 1]
-    token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0]
+    token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0].where(log_z[:, 0].isfinite(), torch.nan)
     vocab = z.shape[1]
     k = min(s.k_head, vocab)
-    top, top_ids = z.topk(k, dim=-1)  # [c, k]
-    top = top - log_z
-    outside = 1 - top.double().exp().cumsum(-1)  # mass left by the first j + 1 entries
-    enough = outside <= s.epsilon
+    top_z, top_ids = z.topk(k, dim=-1)  # [c, k]
+    top = top_z - log_z
+    z.scatter_(1, top_ids, -torch.inf)
+    beyond = z.logsumexp(-1, keepdim=True) - log_z  # [c, 1]: log mass outside the top k
+    # [c, k]: log mass that the first j + 1 entries leave; a sum of what is left, never 1 - sum of what is taken.
+    left = torch.cat([top[:, 1:], beyond], 1).double().flip(-1).logcumsumexp(-1).flip(-1)
+    enough = left <= (math.log(s.epsilon) if s.epsilon else -torch.inf)
     n_enough = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, vocab)  # [c]
     n_head = n_enough.clamp(max=k).minimum((top.exp() >= s.min_weight).sum(-1).clamp(min=1))  # [c]
     kept = torch.arange(k, device=z.device) < n_head[:, None]
     kept &= top > -torch.inf  # an impossible token is not an entry
-    at_tops = z.gather(1, top_ids)
-    z.scatter_(1, top_ids, at_tops.masked_fill(kept, -torch.inf))  # from here on z is what is outside
-    tail_logmass = z.logsumexp(-1) - log_z[:, 0]
+    z.scatter_(1, top_ids, top_z.masked_fill(kept, -torch.inf))  # from here on z is what is outside
+    tail_logmass = left.gather(1, n_head[:, None] - 1)[:, 0].float()
     draw = (n_head < n_enough) & (tail_logmass > -torch.inf) & bool(s.m_tail)
     n_tail = draw * _tail_size(tail_logmass.exp(), s)  # [c]
     m = int(n_tail.max())
