@@ -5,7 +5,8 @@ by a first round that is not counted.
 
 Sampling: 16 prompts, 4 responses each, at most 64 tokens, temperature 1, by `sampling.backend` transformers and vllm.
 
-Scoring: those responses (`short`), and 4 random ones of 1,024 tokens (`long`).
+Scoring: those responses (`short`), half of them with 512 random tokens more in the prompt (`long prompt`: a system
+prompt, documents, examples), and 4 random responses of 1,024 tokens (`long`).
 
     project        `teacher.engine` transformers: only response positions reach the head, logits a tile at a time, a
                    prompt once for the responses that share it; the result is rows ready to be stored
@@ -43,6 +44,7 @@ from nbg_core.sampling.sampler import Decoding, Request
 from nbg_core.teacher.score import open_engine
 
 N, MAX_TOKENS, LONG, TOP = 4, 64, 1024, 64
+LONG_PROMPT = 512
 
 
 def run_for(folder: Path, *, backend: str = "transformers", engine: str = "transformers") -> Run:
@@ -80,9 +82,15 @@ def sample(folder: Path, backend: str) -> dict:
 
 
 def responses(folder: Path, which: str) -> pl.DataFrame:
-    if which == "short":
-        return pl.read_parquet(folder / "transformers.parquet")
     torch.manual_seed(0)
+    sampled = pl.read_parquet(folder / "transformers.parquet")
+    if which == "short":
+        return sampled
+    if which == "long prompt":
+        half = sampled[: len(sampled) // 2]
+        more = torch.randint(1000, 40_000, (len(half) // N, LONG_PROMPT)).tolist()
+        longer = [more[i // N] + p.to_list() for i, p in enumerate(half["prompt_token_ids"])]
+        return half.with_columns(pl.Series("prompt_token_ids", longer))
     ids = torch.randint(1000, 40_000, (4, LONG)).tolist()
     return pl.DataFrame(
         {"sample_id": [f"{i:032}" for i in range(4)], "prompt_token_ids": [[1] * 32] * 4, "token_ids": ids}
@@ -175,7 +183,7 @@ def main() -> None:
         sampled = [{"backend": b} | stage("sample", b) for b in ("transformers", "vllm")]
         scored = [
             {"responses": which, "variant": v} | stage("score", v, which)
-            for which in ("short", "long") for v in ("project", "plain", "vLLM")
+            for which in ("short", "long prompt", "long") for v in ("project", "plain", "vLLM")
         ]  # fmt: skip
     if args.dry:
         return

@@ -47,7 +47,7 @@ from nbg_core.losses import Denominators, LossSettings, TeacherTargets
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 """Of the norm of a parameter's gradient, in float32."""
-SAME = (("A0", "B", "C", "D"), ("A", "TRL", "Liger"))
+SAME = (("A0", "A0 rows", "B", "C", "D"), ("A", "TRL", "Liger"))
 """Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
 
 

@@ -1,9 +1,11 @@
 """The training steps that `train_step.py` compares: one function a variant, from the same pairs to the loss.
 
-    A         padded; float32 logits of every position of student, live reference and live teacher; KL over the
+    A         padded; float32 log-softmax at every position of student, live reference and live teacher; KL over the
               whole vocabulary: what is commonly written
-    A0        padded; student logits of every position; stored reference and sparse teacher: the information of B to D
-    B         A0 with the fused head, on response rows only
+    A0        A with stored reference and sparse teacher, the information of B to D: log-probs gathered from a
+              log-softmax at every position (DistillKit's sparse KL and a plain DPO would reduce the logits twice)
+    A0 rows   A0 with the log-probs of response rows only
+    B         padded, with the fused head
     C         B without padding: every response packed with a prompt of its own
     D         C with the prompt shared by a pair: what this project trains with
     TRL       TRL's kernels composed: its fused log-probs (stored reference) and its divergence (live teacher)
@@ -33,7 +35,15 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from nbg_core.config import TeacherSettings
 from nbg_core.forward import output_matrix
 from nbg_core.head import head_joint_loss
-from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
+from nbg_core.losses import (
+    Denominators,
+    LossSettings,
+    TeacherTargets,
+    joint_loss,
+    pair_loss,
+    token_divergence,
+    token_logps,
+)
 from nbg_core.models import Padded, pad, padded_hidden
 from nbg_core.packing import Pack, pack, packed_hidden
 from nbg_core.teacher.store import compress, targets
@@ -134,7 +144,8 @@ def steps(models: Models, pairs: Pairs, only: Sequence[str] = ()) -> dict[str, S
     """Every variant, or those named, by name; a variant whose package cannot be imported is the reason."""
     makers: dict[str, Callable[[], Step]] = {
         "A": lambda: lambda: full_logits(models, pairs),
-        "A0": lambda: lambda: full_logits_stored(models.student, pairs),
+        "A0": lambda: full_logits_stored(models.student, pairs),
+        "A0 rows": lambda: lambda: response_logits_stored(models.student, pairs),
         "B": lambda: lambda: fused(models.student, pairs, padded_hidden(models.student, pairs.padded)),
         "C": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.packed)),
         "D": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.shared)),
@@ -169,7 +180,26 @@ def full_logits(models: Models, pairs: Pairs) -> Terms:
     return _terms(token_sums(logp), reference, kl.flatten()[pairs.padded.rows], pairs)
 
 
-def full_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Terms:
+def full_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Step:
+    padded, stored = pairs.padded, pairs.targets
+    ids = stored.ids.new_zeros(padded.ids.numel(), stored.ids.shape[1])  # [N L, K]
+    ids[padded.rows] = stored.ids
+
+    def step() -> Terms:
+        logits = student(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float()  # [N, L, V]
+        logp = logits.log_softmax(-1).flatten(0, 1)
+        tokens = logp[:-1].gather(-1, padded.ids.flatten()[1:, None])[:, 0]  # [N L - 1]
+        kl = token_divergence(logp.gather(-1, ids)[padded.rows], None, stored, pairs.is_chosen, SETTINGS)
+        loss, _ = pair_loss(
+            tokens[padded.rows], kl, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.n,
+            settings=SETTINGS, denominators=pairs.denominators,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    return step
+
+
+def response_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Terms:
     padded = pairs.padded
     logits = student(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float()  # [N, L, V]
     loss, _ = joint_loss(

@@ -150,7 +150,7 @@ class TeacherSettings(Section):
     """Responses per commit: what a crash can lose."""
 
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Raised when the same settings give other stored teacher rows."""
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}

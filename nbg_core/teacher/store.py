@@ -42,8 +42,15 @@ from nbg_core.schemas import GAP_ZERO
 COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
 """Columns of teacher_logits that hold the distribution."""
 
-BLOCK_ELEMENTS = 1 << 24
-"""Logits handled at once, so that memory does not grow with T x V."""
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""Logits handled at once, so that memory does not grow with T x V; on a CPU such that they stay in the cache."""
+MIN_ROWS = 16
+"""Rows handled at once, at least: torch reduces few long rows 20 times slower than 8 or more."""
+GROUP = 128
+"""Neighbouring ids whose mass is summed before the tail is drawn."""
+LOG_THIN = math.log(1e-30)
+"""A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
+LEAST = torch.finfo(torch.float64).tiny
 FINE_BITS = 13
 """Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
 
@@ -56,12 +63,15 @@ def compress(
     `logits`: blocks [any, V], float32, whose rows behind one another predict token_ids [T]; `lengths` sum to T, one per
     sample id. Blocks are overwritten. Raises ValueError when a logit is NaN or +inf, naming the sample."""
     uniforms = np.concatenate([_uniforms(sample, n, s.seed) for sample, n in zip(samples, lengths, strict=True)])
-    parts, at = [], 0
-    for block in logits:
-        step = max(1, BLOCK_ELEMENTS // block.shape[1])
-        for z in block.split(step):
+    parts, at, space = [], 0, None
+    for tile in logits:
+        vocab = tile.shape[1]
+        step = max(MIN_ROWS, BLOCK_BYTES[tile.device.type] // (4 * vocab))
+        if space is None:
+            space = tile.new_zeros(step, -(-vocab // GROUP) * GROUP)
+        for z in tile.split(step):
             rows = slice(at, at + len(z))
-            parts.append(_compress_block(z, token_ids[rows], uniforms[rows], s))
+            parts.append(_compress_block(z, token_ids[rows], uniforms[rows], s, space))
             at += len(z)
     token, tail, *entries = (np.concatenate(p) for p in zip(*parts, strict=True))
     bad = np.isnan(token) | np.isnan(tail)
@@ -183,19 +193,25 @@ def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed_from("tail", seed, sample))).random(n)
 
 
-def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings):
+def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings, space: Tensor):
     """Of logits z [c, V], which are overwritten: the token's log-prob, the log mass outside the head, head and tail
-    counts [c], ids and log-probs of all entries."""
+    counts [c], ids and log-probs of all entries. `space` [at least c, V or more]: zeros from V on."""
     if s.temperature != 1:
         z.div_(s.temperature)
-    log_z = z.logsumexp(-1, keepdim=True)  # [c, 1]
-    token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0].where(log_z[:, 0].isfinite(), torch.nan)
     vocab = z.shape[1]
     k = min(s.k_head, vocab)
     top_z, top_ids = z.topk(k, dim=-1)  # [c, k]
+    best = top_z[:, :1]
+    space = space[: len(z)]
+    p = torch.sub(z, best, out=space[:, :vocab]).exp_()  # over that of the best
+    log_z = p.sum(-1, keepdim=True).log() + best  # [c, 1]
+    token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0].where(log_z[:, 0].isfinite(), torch.nan)
     top = top_z - log_z
-    z.scatter_(1, top_ids, -torch.inf)
-    beyond = z.logsumexp(-1, keepdim=True) - log_z  # [c, 1]: log mass outside the top k
+    p.scatter_(1, top_ids, 0.0)
+    beyond = p.sum(-1, keepdim=True).log() + top[:, :1]  # [c, 1]: log mass outside the top k
+    thin = (beyond < top[:, :1] + LOG_THIN)[:, 0]
+    if thin.any():
+        beyond[thin] = z[thin].scatter(1, top_ids[thin], -torch.inf).logsumexp(-1, keepdim=True) - log_z[thin]
     # [c, k]: log mass that the first j + 1 entries leave; a sum of what is left, never 1 - sum of what is taken.
     left = torch.cat([top[:, 1:], beyond], 1).double().flip(-1).logcumsumexp(-1).flip(-1)
     enough = left <= (math.log(s.epsilon) if s.epsilon else -torch.inf)
@@ -203,31 +219,52 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     n_head = n_enough.clamp(max=k).minimum((top.exp() >= s.min_weight).sum(-1).clamp(min=1))  # [c]
     kept = torch.arange(k, device=z.device) < n_head[:, None]
     kept &= top > -torch.inf  # an impossible token is not an entry
-    z.scatter_(1, top_ids, top_z.masked_fill(kept, -torch.inf))  # from here on z is what is outside
     tail_logmass = left.gather(1, n_head[:, None] - 1)[:, 0].float()
     draw = (n_head < n_enough) & (tail_logmass > -torch.inf) & bool(s.m_tail)
     n_tail = draw * _tail_size(tail_logmass.exp(), s)  # [c]
     m = int(n_tail.max())
-    tail_ids = torch.zeros((len(z), m), dtype=torch.long, device=z.device)
-    tail = torch.zeros((len(z), m), device=z.device)
     drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]
+    tail_ids = torch.zeros((len(z), m), dtype=torch.long, device=z.device)
     if m:
-        rest = z if draw.all() else z[draw]
-        # Of the most probable outside: a tail of any mass, however small, has a sum.
-        cdf = (rest - rest.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
-        u = torch.from_numpy(uniforms).to(cdf.device)[draw]
-        steps = (u[:, None] + torch.arange(m, device=cdf.device)) / n_tail[draw, None]
-        # Below the last sum, whatever rounding does: the first sum above a point belongs to a possible id.
-        below = torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
-        found = torch.searchsorted(cdf, (steps * cdf[:, -1:]).minimum(below), right=True)
-        tail_ids[draw] = found
-        tail[draw] = rest.gather(1, found) - log_z[draw]
+        p.scatter_(1, top_ids, (top_z - best).exp().masked_fill(kept, 0.0))  # from here on p is what is outside
+        thin = draw & (tail_logmass < top[:, 0] + LOG_THIN)
+        if thin.any():
+            rest = z[thin].scatter(1, top_ids[thin], top_z[thin].masked_fill(kept[thin], -torch.inf))
+            p[thin] = (rest - rest.amax(-1, keepdim=True)).exp()
+        u = torch.from_numpy(uniforms).to(z.device)
+        places = (u[:, None] + torch.arange(m, device=z.device)) / n_tail.clamp(min=1)[:, None]
+        tail_ids = _at_places(space, places).where(drawn, 0)
+    tail = z.gather(1, tail_ids) - log_z
     order = torch.where(kept, top_ids, vocab).argsort(-1)  # sorted by id, padding last
     ids = torch.cat([top_ids.gather(1, order), tail_ids], 1)
     logprobs = torch.cat([top.gather(1, order), tail], 1)
     valid = torch.cat([kept.gather(1, order), drawn], 1)
     columns = (token, tail_logmass, kept.sum(-1), n_tail, ids[valid], logprobs[valid])
     return tuple(c.cpu().numpy() for c in columns)
+
+
+def _at_places(p: Tensor, places: Tensor) -> Tensor:
+    """Columns [c, m] of p [c, multiple of GROUP] at which its running sum passes `places` [c, m] (of the whole sum, 0
+    to 1), none of them 0. A row of zeros gives any.
+
+    In two steps, group and column in it: a running sum over all of V is many times slower than sums by groups."""
+    grouped = p.view(len(p), -1, GROUP)
+    mass = grouped.sum(-1).double()  # [c, groups]
+    group, rest = _pass(mass, places)  # [c, m]
+    chosen = grouped.gather(1, group[..., None].expand(-1, -1, GROUP)).double()  # [c, m, GROUP]
+    column, _ = _pass(chosen, (rest / mass.gather(1, group).clamp(min=LEAST))[..., None])
+    return group * GROUP + column[..., 0]
+
+
+def _pass(mass: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [..., m] at which the running sum of mass [..., n] passes `places` (of the sum), and what is left to pass
+    there."""
+    total = mass.cumsum(-1)
+    whole = total[..., -1:]
+    # Below the last sum, whatever rounding does: the first sum above a point belongs to a mass that is not 0.
+    points = (places * whole).minimum(torch.nextafter(whole, torch.zeros_like(whole)))
+    index = torch.searchsorted(total, points, right=True).clamp_(max=mass.shape[-1] - 1)
+    return index, (points - total.gather(-1, index) + mass.gather(-1, index)).clamp_(min=0)
 
 
 def _tail_size(mass: Tensor, s: TeacherSettings) -> Tensor:
