@@ -63,7 +63,10 @@ def run_for(folder: Path, *, backend: str = "transformers", engine: str = "trans
 
 def sample(folder: Path, backend: str) -> dict:
     began = time.perf_counter()
-    with open_sampler(run_for(folder, backend=backend), folder / "model", 64) as sampler, Peak() as peak:
+    with (
+        open_sampler(run_for(folder, backend=backend), folder / "model", 64) as sampler,
+        Peak(backend == "vllm") as peak,
+    ):
         started = time.perf_counter() - began
         prompts = [sampler.encode([{"role": "user", "content": p}]) for p in PROMPTS]
         for round in range(2):
@@ -99,7 +102,7 @@ def responses(folder: Path, which: str) -> pl.DataFrame:
 
 def score(folder: Path, variant: str, which: str) -> dict:
     samples = responses(folder, which)
-    with Peak() as peak:
+    with Peak(variant == "vLLM") as peak:
         if variant == "plain":
             seconds = plain(folder / "model", samples)
         else:
@@ -127,7 +130,10 @@ def plain(path: Path, samples: pl.DataFrame) -> float:
 
 
 class Peak:
-    """Peak resident memory in MB of this process, or of its children together where it has some."""
+    """Peak resident memory in MB of this process, or of its children together: a server."""
+
+    def __init__(self, of_children: bool):
+        self.of_children = of_children
 
     def __enter__(self) -> Peak:
         self.mb, self._end = 0, threading.Event()
@@ -136,14 +142,14 @@ class Peak:
         return self
 
     def _watch(self) -> None:
-        while not self._end.wait(0.1):
+        while self.of_children and not self._end.wait(0.1):
             family = psutil.Process().children(recursive=True)
             self.mb = max(self.mb, sum(_rss(p) for p in family) >> 20)
 
     def __exit__(self, *_) -> None:
         self._end.set()
         self._thread.join()
-        if not self.mb:
+        if not self.of_children:
             own = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
             self.mb = int(own.split()[1]) >> 10
 

@@ -47,6 +47,7 @@ from nbg_core.losses import Denominators, LossSettings, TeacherTargets
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 """Of the norm of a parameter's gradient, in float32."""
+GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
 SAME = (("A0", "A0 rows", "B", "C", "D"), ("A", "TRL", "Liger"))
 """Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
 
@@ -194,7 +195,7 @@ def gemm_share(step: Step, models: Models) -> float:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         take(step, models)
     times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
-    return sum(times.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(times.values())
+    return sum(times.get(name, 0) for name in GEMMS) / sum(times.values())
 
 
 def head_gemms(repeats: int) -> dict[str, float]:

@@ -241,6 +241,8 @@ class TrainingSettings(Section):
     """Ranks on this machine (or per node with a hostfile)."""
     hostfile: Path | None = None
     """DeepSpeed hostfile; none trains on this machine alone."""
+    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    """Ranks of a machine that share the tokens of a micro-batch, for pairs too long for one; divides the heads."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     lora: LoraSettings | None = None
@@ -256,6 +258,15 @@ class TrainingSettings(Section):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3: without ZeRO there is nothing to offload")
         return self
 
+    @model_validator(mode="after")
+    def _sequences_are_shared_by_whole_groups(self):
+        if self.n_processes % self.sequence_parallel:
+            raise ValueError(
+                f"n_processes={self.n_processes} is no multiple of sequence_parallel={self.sequence_parallel}: ranks "
+                "share sequences in groups of that size"
+            )
+        return self
+
     def deciding(self) -> dict:
         """What decides the trained weights, up to rounding.
 
@@ -265,7 +276,7 @@ class TrainingSettings(Section):
 
 
 _HOW_A_TRAINING_RUNS = {"micro_batch_tokens", "zero_stage", "offload_optimizer", "n_processes", "hostfile",
-                        "gradient_checkpointing", "save_every"}  # fmt: skip
+                        "sequence_parallel", "gradient_checkpointing", "save_every"}  # fmt: skip
 
 
 class EvaluationSettings(Section):

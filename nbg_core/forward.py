@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nbg_core.models import Padded, pad, padded_hidden
@@ -33,9 +34,10 @@ def lay_out(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -
     return pack([p for p, _ in trees], [branches for _, branches in trees])
 
 
-def response_hidden(model: PreTrainedModel, inputs: Pack | Padded) -> Tensor:
-    """Hidden states [T, H] in the model's dtype; row t predicts response token t."""
-    return packed_hidden(model, inputs) if isinstance(inputs, Pack) else padded_hidden(model, inputs)
+def response_hidden(model: PreTrainedModel, inputs: Pack | Padded, group: ProcessGroup | None = None) -> Tensor:
+    """Hidden states [T, H] in the model's dtype; row t predicts response token t. With a group (packs only) those of
+    this rank's share of T."""
+    return packed_hidden(model, inputs, group) if isinstance(inputs, Pack) else padded_hidden(model, inputs)
 
 
 def no_packing(config: PreTrainedConfig) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nbg_core.losses import (
@@ -34,17 +35,20 @@ from nbg_core.losses import (
     TeacherTargets,
     check_rows,
     pair_loss,
+    side_sums,
     token_divergence,
+    weighted,
 )
 
 TILE_BYTES = 128 << 20
-MIN_ROWS, MAX_ROWS = 16, 256
-"""On a CPU a row's logits come from GEMMs of 16 to 256 rows: there MKL sums every row in the same order, whatever is
-beside it. Fewer rows, or more, may round differently."""
+MIN_ROWS = 16
+"""Rows of a GEMM, at least: oneDNN sums every row in the same order whatever is beside it, but for a row alone."""
 CACHE_BYTES = 8 << 20
 """Passes over a tile go by blocks of rows of about this size, but of 16 rows at least: torch reduces few long rows 20
 times slower than 8 or more."""
 WEIGHT_BLOCK_BYTES = 8 << 20
+"""On a CPU the logits of a tile come by blocks of the weight: of about this size, as the block's logits are."""
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def head_joint_loss(
@@ -60,6 +64,7 @@ def head_joint_loss(
     vocab: int,
     settings: LossSettings,
     denominators: Denominators,
+    group: dist.ProcessGroup | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """`losses.joint_loss` of the logits hidden @ weight[:vocab].T: loss, sums, and the tokens' log-probs [T], detached.
@@ -68,6 +73,8 @@ def head_joint_loss(
     as for `joint_loss`. The loss can be differentiated once by hidden and weight, those that require a gradient; rows
     of the weight from `vocab` on get 0. Without rows the loss is a zero that can be differentiated. A pair whose rows
     lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
+    With a group, the rows of all its ranks together are those of whole pairs, and every rank of it calls this: loss and
+    sums are then its share, which add up over ranks, and rows are projected twice.
     Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), a block of it (8 MiB or 16 rows; on
     CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
@@ -78,6 +85,7 @@ def head_joint_loss(
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
     d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # its first product fills it
     seen = _Seen(n, targets, settings.temperature, bucket, head.tile)
+    elsewhere = None
 
     def loss_of(rows: slice, logps: Tensor, entries: Tensor, tail: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         some = targets.take(rows)
@@ -85,18 +93,23 @@ def head_joint_loss(
         kl = token_divergence(entries, tail, some, is_chosen[rows], settings)
         return pair_loss(
             logps, kl, pair_index[rows], is_chosen[rows], reference_logps[rows], n_pairs, settings=settings,
-            denominators=denominators,
+            denominators=denominators, elsewhere=elsewhere,
         )  # fmt: skip
 
     with torch.no_grad():
         if wants_weight:
             d_weight[vocab if n else 0 :].zero_()
         first = True
-        for chunk in _chunks(pair_index, head.rows):
+        for chunk in _chunks(pair_index, head.rows) if group is None else [slice(0, n)]:
             tiles = _tiles(chunk, head.rows)
             for tile in tiles:
                 z = head.logits(tile)
                 seen.read(z, tile, token_ids, head.scratch)
+            if group is not None:
+                here = side_sums(seen.logps, reference_logps, pair_index, is_chosen, n_pairs)
+                elsewhere = here.clone()
+                dist.all_reduce(elsewhere, group=group)
+                elsewhere -= here
             if not (wants_hidden or wants_weight):
                 continue
             g, a, b = _derivatives(loss_of, chunk, seen)
@@ -108,6 +121,10 @@ def head_joint_loss(
                 head.add_gradients(z, tile, d_hidden, d_weight, first)
                 first = False
         loss, sums = loss_of(slice(0, n), seen.logps, seen.entries(), seen.tail())
+        if group is not None:  # sums over whole pairs are the same on all ranks
+            size = dist.get_world_size(group)
+            sums = {name: value if name.startswith("kl") else value / size for name, value in sums.items()}
+            loss = weighted(sums, settings, denominators).to(loss.dtype)
     if wants_hidden or wants_weight:
         loss = _WithGradients.apply(loss, hidden, weight, [d_hidden, d_weight])
     return loss, sums, seen.logps
@@ -118,10 +135,11 @@ def head_logps(
 ) -> Tensor:
     """log p(token_ids) [T] under hidden @ weight[:vocab].T, without gradient: the reduction of `head_joint_loss`.
 
-    float32, or float64 if hidden is. On a CPU equal rows and weights give the very numbers that `head_joint_loss` has,
-    whatever the other rows, their number and `tile_bytes`, with the same library and count of threads (seen with MKL;
-    no library promises it). On CUDA it takes the same tile boundaries too. Hidden states of a batch of another shape
-    are themselves other numbers. Raises ValueError when shapes or dtypes do not fit each other."""
+    float32, or float64 if hidden is. On a CPU equal float32 rows and weights give the very numbers that
+    `head_joint_loss` has, whatever the other rows, their number and `tile_bytes`, with the same library and count of
+    threads (seen with oneDNN; no library promises it). On CUDA it takes the same tile boundaries too. Hidden states of
+    a batch of another shape are themselves other numbers. Raises ValueError when shapes or dtypes do not fit each
+    other."""
     if len(hidden) != len(token_ids):
         raise ValueError(f"hidden and token_ids have {len(hidden)} and {len(token_ids)} rows; pass one row per token")
     with torch.no_grad():
@@ -155,6 +173,7 @@ class _Head:
             )
         self.hidden, self.weight, self.on_cpu = hidden, weight[:vocab], hidden.device.type == "cpu"
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.by_onednn = ONEDNN and self.on_cpu and dtype == torch.float32
         row_bytes = vocab * dtype.itemsize
         self.rows = max(MIN_ROWS, tile_bytes // row_bytes)
         self.tile = hidden.new_empty(max(MIN_ROWS, min(self.rows, len(hidden))), vocab, dtype=dtype)
@@ -167,10 +186,11 @@ class _Head:
         if len(h) < n:
             h = torch.cat([h, h.new_zeros(n - len(h), h.shape[1])])
         z = self.tile[:n]
-        parts = -(-n // MAX_ROWS) if self.on_cpu else 1
-        for block, w in self._weight_blocks():
-            for h_part, z_part in zip(h.tensor_split(parts), z.tensor_split(parts), strict=True):
-                _add_product(z_part[:, block], h_part, w.t(), beta=0)
+        for block, w in self._weight_blocks(n):
+            if self.by_onednn:
+                z[:, block] = _linear(h, w)
+            else:
+                _add_product(z[:, block], h, w.t(), beta=0)
         return z
 
     def add_gradients(
@@ -182,23 +202,29 @@ class _Head:
         dz = dz[: len(h)].to(h.dtype)
         if d_hidden is not None:
             for block, w in self._weight_blocks():
-                _add_product(d_hidden[rows], dz[:, block], w)
+                if self.by_onednn:
+                    d_hidden[rows] += _linear(dz[:, block], w.t())
+                else:
+                    _add_product(d_hidden[rows], dz[:, block], w)
         if d_weight is not None:
             _add_product(d_weight[: dz.shape[1]], dz.t(), h, beta=0 if first else 1)
 
     def _operand(self, rows: slice) -> Tensor:
         return self.hidden[rows].to(self.tile.dtype) if self.on_cpu else self.hidden[rows]
 
-    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as the GEMMs take it: whole, or upcast a block at a time (a CPU has no float32 sum of bf16)."""
-        if not self.on_cpu or self.weight.dtype == self.tile.dtype:
+    def _weight_blocks(self, n_rows: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as the GEMMs take it. On a CPU, which has no float32 sum of bf16, upcast a block at a time; for
+        the logits of `n_rows` in blocks at any rate."""
+        as_it_is = not self.on_cpu or self.weight.dtype == self.tile.dtype
+        if as_it_is and not (n_rows and self.by_onednn):
             yield slice(None), self.weight
             return
-        size = max(1, WEIGHT_BLOCK_BYTES // (4 * self.weight.shape[1]))
-        buffer = self.tile.new_empty(min(size, len(self.weight)), self.weight.shape[1])
+        size = max(1, WEIGHT_BLOCK_BYTES // (4 * max(n_rows, self.weight.shape[1])))
+        buffer = None if as_it_is else self.tile.new_empty(min(size, len(self.weight)), self.weight.shape[1])
         for start in range(0, len(self.weight), size):
             block = slice(start, min(start + size, len(self.weight)))
-            yield block, buffer[: block.stop - start].copy_(self.weight[block])
+            w = self.weight[block]
+            yield block, w if buffer is None else buffer[: len(w)].copy_(w)
 
 
 class _Seen:
@@ -326,6 +352,12 @@ def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
         top = x.amax(-1, keepdim=True)
         out.append(torch.sub(x, top, out=space).exp_().sum(-1).log_() + top[:, 0])
     return torch.cat(out)
+
+
+def _linear(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T, float32 on a CPU. By oneDNN, which is as fast with few rows as with many; MKL reaches 0.6 of that with 150
+    rows of logits. torch has no public way to it: this is the operator that its compiler takes."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:

@@ -250,14 +250,17 @@ def pair_loss(
     *,
     settings: LossSettings,
     denominators: Denominators,
+    elsewhere: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`joint_loss` from each token's log-prob and divergence, logps and kl [T]; the loss is in the dtype of logps."""
+    """`joint_loss` from each token's log-prob and divergence, logps and kl [T]; the loss is in the dtype of logps.
+
+    elsewhere [3, 2B] float64: what rows of these pairs that are not here add to `side_sums`. The sums over pairs are
+    then of whole pairs, those over tokens of the rows that are here."""
     s, kl = settings, kl.double()
-    # Sequence sums in float64: over 8,000 tokens float32 loses more than a small margin.
-    side = 2 * pair_index + (~is_chosen).long()  # [T]: chosen, rejected of pair 0, of pair 1, ...
-    zeros = torch.zeros(2 * n_pairs, dtype=torch.float64, device=logps.device)
-    per_token = (logps.double(), reference_logps.double(), torch.ones_like(logps, dtype=torch.float64))
-    policy, reference, lengths = (zeros.index_add(0, side, v).view(n_pairs, 2) for v in per_token)  # [B, 2]
+    totals = side_sums(logps, reference_logps, pair_index, is_chosen, n_pairs)
+    if elsewhere is not None:
+        totals = totals + elsewhere
+    policy, reference, lengths = totals.view(3, n_pairs, 2)
     dpo = sequence_dpo_loss(
         *policy.unbind(1), *reference.unbind(1), variant=s.dpo_variant, beta=s.beta, label_smoothing=s.label_smoothing,
         chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1],
@@ -269,16 +272,29 @@ def pair_loss(
         "nll": -policy[:, 0].sum(), "margin": margin.sum(),
         "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).sum(),
         "chosen_reward": dpo.chosen_reward.sum(), "rejected_reward": dpo.rejected_reward.sum(),
-        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": zeros.new_tensor(n_pairs),
+        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": totals.new_tensor(n_pairs),
         "chosen_tokens": lengths[:, 0].sum(), "rejected_tokens": lengths[:, 1].sum(),
     }  # fmt: skip
+    loss = weighted(sums, s, denominators)
+    return loss.to(logps.dtype), {name: value.detach() for name, value in sums.items()}
+
+
+def side_sums(logps: Tensor, reference_logps: Tensor, pair_index: Tensor, is_chosen: Tensor, n_pairs: int) -> Tensor:
+    """Sums [3, 2B] over the rows of each side, chosen and rejected of pair 0, of pair 1, ...: log-probs, those of the
+    reference, and 1. float64: over 8,000 tokens float32 loses more than a small margin."""
+    side = 2 * pair_index + (~is_chosen).long()  # [T]
+    per_token = torch.stack([logps.double(), reference_logps.double(), torch.ones_like(logps, dtype=torch.float64)])
+    return per_token.new_zeros(3, 2 * n_pairs).index_add(1, side, per_token)
+
+
+def weighted(sums: dict[str, Tensor], s: LossSettings, denominators: Denominators) -> Tensor:
+    """The joint loss of its sums."""
     coefficients = {
         "dpo": s.w_dpo / denominators.pairs, "kl_chosen": s.w_pos / denominators.chosen_tokens,
         "kl_rejected": s.w_neg / denominators.rejected_tokens, "nll": s.nll_coef / denominators.chosen_tokens,
     }  # fmt: skip
     terms = [coefficient * sums[name] for name, coefficient in coefficients.items() if coefficient]
-    loss = sum(terms, zeros.new_zeros(()))
-    return loss.to(logps.dtype), {name: value.detach() for name, value in sums.items()}
+    return sum(terms, sums["dpo"].new_zeros(()))
 
 
 def _sampled_tail(entries: Tensor, targets: TeacherTargets) -> Tensor:

@@ -24,12 +24,15 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from nbg_core.sequence_parallel import own_rows, share, to_heads, to_tokens
 
 MODEL_TYPES = ("gemma3_text", "llama", "qwen2", "qwen3")
 """Architectures whose packed forward pass is tested against the plain one."""
@@ -130,9 +133,10 @@ def plain_head(model: PreTrainedModel) -> bool:
     return type(head) is nn.Linear and head.bias is None and not any(changed)
 
 
-def packed_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
+def packed_hidden(model: PreTrainedModel, pack: Pack, group: dist.ProcessGroup | None = None) -> Tensor:
     """Hidden states [T, H] that predict the response tokens of a pack, on the model's device and in its dtype.
 
+    With a group, whose ranks all have this pack, only the `sequence_parallel.share` of T that is this rank's.
     Sets the model's attention to `ATTENTION`, which for any other forward pass is `sdpa`. Raises ValueError if the
     model's architecture is not among `MODEL_TYPES`."""
     if not supports_packing(model.config):
@@ -142,21 +146,39 @@ def packed_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
         )
     if model.config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
+    if group is not None:
+        pack = _with_inputs(pack, dist.get_world_size(group))
+    length = pack.ids.shape[1]
+    mine = slice(None) if group is None else share(length, group)
     hidden = model.base_model(
-        input_ids=pack.ids,
-        position_ids=pack.position_ids,
+        input_ids=pack.ids[:, mine],
+        position_ids=pack.position_ids[:, mine],
         attention_mask=pack.ids.new_ones(1, 1, 1, 1),  # 4-D is "ready made": no mask is built, and ours is not read
         use_cache=False,
-        packed_layout=_Layout(pack),
+        packed_layout=_Layout(pack, group),
     ).last_hidden_state
+    if group is not None:
+        return own_rows(hidden[0], pack.rows, length, group)
     return hidden[0].index_select(0, pack.rows)
+
+
+def _with_inputs(pack: Pack, least: int) -> Pack:
+    """The pack, with tokens that nothing sees behind it if it has fewer than `least` inputs: transformers' models
+    cannot take none."""
+    n = pack.ids.shape[1]
+    more = torch.arange(max(0, least - n), device=pack.ids.device)
+    if not len(more):
+        return pack
+    ids, positions = (torch.cat([x, y[None]], 1) for x, y in ((pack.ids, 0 * more), (pack.position_ids, more)))
+    segments = (*pack.segments, (len(more), len(more)))
+    return replace(pack, ids=ids, position_ids=positions, keys=torch.cat([pack.keys, n + more]), segments=segments)
 
 
 class _Layout:
     """What attention needs of a pack, made once for all layers."""
 
-    def __init__(self, pack: Pack):
-        self.keys, self.segments = pack.keys, pack.segments
+    def __init__(self, pack: Pack, group: dist.ProcessGroup | None):
+        self.keys, self.segments, self.length, self.group = pack.keys, pack.segments, pack.ids.shape[1], group
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def mask(self, n_queries: int, n_keys: int, window: int) -> Tensor:
@@ -194,25 +216,34 @@ def _attention(
     if softcap is not None or dropout:
         raise ValueError(f"packed attention has no softcap ({softcap}) and no dropout ({dropout}); switch both off")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, heads, D]
+    if packed_layout.group is not None:  # from here on L is all tokens, and heads are this rank's
+        q, k, v = (to_heads(x, packed_layout.length, packed_layout.group) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
     k, v = (x.index_select(0, packed_layout.keys) for x in (k, v))  # [K, key heads, D]
-    gqa = query.shape[1] != key.shape[1]
-    if _has_varlen(query):
+    out = _by_segment(q, k, v, packed_layout, scaling, sliding_window, gqa)  # [L, heads, D]
+    return (out if packed_layout.group is None else to_tokens(out, packed_layout.group))[None], None
+
+
+def _by_segment(
+    q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scaling: float | None, sliding_window: int | None, gqa: bool
+) -> Tensor:
+    """[L, heads, D] of queries [L, heads, D], keys and values [K, key heads, D]."""
+    if _has_varlen(q):
         # Not yet run on a GPU: there was none when it was written. `test_cuda_equals_cpu` is waiting for one; until
         # then only its arguments are tested. Flash attention aligns the ends of queries and keys (pytorch PR 193630).
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out = varlen_attn(q, k, v, *packed_layout.bounds, scale=scaling, window_size=window, enable_gqa=gqa)
-        return out[None], None
-    n_queries, n_keys = zip(*packed_layout.segments, strict=True)
+        return varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=window, enable_gqa=gqa)
+    n_queries, n_keys = zip(*layout.segments, strict=True)
     out = []
     for segment in zip(q.split(n_queries), k.split(n_keys), v.split(n_keys), strict=True):
         qs, ks, vs = (x.transpose(0, 1)[None] for x in segment)  # [1, heads, n or m, D]
         n, m = qs.shape[2], ks.shape[2]
         window = m if sliding_window is None else sliding_window
         is_causal = n == m <= window  # else SDPA would align the starts, not the ends
-        mask = None if is_causal else packed_layout.mask(n, m, window)
+        mask = None if is_causal else layout.mask(n, m, window)
         o = scaled_dot_product_attention(qs, ks, vs, mask, is_causal=is_causal, scale=scaling, enable_gqa=gqa)
         out.append(o[0].transpose(0, 1))
-    return torch.cat(out)[None], None  # [1, L, heads, D]
+    return torch.cat(out)
 
 
 AttentionInterface.register(ATTENTION, _attention)

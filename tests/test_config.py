@@ -149,7 +149,7 @@ def test_a_training_is_the_same_however_its_sums_are_shared_out():
     base = load_profile("embedded").training
     shared_out = dict(
         n_processes=8, zero_stage=3, offload_optimizer=True, micro_batch_tokens=7, gradient_checkpointing=True,
-        hostfile="hosts", save_every=1,
+        sequence_parallel=2, hostfile="hosts", save_every=1,
     )  # fmt: skip
     assert base.model_copy(update=shared_out).deciding() == base.deciding()
     decide = base.deciding().keys()
@@ -157,6 +157,11 @@ def test_a_training_is_the_same_however_its_sums_are_shared_out():
     assert {"loss", "global_batch_pairs", "precision", "lora", "seed"} <= decide
     for change in (dict(precision="bf16"), dict(lora={"rank": 2}), dict(global_batch_pairs=3)):
         assert type(base).model_validate({**base.model_dump(), **change}).deciding() != base.deciding()
+
+
+def test_ranks_that_share_sequences_are_whole_groups():
+    with pytest.raises(ValueError, match="n_processes=6 is no multiple of sequence_parallel=4"):
+        load_profile("embedded").training.model_validate({"n_processes": 6, "sequence_parallel": 4})
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():

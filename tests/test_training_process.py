@@ -109,6 +109,13 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     for first, second in zip(resumed, again, strict=True):
         assert result(first) == result(second), first.training_id  # bit for bit
 
+    def shared(name: str, n: int, **changed) -> Request:
+        changed = dict(sequence_parallel=n, n_processes=4, micro_batch_tokens=30) | changed
+        return request_of(profile, name, **alone["fp32"].training.model_dump() | changed)
+
+    # 2 groups of 2 ranks that share sequences, and one of 4, which have only 2 key heads to share.
+    four = {"fp32": [shared("shared by 2", 2), shared("by 4", 4, zero_stage=3, gradient_checkpointing=True)]}
+    start_ranks(4, four["fp32"])
     stage_3 = dict(zero_stage=3, offload_optimizer=False)
     three = {
         "fp32": [
@@ -123,7 +130,7 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
         "bf16": [continued(profile, "bf16 2 to 1", two["bf16"][0], zero_stage=3)],
     }
     start_ranks(1, sum(one.values(), []))
-    for ranks in (two, three, one):
+    for ranks in (two, four, three, one):
         for kind, requests in ranks.items():
             for request in requests:
                 check_follows(request, alone[kind])

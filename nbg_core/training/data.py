@@ -55,6 +55,11 @@ class PairBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, inputs=self.inputs.to(device), targets=teacher, **moved)
 
+    def take(self, rows: slice) -> PairBatch:
+        """Some of the [T] rows; inputs and pairs stay."""
+        taken = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, targets=self.targets.take(rows), **taken)
+
 
 class TrainingSet:
     """The pairs of a written training set, in order of pair_id."""

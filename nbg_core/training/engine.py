@@ -17,17 +17,19 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nbg_core.config import TrainingSettings
-from nbg_core.forward import output_matrix, response_hidden
+from nbg_core.forward import no_packing, output_matrix, response_hidden
 from nbg_core.head import head_joint_loss
-from nbg_core.losses import Denominators, LossSettings
+from nbg_core.losses import Denominators, LossSettings, side_sums
 from nbg_core.models import load_tokenizer, padding_id
 from nbg_core.packing import supports_packing
+from nbg_core.sequence_parallel import check_heads, share
 from nbg_core.training.data import PairBatch
 from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
@@ -38,9 +40,12 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 class PairModel(nn.Module):
     """The policy and the joint loss of its responses."""
 
-    def __init__(self, policy: PreTrainedModel, vocab: int, settings: LossSettings):
+    def __init__(
+        self, policy: PreTrainedModel, vocab: int, settings: LossSettings, group: dist.ProcessGroup | None = None
+    ):
+        """`group`: ranks that get the same batches and share their tokens out."""
         super().__init__()
-        self.policy, self.head = policy, _Head(output_matrix(policy), vocab, settings)
+        self.policy, self.head, self.group = policy, _Head(output_matrix(policy), vocab, settings), group
 
     def forward(
         self, batch: PairBatch, denominators: Denominators, with_drift: bool = False
@@ -48,12 +53,18 @@ class PairModel(nn.Module):
         """This micro-batch's share of the loss and its sums (see `joint_loss`).
 
         With `with_drift` also log p_policy - log p_reference [2B] of the whole responses, chosen first, float64."""
-        loss, sums, logps = self.head(response_hidden(self.policy, batch.inputs), batch, denominators)
+        hidden = response_hidden(self.policy, batch.inputs, self.group)
+        if self.group is not None:
+            batch = batch.take(share(len(batch.token_ids), self.group))
+        loss, sums, logps = self.head(hidden, batch, denominators, self.group)
         drift = None
         if with_drift:
-            difference = logps.double() - batch.reference_logps.double()
-            side = 2 * batch.pair_index + (~batch.is_chosen).long()
-            drift = difference.new_zeros(2 * batch.n_pairs).index_add(0, side, difference)
+            policy, reference, _ = side_sums(
+                logps, batch.reference_logps, batch.pair_index, batch.is_chosen, batch.n_pairs
+            )
+            drift = policy - reference
+            if self.group is not None:
+                dist.all_reduce(drift, group=self.group)
         return loss, sums, drift
 
 
@@ -65,10 +76,11 @@ class _Head(nn.Module):
         super().__init__()
         self.weight, self.vocab, self.settings = weight, vocab, settings
 
-    def forward(self, hidden: Tensor, batch: PairBatch, denominators: Denominators):
+    def forward(self, hidden: Tensor, batch: PairBatch, denominators: Denominators, group: dist.ProcessGroup | None):
         return head_joint_loss(
             hidden, self.weight, batch.token_ids, batch.pair_index, batch.is_chosen, batch.reference_logps,
             batch.targets, batch.n_pairs, vocab=self.vocab, settings=self.settings, denominators=denominators,
+            group=group,
         )  # fmt: skip
 
 
@@ -119,7 +131,7 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | Non
     tokenizer = load_tokenizer(request.policy_path, trust_remote_code=request.trust_remote_code)
     policy = load_policy(request.policy_path, s, trust_remote_code=request.trust_remote_code)
     loss = LossSettings(**s.loss.model_dump(), temperature=request.temperature)
-    model = PairModel(policy, len(tokenizer), loss)
+    model = PairModel(policy, len(tokenizer), loss, _sequence_group(s, policy.config))
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -127,6 +139,17 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | Non
         config=_config(s, sum(p.numel() for p in model.parameters())),
     )
     return engine, None if supports_packing(policy.config) else padding_id(tokenizer)
+
+
+def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.ProcessGroup | None:
+    """The ranks that share this one's batches; neighbours, so on one machine. Raises ValueError for a model that
+    cannot be shared out."""
+    if s.sequence_parallel == 1:
+        return None
+    if not supports_packing(config):
+        raise ValueError(f"training.sequence_parallel needs a packed model: {no_packing(config)}")
+    check_heads(config.num_attention_heads, config.num_key_value_heads, s.sequence_parallel)
+    return dist.new_subgroups(s.sequence_parallel)[0]
 
 
 def _config(s: TrainingSettings, n_parameters: int) -> dict:
@@ -188,7 +211,7 @@ def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     adapters merged.
 
     Collective: all ranks call it; the others get empty tensors, so that only one copy of a large model is made."""
-    policy, here = engine.module.policy, torch.distributed.get_rank() == 0
+    policy, here = engine.module.policy, dist.get_rank() == 0
     weights = {}
     for name, parameter in policy.named_parameters():  # a tied parameter comes once
         full = safe_get_full_fp32_param(parameter)

@@ -46,10 +46,13 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """A rank's micro-batches of a step that uses `pairs`, `n_inputs[pair]` tokens each: arrays of pairs.
 
+    With `sequence_parallel` a rank is a group of so many neighbours, which get the same, and so many times the tokens.
     Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no more than
     the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first with room
     (first-fit decreasing: at most 11/9 of the fewest possible, plus one). All ranks return as many, the last ones
     empty where work is short, or collectives would wait."""
+    together = settings.sequence_parallel
+    rank, world_size = rank // together, world_size // together
     longest_first = sorted(pairs.tolist(), key=lambda pair: (-n_inputs[pair], pair))
     loads = [(0, r) for r in range(world_size)]
     shares: list[list[int]] = [[] for _ in loads]
@@ -57,7 +60,7 @@ def micro_batches(
         load, r = loads[0]
         shares[r].append(pair)
         heapq.heapreplace(loads, (load + int(n_inputs[pair]), r))
-    cut = [_first_fit(share, n_inputs, settings.micro_batch_tokens) for share in shares]
+    cut = [_first_fit(share, n_inputs, settings.micro_batch_tokens * together) for share in shares]
     empty = [[]] * (max(map(len, cut)) - len(cut[rank]))
     return [np.array(batch, dtype=np.int64) for batch in cut[rank] + empty]
 

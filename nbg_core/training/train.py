@@ -178,7 +178,7 @@ def _stop_not_finite(step: Step, data: TrainingSet, shares: list[np.ndarray], va
     mine = [p for share, v in zip(shares, values, strict=True) if not torch.isfinite(v).all() for p in share.tolist()]
     found: list = [[]] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    pairs = [p for part in found for p in part]
+    pairs = list(dict.fromkeys(p for part in found for p in part))
     raise TrainingError(
         f"the loss of step {step.index} is not finite, in pairs {_names(data, pairs)}; lower training.learning_rate or "
         "training.loss.beta, and check the teacher rows of these pairs; the states saved before are kept"
