@@ -1,8 +1,8 @@
 """Time and memory of one training step with the joint loss: `make bench-train` (about 25 minutes on 2 cores).
 
-Five cases of Qwen3-shaped models with random weights, tied embeddings, float32, CPU, eager; the variants are in
-`train_step_variants.py`. A step is forward and backward to all gradients, without an optimizer; gradients are freed
-between steps. Of each case, in one process:
+Six cases of Qwen3-shaped models with random weights, float32, CPU, eager, the last one as large as the embedded student
+and its batches; the variants are in `train_step_variants.py`. A step is forward and backward to all gradients, without
+an optimizer; gradients are freed between steps. Of each case, in one process:
 
 1. Check: variants that compute the same have the same loss and gradients, else nothing is written.
 2. Memory: one step of each variant under the profiler, which sees every allocation of torch, also inside operators.
@@ -10,6 +10,8 @@ between steps. Of each case, in one process:
    gradients that the step leaves behind.
 3. Time: rounds in which every variant takes one step, the median of each.
 4. One more step of D under the profiler: the share of its time that is matrix products, which no variant can avoid.
+   `flops` counts those of the weights (not attention's, and no product that is done twice): their ratio is what a
+   variant would be slower than D if everything else cost nothing.
 
 The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed against three bare products of its rows:
 their mean is one GEMM. Pairs of 64 tokens fit the tile (pair-aligned), one of 512 does not (recompute).
@@ -77,6 +79,7 @@ CASES = [
     Case("long prompt", shape(K32, 512, 4, 8, 4, 1536), (384, 640), (48, 128)),
     Case("long response", shape(K32, 512, 4, 8, 4, 1536), (48, 96), (256, 512)),
     Case("light head", shape(8_192, 384, 12, 6, 3, 1152), (32, 96), (32, 128), pairs=8),
+    Case("demo", shape(260, 96, 2, 3, 3, 192), (12, 25), (4, 14), pairs=64),
 ]
 BASE = Case("growth", shape(K32, 512, 4, 8, 4, 1536), (64, 64), (64, 64))
 GROWTH = {
@@ -174,7 +177,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
             start = time.perf_counter()
             take(step, models)
             seconds[name].append(time.perf_counter() - start)
-    share = gemm_share(running["D"], models)
+    share, products = gemm_share(running["D"], models), flops(models, pairs)
     rows = []
     for name, step in found.items():
         row = {"case": case.name, "shape": {**case.model, "prompt": case.prompt, "response": case.response,
@@ -182,13 +185,26 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
         if callable(step):
             median = statistics.median(seconds[name])
             row |= {"median_s": median, "tokens_per_s": pairs.unique_tokens / median, "peak_bytes": peaks[name]}
-            row |= {"gemm_share": share} if name == "D" else {}
+            row |= {"flops": products.get(name)} | ({"gemm_share": share} if name == "D" else {})
             print(f"  {name:8} {median * 1e3:8.0f} ms {peaks[name] / 1e6:8.1f} MB", flush=True)
         else:
             row |= {"median_s": None, "tokens_per_s": None, "peak_bytes": None, "error": step}
             print(f"  {name:8} {step}", flush=True)
         rows.append(row)
     return rows
+
+
+def flops(models: Models, pairs: Pairs) -> dict[str, int]:
+    """Of a step's products with weights, by variant: 2 a weight and token forward, 4 backward."""
+    head = models.student.get_output_embeddings().weight.numel()
+    embeddings = models.student.get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in models.student.parameters()) - head - embeddings
+    positions, rows = pairs.padded.ids.numel(), len(pairs.token_ids)
+    padded, inputs = 6 * (body + head) * positions, {"B": positions}
+    inputs |= {name: pack.ids.numel() for name, pack in (("C", pairs.packed), ("D", pairs.shared))}
+    with_live = padded + 2 * 2 * (body + head) * positions  # reference and teacher
+    fused = {name: 6 * (body * n + head * rows) for name, n in inputs.items()}
+    return {"A": with_live, "A0": padded, "A0 rows": padded, **fused}
 
 
 def gemm_share(step: Step, models: Models) -> float:
@@ -249,6 +265,12 @@ def tables(rows: list[dict]) -> str:
 
     times = table("ms (times of D)", lambda r, d: f"{r['median_s'] * 1e3:.0f} ({r['median_s'] / d['median_s']:.1f})")
     peaks = table("peak, MB", lambda r, d: f"{r['peak_bytes'] / 1e6:.0f}")
+    counted = [n for n in names if all(cells[case, n].get("flops") for case in cases)]
+    peaks += [f"| matrix products (times of D) | {' | '.join(counted)} |", "|---" * (len(counted) + 1) + "|"]
+    for case in cases:
+        ratios = [f"{cells[case, n]['flops'] / cells[case, 'D']['flops']:.1f}" for n in counted]
+        peaks.append(f"| {case} | " + " | ".join(ratios) + " |")
+    peaks.append("")
     shares = ", ".join(f"{r['case']} {r['gemm_share']:.0%}" for r in rows if "gemm_share" in r)
     peaks += [f"Matrix products are this share of D's time: {shares}."] if shares else []
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})

@@ -66,7 +66,8 @@ def compress(
     parts, at, space = [], 0, None
     for tile in logits:
         vocab = tile.shape[1]
-        step = max(MIN_ROWS, BLOCK_BYTES[tile.device.type] // (4 * vocab))
+        row_bytes = max(4 * vocab, 8 * GROUP * s.m_tail)  # of the logits; of the groups that samples fall in
+        step = max(MIN_ROWS, BLOCK_BYTES[tile.device.type] // row_bytes)
         if space is None:
             space = tile.new_zeros(step, -(-vocab // GROUP) * GROUP)
         for z in tile.split(step):
