@@ -14,9 +14,10 @@ an optimizer; gradients are freed between steps. Of each case, in one process:
    variant would be slower than D if everything else cost nothing.
 
 The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed against three bare products of its rows:
-their mean is one GEMM. Pairs of 64 tokens fit the tile (pair-aligned), one of 512 does not (recompute).
+their mean is one GEMM, each
+by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one of 512 does not (recompute).
 
-`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for A0 and D
+`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for A0 rows and D
 over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
 folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
 """
@@ -43,7 +44,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from train_step_variants import Models, Pairs, Step, make_models, make_pairs, steps
 
-from nbg_core.head import head_joint_loss
+from nbg_core.head import head_joint_loss, linear
 from nbg_core.losses import Denominators, LossSettings, TeacherTargets
 
 HERE = Path(__file__).parent
@@ -238,7 +239,8 @@ def head_gemms(repeats: int) -> dict[str, float]:
 
         parts = [
             lambda h=h, w=w, z=z: torch.mm(h, w.t(), out=z), lambda z=z, w=w, d=d_hidden: torch.mm(z, w, out=d),
-            lambda z=z, h=h, d=d_weight: torch.mm(z.t(), h, out=d), whole,
+            lambda z=z, h=h, d=d_weight: torch.mm(z.t(), h, out=d), lambda h=h, w=w: linear(h, w),
+            lambda z=z, w=w: linear(z, w.t()), lambda z=z, h=h: linear(z.t(), h.t()), whole,
         ]  # fmt: skip
         seconds = [[] for _ in parts]
         for _ in range(repeats + 1):
@@ -247,7 +249,7 @@ def head_gemms(repeats: int) -> dict[str, float]:
                 part()
                 found.append(time.perf_counter() - start)
         *bare, mine = (statistics.median(s[1:]) for s in seconds)
-        costs[name] = mine / statistics.mean(bare)
+        costs[name] = mine / statistics.mean(map(min, zip(bare[:3], bare[3:], strict=True)))
     return costs
 
 
@@ -259,13 +261,14 @@ def tables(rows: list[dict]) -> str:
     def table(title: str, cell: Callable[[dict, dict], str]) -> list[str]:
         lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for case in cases:
-            row = [cell(r, cells[case, "D"]) if r["median_s"] else "n/a" for r in (cells[case, n] for n in names)]
+            found = [cells.get((case, n), {"median_s": None}) for n in names]  # --cases keeps rows of an older set
+            row = [cell(r, cells[case, "D"]) if r["median_s"] else "n/a" for r in found]
             lines.append(f"| {case} | " + " | ".join(row) + " |")
         return [*lines, ""]
 
     times = table("ms (times of D)", lambda r, d: f"{r['median_s'] * 1e3:.0f} ({r['median_s'] / d['median_s']:.1f})")
     peaks = table("peak, MB", lambda r, d: f"{r['peak_bytes'] / 1e6:.0f}")
-    counted = [n for n in names if all(cells[case, n].get("flops") for case in cases)]
+    counted = [n for n in names if all(cells.get((case, n), {}).get("flops") for case in cases)]
     peaks += [f"| matrix products (times of D) | {' | '.join(counted)} |", "|---" * (len(counted) + 1) + "|"]
     for case in cases:
         ratios = [f"{cells[case, n]['flops'] / cells[case, 'D']['flops']:.1f}" for n in counted]
@@ -335,7 +338,7 @@ def main() -> None:
         row | {"axis": axis, "value": value}
         for axis, cases in (GROWTH if args.growth else {}).items()
         for value, case in list(cases.items())[: 2 if args.quick else None]
-        for row in measure(shrink(case), min(args.repeats, 3), only=("A0", "D"))
+        for row in measure(shrink(case), min(args.repeats, 3), only=("A0 rows", "D"))
     ]
     folder = HERE
     if args.quick:

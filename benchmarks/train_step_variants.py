@@ -182,16 +182,18 @@ def full_logits(models: Models, pairs: Pairs) -> Terms:
 
 def full_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Step:
     padded, stored = pairs.padded, pairs.targets
-    ids = stored.ids.new_zeros(padded.ids.numel(), stored.ids.shape[1])  # [N L, K]
-    ids[padded.rows] = stored.ids
+    # [N L, K + 1]: stored ids, and the next token
+    ids = torch.cat(
+        [stored.ids.new_zeros(padded.ids.numel(), stored.ids.shape[1]), padded.ids.view(-1, 1).roll(-1, 0)], 1
+    )
+    ids[padded.rows, :-1] = stored.ids
 
     def step() -> Terms:
         logits = student(input_ids=padded.ids, attention_mask=padded.mask, use_cache=False).logits.float()  # [N, L, V]
-        logp = logits.log_softmax(-1).flatten(0, 1)
-        tokens = logp[:-1].gather(-1, padded.ids.flatten()[1:, None])[:, 0]  # [N L - 1]
-        kl = token_divergence(logp.gather(-1, ids)[padded.rows], None, stored, pairs.is_chosen, SETTINGS)
+        logp = logits.log_softmax(-1).flatten(0, 1).gather(-1, ids)[padded.rows]  # [T, K + 1]
+        kl = token_divergence(logp[:, :-1], None, stored, pairs.is_chosen, SETTINGS)
         loss, _ = pair_loss(
-            tokens[padded.rows], kl, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.n,
+            logp[:, -1], kl, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.n,
             settings=SETTINGS, denominators=pairs.denominators,
         )  # fmt: skip
         return {"loss": loss}

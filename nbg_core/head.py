@@ -41,14 +41,14 @@ from nbg_core.losses import (
 )
 
 TILE_BYTES = 128 << 20
-MIN_ROWS = 16
-"""Rows of a GEMM, at least: oneDNN sums every row in the same order whatever is beside it, but for a row alone."""
+MIN_ROWS, MIN_COLUMNS = 16, 64
+"""Rows of a GEMM and columns of its result, at least: oneDNN sums every entry in the same order whatever is beside it,
+but for a row or column alone."""
 CACHE_BYTES = 8 << 20
 """Passes over a tile go by blocks of rows of about this size, but of 16 rows at least: torch reduces few long rows 20
 times slower than 8 or more."""
 WEIGHT_BLOCK_BYTES = 8 << 20
 """On a CPU the logits of a tile come by blocks of the weight: of about this size, as the block's logits are."""
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def head_joint_loss(
@@ -85,7 +85,7 @@ def head_joint_loss(
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
     d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # its first product fills it
     seen = _Seen(n, targets, settings.temperature, bucket, head.tile)
-    elsewhere = None
+    totals = None
 
     def loss_of(rows: slice, logps: Tensor, entries: Tensor, tail: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         some = targets.take(rows)
@@ -93,7 +93,7 @@ def head_joint_loss(
         kl = token_divergence(entries, tail, some, is_chosen[rows], settings)
         return pair_loss(
             logps, kl, pair_index[rows], is_chosen[rows], reference_logps[rows], n_pairs, settings=settings,
-            denominators=denominators, elsewhere=elsewhere,
+            denominators=denominators, totals=totals,
         )  # fmt: skip
 
     with torch.no_grad():
@@ -101,15 +101,13 @@ def head_joint_loss(
             d_weight[vocab if n else 0 :].zero_()
         first = True
         for chunk in _chunks(pair_index, head.rows) if group is None else [slice(0, n)]:
-            tiles = _tiles(chunk, head.rows)
+            tiles = _parts(chunk, head.rows)
             for tile in tiles:
                 z = head.logits(tile)
                 seen.read(z, tile, token_ids, head.scratch)
             if group is not None:
-                here = side_sums(seen.logps, reference_logps, pair_index, is_chosen, n_pairs)
-                elsewhere = here.clone()
-                dist.all_reduce(elsewhere, group=group)
-                elsewhere -= here
+                totals = side_sums(seen.logps, reference_logps, pair_index, is_chosen, n_pairs)
+                dist.all_reduce(totals, group=group)
             if not (wants_hidden or wants_weight):
                 continue
             g, a, b = _derivatives(loss_of, chunk, seen)
@@ -145,7 +143,7 @@ def head_logps(
     with torch.no_grad():
         head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
         logps = head.tile.new_empty(len(hidden))
-        for tile in _tiles(slice(0, len(hidden)), head.rows):
+        for tile in _parts(slice(0, len(hidden)), head.rows):
             z = head.logits(tile)
             n = tile.stop - tile.start
             log_z = _log_z(z, head.scratch)[:n]
@@ -158,7 +156,7 @@ def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int =
     float64 if hidden is; without gradient. A tile may be overwritten; the next one is in its place."""
     with torch.no_grad():
         head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
-        for tile in _tiles(slice(0, len(hidden)), head.rows):
+        for tile in _parts(slice(0, len(hidden)), head.rows):
             yield head.logits(tile)[: tile.stop - tile.start]
 
 
@@ -186,9 +184,9 @@ class _Head:
         if len(h) < n:
             h = torch.cat([h, h.new_zeros(n - len(h), h.shape[1])])
         z = self.tile[:n]
-        for block, w in self._weight_blocks(n):
+        for block, w in self._weight_blocks(whole=not self.by_onednn):
             if self.by_onednn:
-                z[:, block] = _linear(h, w)
+                z[:, block] = linear(h, w)
             else:
                 _add_product(z[:, block], h, w.t(), beta=0)
         return z
@@ -203,7 +201,7 @@ class _Head:
         if d_hidden is not None:
             for block, w in self._weight_blocks():
                 if self.by_onednn:
-                    d_hidden[rows] += _linear(dz[:, block], w.t())
+                    d_hidden[rows] += linear(dz[:, block], w.t())
                 else:
                     _add_product(d_hidden[rows], dz[:, block], w)
         if d_weight is not None:
@@ -212,17 +210,17 @@ class _Head:
     def _operand(self, rows: slice) -> Tensor:
         return self.hidden[rows].to(self.tile.dtype) if self.on_cpu else self.hidden[rows]
 
-    def _weight_blocks(self, n_rows: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as the GEMMs take it. On a CPU, which has no float32 sum of bf16, upcast a block at a time; for
-        the logits of `n_rows` in blocks at any rate."""
+    def _weight_blocks(self, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as the GEMMs take it: whole if that is asked for, but on a CPU, which has no float32 sum of bf16,
+        upcast a block at a time."""
         as_it_is = not self.on_cpu or self.weight.dtype == self.tile.dtype
-        if as_it_is and not (n_rows and self.by_onednn):
+        if as_it_is and whole:
             yield slice(None), self.weight
             return
-        size = max(1, WEIGHT_BLOCK_BYTES // (4 * max(n_rows, self.weight.shape[1])))
-        buffer = None if as_it_is else self.tile.new_empty(min(size, len(self.weight)), self.weight.shape[1])
-        for start in range(0, len(self.weight), size):
-            block = slice(start, min(start + size, len(self.weight)))
+        vocab, width = self.weight.shape
+        size = max(MIN_COLUMNS, WEIGHT_BLOCK_BYTES // (4 * max(width, len(self.tile))))
+        buffer = None if as_it_is else self.tile.new_empty(min(size, vocab), width)
+        for block in _parts(slice(0, vocab), size):
             w = self.weight[block]
             yield block, w if buffer is None else buffer[: len(w)].copy_(w)
 
@@ -334,11 +332,11 @@ def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
     return [slice(*b) for b in pairwise([*bounds, len(pair_index)]) if b[0] < b[1]]
 
 
-def _tiles(chunk: slice, rows: int) -> list[slice]:
-    """The chunk in equal parts of at most `rows` rows."""
-    n = chunk.stop - chunk.start
-    parts = -(-n // rows)
-    return [slice(chunk.start + n * i // parts, chunk.start + n * (i + 1) // parts) for i in range(parts)]
+def _parts(whole: slice, size: int) -> list[slice]:
+    """The whole in equal parts of at most `size`."""
+    n = whole.stop - whole.start
+    parts = -(-n // size)
+    return [slice(whole.start + n * i // parts, whole.start + n * (i + 1) // parts) for i in range(parts)]
 
 
 def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
@@ -354,10 +352,20 @@ def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.cat(out)
 
 
-def _linear(x: Tensor, w: Tensor) -> Tensor:
+def linear(x: Tensor, w: Tensor) -> Tensor:
     """x w^T, float32 on a CPU. By oneDNN, which is as fast with few rows as with many; MKL reaches 0.6 of that with 150
     rows of logits. torch has no public way to it: this is the operator that its compiler takes."""
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None)
+
+
+def _has_onednn() -> bool:
+    try:
+        return linear(torch.ones(2, 2), torch.ones(2, 2)).shape == (2, 2)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+ONEDNN = _has_onednn()
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:

@@ -250,17 +250,17 @@ def pair_loss(
     *,
     settings: LossSettings,
     denominators: Denominators,
-    elsewhere: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`joint_loss` from each token's log-prob and divergence, logps and kl [T]; the loss is in the dtype of logps.
 
-    elsewhere [3, 2B] float64: what rows of these pairs that are not here add to `side_sums`. The sums over pairs are
-    then of whole pairs, those over tokens of the rows that are here."""
+    totals [3, 2B] float64: `side_sums` of all rows of these pairs, when some are not here. The sums over pairs are then
+    of whole pairs, those over tokens of the rows that are here."""
     s, kl = settings, kl.double()
-    totals = side_sums(logps, reference_logps, pair_index, is_chosen, n_pairs)
-    if elsewhere is not None:
-        totals = totals + elsewhere
-    policy, reference, lengths = totals.view(3, n_pairs, 2)
+    here = side_sums(logps, reference_logps, pair_index, is_chosen, n_pairs)
+    if totals is not None:  # the same numbers wherever the rows are, with the derivative of those here
+        here = totals + (here - here.detach())
+    policy, reference, lengths = here.view(3, n_pairs, 2)
     dpo = sequence_dpo_loss(
         *policy.unbind(1), *reference.unbind(1), variant=s.dpo_variant, beta=s.beta, label_smoothing=s.label_smoothing,
         chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1],
@@ -272,7 +272,7 @@ def pair_loss(
         "nll": -policy[:, 0].sum(), "margin": margin.sum(),
         "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).sum(),
         "chosen_reward": dpo.chosen_reward.sum(), "rejected_reward": dpo.rejected_reward.sum(),
-        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": totals.new_tensor(n_pairs),
+        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": here.new_tensor(n_pairs),
         "chosen_tokens": lengths[:, 0].sum(), "rejected_tokens": lengths[:, 1].sum(),
     }  # fmt: skip
     loss = weighted(sums, s, denominators)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -194,7 +194,7 @@ class _Layout:
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
         """Cumulative queries and keys [segments + 1] int32, and the most of each: the arguments of `varlen_attn`."""
         n = torch.tensor(self.segments, dtype=torch.int32)
-        q, k = torch.nn.functional.pad(n.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(self.keys.device).unbind(1)
+        q, k = pad(n.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(self.keys.device).unbind(1)
         return q.contiguous(), k.contiguous(), int(n[:, 0].max()), int(n[:, 1].max())
 
 
@@ -217,7 +217,7 @@ def _attention(
         raise ValueError(f"packed attention has no softcap ({softcap}) and no dropout ({dropout}); switch both off")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, heads, D]
     if packed_layout.group is not None:  # from here on L is all tokens, and heads are this rank's
-        q, k, v = (to_heads(x, packed_layout.length, packed_layout.group) for x in (q, k, v))
+        q, k, v = to_heads((q, k, v), packed_layout.length, packed_layout.group)
     gqa = q.shape[1] != k.shape[1]
     k, v = (x.index_select(0, packed_layout.keys) for x in (k, v))  # [K, key heads, D]
     out = _by_segment(q, k, v, packed_layout, scaling, sliding_window, gqa)  # [L, heads, D]
@@ -239,10 +239,14 @@ def _by_segment(
         qs, ks, vs = (x.transpose(0, 1)[None] for x in segment)  # [1, heads, n or m, D]
         n, m = qs.shape[2], ks.shape[2]
         window = m if sliding_window is None else sliding_window
-        is_causal = n == m <= window  # else SDPA would align the starts, not the ends
+        if n < m <= min(2 * n, window):
+            # SDPA aligns starts, not ends: queries of zeros in the place of the prompt's make it causal. That half of
+            # m x m costs no more than the n x m of a mask, which autograd would keep.
+            qs = pad(qs, (0, 0, m - n, 0))
+        is_causal = qs.shape[2] == m <= window
         mask = None if is_causal else layout.mask(n, m, window)
         o = scaled_dot_product_attention(qs, ks, vs, mask, is_causal=is_causal, scale=scaling, enable_gqa=gqa)
-        out.append(o[0].transpose(0, 1))
+        out.append(o[0, :, -n:].transpose(0, 1))
     return torch.cat(out)
 
 

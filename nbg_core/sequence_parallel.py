@@ -9,6 +9,8 @@ Shapes: L inputs of a pack, l of them on this rank, T response rows, P ranks, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,16 +31,16 @@ def check_heads(heads: int, key_heads: int, size: int) -> None:
         )
 
 
-def to_heads(x: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-    """From this rank's tokens with all heads [l, heads, D] to all n tokens with this rank's heads [n, heads / P, D].
+def to_heads(xs: Sequence[Tensor], n: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """From this rank's tokens with all heads [l, heads, D] to all n tokens with this rank's heads [n, heads / P, D]:
+    queries, keys and values, in one exchange.
 
     With fewer heads than ranks (key heads of grouped queries) each goes to every rank whose queries use it."""
-    size = dist.get_world_size(group)
-    if x.shape[1] < size:
-        x = x.repeat_interleave(size // x.shape[1], dim=1)
-    own = len(x)
-    by_rank = x.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)  # [P l, heads / P, D]
-    return _Exchange.apply(by_rank, [own] * size, _parts(n, size), group)
+    size, own = dist.get_world_size(group), len(xs[0])
+    xs = [x if x.shape[1] >= size else x.repeat_interleave(size // x.shape[1], dim=1) for x in xs]
+    by_rank = torch.cat([x.unflatten(1, (size, -1)) for x in xs], 2).transpose(0, 1).flatten(0, 1)
+    got = _Exchange.apply(by_rank, [own] * size, _parts(n, size), group)  # [n, all heads / P, D]
+    return got.split([x.shape[1] // size for x in xs], dim=1)
 
 
 def to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -139,10 +139,30 @@ def test_any_shape_and_tile(lengths, vocab, hidden, padding, k, rows, s, seed):
     assert_same(batch, s, rows * vocab * 8)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=4),
+    vocab=st.integers(60, 300), hidden=st.integers(1, 9), rows=st.integers(1, 60),
+    s=st.sampled_from([s for s in SETTINGS if s.dpo_variant in ("sigmoid", "sigmoid_norm")]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_float32_is_right_to_rounding_in_any_block_of_the_weight(lengths, vocab, hidden, rows, s, seed):
+    batch = make_head(lengths, vocab, hidden, vocab + 2, seed, 8, s.temperature, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", 1)
+        (loss, sums, logps), gradients = with_gradients(fused, batch, s, rows * vocab * 4)
+    double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
+    (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
+    assert loss.dtype == logps.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=2e-4)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * (1 + float(want.abs().max())))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
-    vocab=st.sampled_from([7, 97, 1500]), hidden=st.sampled_from([8, 64, 1024]), seed=st.integers(0, 99),
+    vocab=st.sampled_from([7, 97, 129, 1500]), hidden=st.sampled_from([8, 64, 1024]), seed=st.integers(0, 99),
     rows=st.tuples(st.integers(1, 400), st.integers(1, 400)), data=st.data(),
 )  # fmt: skip
 def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hidden, seed, rows, data):
@@ -158,7 +178,10 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
         "hidden": h, "weight": w.requires_grad_(True), "token_ids": ids, "pair_index": pair, "is_chosen": ids % 2 == 0,
         "reference_logps": torch.zeros(n), "targets": targets, "n_pairs": len(lengths), "vocab": vocab,
     }  # fmt: skip
-    one, two = (fused(batch, s, r * vocab * 4)[2] for r in rows)
+    block_bytes = data.draw(st.sampled_from([1, 64 * 1024, 1 << 23]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", block_bytes)
+        one, two = (fused(batch, s, r * vocab * 4)[2] for r in rows)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
     some = head_logps(h[start:stop], w, ids[start:stop], vocab=vocab)
@@ -266,8 +289,8 @@ def test_a_side_of_weight_0_spreads_no_nan(s):
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[4]], ids=["sampled_tail", "bucket"])
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
-    monkeypatch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", 4 * 24 * 7)  # blocks of 7 rows
-    batch = make_head(hidden=24, vocab=40, padded=48, dtype=torch.bfloat16)
+    monkeypatch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
+    batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
     (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)

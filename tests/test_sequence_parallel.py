@@ -93,6 +93,39 @@ def check_rank(rank: int, folder: Path) -> list[str]:
     return wrong
 
 
+def saved_bytes(forward) -> int:
+    """What autograd keeps of a forward pass for the backward pass, parameters included."""
+    kept = {}
+
+    def pack_(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_, lambda x: x):
+        out = forward()
+    return sum(kept.values()) * bool(out.numel() + 1)
+
+
+def memory_of_rank(rank: int, folder: Path) -> tuple[int, int]:
+    torch.set_num_threads(1)
+    where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **where)
+    group = dist.new_subgroups(RANKS)[0]
+    model = make("llama")
+    prompts, responses, _ = batch([(1000, [2000, 2000])])
+    layout = pack(prompts, responses)
+    parameters = sum(p.nbytes for p in model.parameters())
+    found = [saved_bytes(lambda g=g: packed_hidden(model, layout, g)) - parameters for g in (None, group)]
+    dist.destroy_process_group()
+    return tuple(found)
+
+
+def test_a_rank_keeps_its_share_of_the_activations(tmp_path):
+    with ProcessPoolExecutor(RANKS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for whole, share_of in pool.map(memory_of_rank, range(RANKS), [tmp_path] * RANKS):
+            assert 0.2 * whole < share_of < 0.35 * whole, (whole, share_of)
+
+
 def test_loss_and_every_gradient_of_ranks_that_share_tokens_are_those_of_one_process(tmp_path):
     with ProcessPoolExecutor(RANKS, mp_context=multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(check_rank, range(RANKS), [tmp_path] * RANKS):

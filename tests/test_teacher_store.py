@@ -12,7 +12,7 @@ from nbg_core import schemas
 from nbg_core.config import TeacherSettings
 from nbg_core.files import write_parquet
 from nbg_core.schemas import GAP_ZERO
-from nbg_core.teacher.store import compress, targets
+from nbg_core.teacher.store import _uniforms, compress, targets
 
 
 def compressed(logits, settings: TeacherSettings, *, tokens=None, samples=("s",)) -> pl.DataFrame:
@@ -141,6 +141,38 @@ def test_tail_samples_estimate_an_expectation_without_bias(min_weight):
     assert np.std(got) > 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([5, 130, 2048, 2049, 5000]), st.integers(1, 70), st.floats(0.1, 30), st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.02]),
+)  # fmt: skip
+def test_tail_is_drawn_at_equal_steps_of_what_is_outside_the_head(vocab, n, spread, seed, min_weight):
+    """Against a running sum over the whole vocabulary in float64, in one tile and in uneven ones."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, spread, (n, vocab)).astype(np.float32)
+    z[rng.random(z.shape) < 0.2] = -np.inf
+    z[:, 0] = 0  # something is possible
+    s = TeacherSettings(k_head=3, m_tail=7, epsilon=0.0, min_weight=min_weight)
+    uniforms = _uniforms("s", n, s.seed)
+    rows = compressed(z, s)
+    cut = sorted(rng.integers(0, n + 1, 2))
+    tiles = [t for t in torch.from_numpy(z).clone().split([cut[0], cut[1] - cut[0], n - cut[1]]) if len(t)]
+    again = compress(tiles, torch.zeros(n, dtype=torch.long), [n], ["s"], s)
+    assert again.equals(rows)
+    wrong = total = 0
+    for u, row, p in zip(uniforms, z.astype(np.float64), positions(rows), strict=True):
+        outside = np.exp(row - row.max())
+        outside[list(p["head"])] = 0
+        m = len(p["tail"])
+        if m and outside.sum() > 1e-30:
+            places = (u + np.arange(m)) / m
+            wanted = np.searchsorted(np.cumsum(outside) / outside.sum(), places, side="right")
+            wrong += int((wanted != p["tail"]).sum())
+            total += m
+        assert all(np.isfinite(row[i]) for i in p["tail"])
+    assert wrong <= 2 + 0.002 * total  # a place at the edge of an id: the sums of float32 probabilities are rounded
+
+
 def test_tail_draw_depends_on_sample_and_position_only():
     z = np.random.default_rng(1).normal(size=(6, 300))
     s = TeacherSettings(k_head=4, m_tail=4, min_weight=0)
@@ -183,9 +215,10 @@ def test_responses_of_equal_length_are_lists_like_any_other():
     assert pl.concat([equal, unequal])["token_logprobs"].list.len().to_list() == [3, 3, 3, 2]
 
 
-def test_a_logit_that_is_not_a_number_names_the_sample():
+@pytest.mark.parametrize("bad", [np.nan, np.inf, [-np.inf] * 4])
+def test_a_logit_that_is_not_a_number_names_the_sample(bad):
     z = np.zeros((2, 4))
-    z[1, 2] = np.nan
+    z[1] = bad if isinstance(bad, list) else [0, 0, bad, 0]
     with pytest.raises(ValueError, match="sample bad"):
         compressed(z, TeacherSettings(), samples=("good", "bad"))
 

@@ -88,17 +88,24 @@ def test_every_pair_is_used_once_an_epoch(n, size, epochs):
         assert sorted(np.concatenate([t.pairs for t in steps if t.epoch == epoch])) == list(range(n))
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 6), st.randoms())
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 6), st.integers(1, 3),
+    st.randoms(),
+)  # fmt: skip
 @settings(max_examples=200, deadline=None)
-def test_micro_batches_share_a_step_out_evenly_within_the_budget(n_inputs, budget, world, random):
+def test_micro_batches_share_a_step_out_evenly_within_the_budget(n_inputs, budget, world, together, random):
     n_inputs = np.array(n_inputs)
     pairs = np.array(random.sample(range(len(n_inputs)), random.randint(1, len(n_inputs))))  # a step has some of them
-    s = TrainingSettings(micro_batch_tokens=budget)
+    s = TrainingSettings(micro_batch_tokens=budget, sequence_parallel=together, n_processes=together)
+    budget *= together  # of a group
 
     def deal(order: np.ndarray) -> list[list[list[int]]]:
-        ranks = [plans.micro_batches(order, n_inputs, s, rank, world) for rank in range(world)]
+        n = world * together
+        ranks = [plans.micro_batches(order, n_inputs, s, rank, n) for rank in range(n)]
         assert {batch.dtype for rank in ranks for batch in rank} == {np.dtype(np.int64)}
-        return [[batch.tolist() for batch in rank] for rank in ranks]
+        ranks = [[batch.tolist() for batch in rank] for rank in ranks]
+        assert all(rank == ranks[i // together * together] for i, rank in enumerate(ranks))  # the same in a group
+        return ranks[::together]
 
     ranks = deal(pairs)
     assert sorted(p for rank in ranks for batch in rank for p in batch) == sorted(pairs)

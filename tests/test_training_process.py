@@ -109,13 +109,21 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     for first, second in zip(resumed, again, strict=True):
         assert result(first) == result(second), first.training_id  # bit for bit
 
-    def shared(name: str, n: int, **changed) -> Request:
+    def shared(kind: str, n: int, **changed) -> Request:
         changed = dict(sequence_parallel=n, n_processes=4, micro_batch_tokens=30) | changed
-        return request_of(profile, name, **alone["fp32"].training.model_dump() | changed)
+        return request_of(profile, f"{kind} shared by {n}", **alone[kind].training.model_dump() | changed)
 
     # 2 groups of 2 ranks that share sequences, and one of 4, which have only 2 key heads to share.
-    four = {"fp32": [shared("shared by 2", 2), shared("by 4", 4, zero_stage=3, gradient_checkpointing=True)]}
-    start_ranks(4, four["fp32"])
+    four = {
+        "fp32": [
+            shared("fp32", 2, zero_stage=3, gradient_checkpointing=True),
+            shared("fp32", 4),
+            continued(profile, "1 to 4", alone["fp32"], n_processes=4, sequence_parallel=2, zero_stage=2),
+        ],
+        "bf16": [shared("bf16", 2)],
+        "lora": [shared("lora", 4, zero_stage=3)],
+    }
+    start_ranks(4, sum(four.values(), []))
     stage_3 = dict(zero_stage=3, offload_optimizer=False)
     three = {
         "fp32": [

@@ -46,8 +46,8 @@ BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """Logits handled at once, so that memory does not grow with T x V; on a CPU such that they stay in the cache."""
 MIN_ROWS = 16
 """Rows handled at once, at least: torch reduces few long rows 20 times slower than 8 or more."""
-GROUP = 128
-"""Neighbouring ids whose mass is summed before the tail is drawn."""
+GROUP, UNGROUPED = 128, 2048
+"""Neighbouring ids whose mass is summed before the tail is drawn, in a vocabulary larger than so many."""
 LOG_THIN = math.log(1e-30)
 """A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
 LEAST = torch.finfo(torch.float64).tiny
@@ -61,12 +61,13 @@ def compress(
     """The teacher_logits columns of responses behind one another, a row per sample.
 
     `logits`: blocks [any, V], float32, whose rows behind one another predict token_ids [T]; `lengths` sum to T, one per
-    sample id. Blocks are overwritten. Raises ValueError when a logit is NaN or +inf, naming the sample."""
+    sample id. Blocks may be overwritten. Raises ValueError when a logit is NaN or +inf, naming the sample."""
     uniforms = np.concatenate([_uniforms(sample, n, s.seed) for sample, n in zip(samples, lengths, strict=True)])
     parts, at, space = [], 0, None
     for tile in logits:
         vocab = tile.shape[1]
-        row_bytes = max(4 * vocab, 8 * GROUP * s.m_tail)  # of the logits; of the groups that samples fall in
+        drawing = 8 * (vocab if vocab <= UNGROUPED else GROUP * s.m_tail)  # float64 sums of what is drawn from
+        row_bytes = max(4 * vocab, drawing)
         step = max(MIN_ROWS, BLOCK_BYTES[tile.device.type] // row_bytes)
         if space is None:
             space = tile.new_zeros(step, -(-vocab // GROUP) * GROUP)
@@ -195,7 +196,7 @@ def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:
 
 
 def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings, space: Tensor):
-    """Of logits z [c, V], which are overwritten: the token's log-prob, the log mass outside the head, head and tail
+    """Of logits z [c, V], which may be overwritten: the token's log-prob, the log mass outside the head, head and tail
     counts [c], ids and log-probs of all entries. `space` [at least c, V or more]: zeros from V on."""
     if s.temperature != 1:
         z.div_(s.temperature)
@@ -249,6 +250,8 @@ def _at_places(p: Tensor, places: Tensor) -> Tensor:
     to 1), none of them 0. A row of zeros gives any.
 
     In two steps, group and column in it: a running sum over all of V is many times slower than sums by groups."""
+    if p.shape[1] <= UNGROUPED:
+        return _pass(p.double(), places)[0]
     grouped = p.view(len(p), -1, GROUP)
     mass = grouped.sum(-1).double()  # [c, groups]
     group, rest = _pass(mass, places)  # [c, m]
