@@ -14,11 +14,11 @@ an optimizer; gradients are freed between steps. Of each case, in one process:
    variant would be slower than D if everything else cost nothing.
 
 The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed against three bare products of its rows:
-their mean is one GEMM, each
-by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one of 512 does not (recompute).
+their mean is one GEMM, each by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one
+of 512 does not (recompute).
 
-`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for two variants
-over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
+`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for two
+variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
 folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
 """
 
