@@ -18,8 +18,8 @@ their mean is one GEMM, each by the faster of torch's two libraries. Pairs of 64
 of 512 does not (recompute).
 
 `tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for two
-variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a temporary
-folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
+variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a
+temporary folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
 """
 
 from __future__ import annotations
