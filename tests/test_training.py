@@ -401,6 +401,11 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_state(profile):
     assert len(request.steps_file.read_text().splitlines()) == 1 and not request.final.exists()
 
 
+def test_heads_that_ranks_cannot_share_out_are_refused(profile):
+    with pytest.raises(ValueError, match="sequence_parallel=3: 4 attention heads and 2 key heads"):
+        training.train(request_of(profile, "shared", sequence_parallel=3, n_processes=3))
+
+
 def test_the_result_is_a_model_folder_like_its_parent_with_other_weights(profile):
     request = request_of(profile, "result")
     run(request)
