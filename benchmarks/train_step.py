@@ -1,4 +1,4 @@
-"""Time and memory of one training step with the joint loss: `make bench-train` (about 25 minutes on 2 cores).
+"""Time and memory of one training step with the joint loss: `make bench-train` (most of an hour on 2 cores).
 
 Six cases of Qwen3-shaped models with random weights, float32, CPU, eager, the last one as large as the embedded student
 and its batches; the variants are in `train_step_variants.py`. A step is forward and backward to all gradients, without
