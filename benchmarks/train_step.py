@@ -269,15 +269,15 @@ def tables(rows: list[dict]) -> str:
     times = table("ms (times of D)", lambda r, d: f"{r['median_s'] * 1e3:.0f} ({r['median_s'] / d['median_s']:.1f})")
     peaks = table("peak, MB", lambda r, d: f"{r['peak_bytes'] / 1e6:.0f}")
     counted = [n for n in names if all(cells.get((case, n), {}).get("flops") for case in cases)]
-    peaks += [f"| matrix products (times of D) | {' | '.join(counted)} |", "|---" * (len(counted) + 1) + "|"]
+    products = [f"| matrix products (times of D) | {' | '.join(counted)} |", "|---" * (len(counted) + 1) + "|"]
     for case in cases:
         ratios = [f"{cells[case, n]['flops'] / cells[case, 'D']['flops']:.1f}" for n in counted]
-        peaks.append(f"| {case} | " + " | ".join(ratios) + " |")
-    peaks.append("")
+        products.append(f"| {case} | " + " | ".join(ratios) + " |")
+    products.append("")
     shares = ", ".join(f"{r['case']} {r['gemm_share']:.0%}" for r in rows if "gemm_share" in r)
-    peaks += [f"Matrix products are this share of D's time: {shares}."] if shares else []
+    products += [f"Matrix products are this share of D's time: {shares}."] if shares else []
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
-    return "\n".join([*times, *peaks, *errors]).strip()
+    return "\n".join([*times, *peaks, *products, *errors]).strip()
 
 
 def plot(rows: list[dict], folder: Path) -> list[str]:

@@ -46,8 +46,7 @@ def to_heads(xs: Sequence[Tensor], n: int, group: dist.ProcessGroup) -> tuple[Te
 def to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The way back from `to_heads`: [n, heads / P, D] to [l, heads, D]."""
     size, n = dist.get_world_size(group), len(x)
-    mine = share(n, group)
-    own = mine.stop - mine.start
+    own = _parts(n, size)[dist.get_rank(group)]
     by_rank = _Exchange.apply(x, _parts(n, size), [own] * size, group)  # [P l, heads / P, D]
     return by_rank.unflatten(0, (size, own)).transpose(0, 1).flatten(1, 2)
 

@@ -50,7 +50,6 @@ GROUP, UNGROUPED = 128, 2048
 """Neighbouring ids whose mass is summed before the tail is drawn, in a vocabulary larger than so many."""
 LOG_THIN = math.log(1e-30)
 """A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
-LEAST = torch.finfo(torch.float64).tiny
 FINE_BITS = 13
 """Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
 
@@ -256,7 +255,7 @@ def _at_places(p: Tensor, places: Tensor) -> Tensor:
     mass = grouped.sum(-1).double()  # [c, groups]
     group, rest = _pass(mass, places)  # [c, m]
     chosen = grouped.gather(1, group[..., None].expand(-1, -1, GROUP)).double()  # [c, m, GROUP]
-    column, _ = _pass(chosen, (rest / mass.gather(1, group).clamp(min=LEAST))[..., None])
+    column, _ = _pass(chosen, (rest / mass.gather(1, group)).nan_to_num(0.0)[..., None])  # 0 / 0: a row of zeros
     return group * GROUP + column[..., 0]
 
 
