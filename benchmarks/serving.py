@@ -13,8 +13,9 @@ prompt, documents, examples), and 4 random responses of 1,024 tokens (`long`).
     plain          a padded batch of 8, logits of every position, log-softmax, top 64
     vLLM           `teacher.engine` vllm: prompt_logprobs, top 64, of a server on the same machine
 
-tokens/s counts response tokens. Peak memory is the high-water mark of resident memory: of the process, or of the server
-and its children. Results: results/sampling.json, results/scoring.json and sections of README.md.
+tokens/s counts response tokens. Peak memory is the most resident memory: of the process, as the system counts it, or of
+the server and its children together, looked at ten times a second. Results: results/sampling.json,
+results/scoring.json and sections of README.md.
 """
 
 from __future__ import annotations

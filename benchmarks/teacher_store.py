@@ -1,4 +1,4 @@
-"""What a stored teacher distribution costs and loses: `make bench-store` (about 10 minutes on 2 cores).
+"""What a stored teacher distribution costs and loses: `make bench-store` (about 15 minutes on 2 cores).
 
 For each distribution and seed the whole distribution of teacher and student is known, so the exact forward KL and its
 gradient are, too. A codec stores the teacher and gives back what training would use; the table has
@@ -217,7 +217,7 @@ def distillkit(k: int, exact: int, terms: list[float], vocab: int, bucket: bool)
 
 def codecs(vocab: int) -> dict[str, Callable[[Tokens, int, Path], Stored]]:
     recommended, budget = (128, 16, [0, 1, 2, 3, 4, 0.5]), (50, 1, [0, 1, 0.5])
-    grains = {f"project, min_weight 1/{n}": project(TeacherSettings(min_weight=1 / n)) for n in (40, 160)}
+    grains = {f"project, min_weight 1/{n}": project(TeacherSettings(min_weight=1 / n)) for n in (40, 160, 1000)}
     found = {"project, as it comes": project(TeacherSettings()), **grains}
     found["project, always 16 + 16"] = project(TeacherSettings(k_head=16, m_tail=16, min_weight=0))
     found["project, top-64, bucket"] = project(TeacherSettings(k_head=64, m_tail=0, min_weight=0, epsilon=0))

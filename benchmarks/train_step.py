@@ -17,9 +17,9 @@ The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed aga
 their mean is one GEMM, each by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one
 of 512 does not (recompute).
 
-`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 for two
-variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes to a
-temporary folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
+`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 (3 rounds) for
+two variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes
+to a temporary folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
 """
 
 from __future__ import annotations
@@ -309,7 +309,8 @@ def write(folder: Path, rows: list[dict], growth: list[dict], head: dict, args: 
         f"![seconds and memory of a step as it grows](results/{file})" for file in plot(growth, folder / "results")
     ]
     cost = [f"The head alone: {', '.join(f'{x:.2f} GEMMs {name}' for name, x in head.items())}."] if head else []
-    section = "\n\n".join([f"Median of {args.repeats}.", tables(rows), *cost, *images])
+    some = f" ({', '.join(args.cases)}; the other cases are of an earlier run)" if args.cases else ""
+    section = "\n\n".join([f"Median of {args.repeats}{some}; in the plots, of 3.", tables(rows), *cost, *images])
     report.write("train_step", rows + growth, section, report.machine("trl", "liger-kernel"), folder=folder)
 
 
@@ -338,7 +339,7 @@ def main() -> None:
         row | {"axis": axis, "value": value}
         for axis, cases in (GROWTH if args.growth else {}).items()
         for value, case in list(cases.items())[: 2 if args.quick else None]
-        for row in measure(shrink(case), min(args.repeats, 3), only=("A0 rows", "D"))
+        for row in measure(shrink(case), min(args.repeats, 3), only=("A0", "D"))
     ]
     folder = HERE
     if args.quick:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nbg_core.ids import digest
 
@@ -96,7 +96,7 @@ class SamplingSettings(Section):
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Responses generated at once."""
     chunk_queries: Annotated[int, Field(ge=1)] = 128
-    """Queries per commit: what a crash can lose."""
+    """Queries per commit; what is finished is committed every 30 s at the latest: a crash can lose no more."""
 
     @model_validator(mode="after")
     def _enough_responses(self):
@@ -147,10 +147,10 @@ class TeacherSettings(Section):
     n_processes: Annotated[int, Field(ge=1)] = 1
     """Processes that score side by side with engine `transformers`, a GPU and a copy of the teacher each."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
-    """Responses per commit: what a crash can lose."""
+    """Responses per commit; what is finished is committed every 30 s at the latest: a crash can lose no more."""
 
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 """Raised when the same settings give other stored teacher rows."""
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -234,7 +234,7 @@ class TrainingSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the training weights (bf16 keeps fp32 master weights): that of models.dtype."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage; with bf16, 0 runs as 1."""
     offload_optimizer: bool = False
     """Keep the fp32 master weights and Adam's moments in CPU memory and update them there (ZeRO stage 1 or more)."""
     n_processes: Annotated[int, Field(ge=1)] = 1
@@ -297,11 +297,12 @@ class VllmSettings(Section):
     """Base URLs of servers that run already, like http://host:8000, each serving one of the models under its model id;
     none: a server is started for each stage that needs one, and stopped after it."""
     args: tuple[str, ...] = ()
-    """More arguments for the server that we start, like --tensor-parallel-size=8 or --gpu-memory-utilization=0.85."""
+    """More arguments for the server that we start, like --tensor-parallel-size=8 or --gpu-memory-utilization=0.85.
+    Those that may change what a model answers (--quantization=fp8) are part of the keys of what it makes."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Longest sequence our server takes, in tokens; none is the model's own."""
     max_in_flight: Annotated[int, Field(ge=1)] = 64
-    """Requests that wait for an answer at once, over all servers: what a killed server or worker can lose."""
+    """Requests that wait for an answer at once, over all servers: what a killed server can lose."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds a request may take before it is tried again."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -313,6 +314,28 @@ class VllmSettings(Section):
             if not re.fullmatch(r"https?://[^\s/]+(/[^\s?#]*)?", address):
                 raise ValueError(f"addresses: {address!r} is not a base URL; write it like http://host:8000")
         return self
+
+    @field_validator("args")
+    @classmethod
+    def _args_are_whole(cls, args: tuple[str, ...]):
+        for arg in args:
+            if not arg.startswith("--") or " " in arg.partition("=")[0]:
+                raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
+        return args
+
+    def deciding_args(self) -> list[str]:
+        """Arguments of our own servers that may change what a model answers."""
+        if self.addresses:
+            return []
+        return sorted(a for a in self.args if a.partition("=")[0].replace("_", "-") not in _HOW_A_SERVER_RUNS)
+
+
+_HOW_A_SERVER_RUNS = {
+    "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
+    "--distributed-executor-backend", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--cpu-offload-gb",
+    "--swap-space", "--block-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--load-format",
+    "--max-parallel-loading-workers", "--enforce-eager", "--uvicorn-log-level", "--disable-log-stats",
+}  # fmt: skip
 
 
 class RefreshSettings(Section):
@@ -416,7 +439,7 @@ class Profile(Section):
     def engine_version(self, engine: str) -> list[str]:
         """A sampling backend or teacher engine with the versions of what it computes with."""
         if engine == "vllm":
-            return [engine, self.vllm.version]
+            return [engine, self.vllm.version, *self.vllm.deciding_args()]
         return [engine, *(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))]
 
     def sampling_id(self) -> str:
@@ -494,7 +517,7 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                yield f"| `{prefix}{name}` | {default} | {field.description} |"
+                yield f"| `{prefix}{name}` | {default} | {' '.join(field.description.split())} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")
 

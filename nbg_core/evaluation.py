@@ -15,7 +15,7 @@ from nbg_core import ids, lineage
 from nbg_core.accuracy import checkpoint_row, gate, promotion, summarise
 from nbg_core.lake import Write
 from nbg_core.preference.verifiers import scorer_ids, verify
-from nbg_core.run import Run
+from nbg_core.run import Finished, Run
 from nbg_core.sampling.sample import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
 
@@ -91,22 +91,23 @@ def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) ->
     if unknown.is_empty():
         return new_rows
     e = run.profile.evaluation
-    with open_sampler(run, path, e.batch_size) as sampler:
+
+    def commit_answers(answers: list[tuple[int, str, str]]) -> int:
+        rows, texts, reasons = zip(*answers, strict=True)
+        return commit(unknown[list(rows)].with_columns(
+            text=pl.Series(texts, dtype=pl.String), finish_reason=pl.Series(reasons, dtype=pl.String)
+        ))  # fmt: skip
+
+    with open_sampler(run, path, e.batch_size) as sampler, Finished(commit_answers) as finished:
         progress = run.progress(f"{ASSET}: {role}", unknown.height)
-        for chunk in unknown.iter_slices(e.batch_size):
-            requests = [Request(sampler.encode(messages), [0]) for messages in chunk["messages"].to_list()]
-            answers = {}
-            try:
-                for i, _, answer in sampler.stream(requests, Decoding(0.0, 1.0, e.max_tokens)):
-                    answers[i] = answer
-                    progress.advance(1)
-            finally:  # also when a server died: what is finished is kept
-                if answers:
-                    new_rows += commit(chunk[list(answers)].with_columns(
-                        text=pl.Series([sampler.decode(a.token_ids) for a in answers.values()], dtype=pl.String),
-                        finish_reason=pl.Series([a.finish_reason for a in answers.values()], dtype=pl.String),
-                    ))  # fmt: skip
-    return new_rows
+        requests = [Request(sampler.encode(messages), [0]) for messages in unknown["messages"].to_list()]
+        for start in range(0, len(requests), e.batch_size):
+            chunk = requests[start : start + e.batch_size]
+            for i, _, answer in sampler.stream(chunk, Decoding(0.0, 1.0, e.max_tokens)):
+                finished.add((start + i, sampler.decode(answer.token_ids), answer.finish_reason))
+                progress.advance(1)
+            finished.flush()
+    return new_rows + finished.new_rows
 
 
 def _folder(run: Run, checkpoint: str) -> Path:

@@ -50,6 +50,10 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+ROW_GROUP_BYTES = 32 << 20
+"""Of values before encoding: a reader holds a row group or more at once."""
+
+
 def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -> None:
     """Write rows as Parquet with zstd. Numbers in the list columns `split` are stored byte by byte (first bytes, second
     bytes, ...), which is small where some bytes are mostly equal; other columns get a dictionary."""
@@ -60,6 +64,7 @@ def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -
     leaf = {f.name: f"{f.name}.list.element" if pa.types.is_large_list(f.type) else f.name for f in table.schema}
     pq.write_table(
         table, path, compression="zstd", compression_level=9, write_statistics=False,
+        row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)),
         use_dictionary=[leaf[c] for c in leaf if c not in split],
         column_encoding={leaf[c]: "BYTE_STREAM_SPLIT" for c in split},
     )  # fmt: skip

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nbg_core.models import Padded, pad, padded_hidden
-from nbg_core.packing import MODEL_TYPES, Pack, pack, packed_hidden, plain_head
+from nbg_core.packing import MODEL_TYPES, Pack, pack, packed_hidden
+
+_HEAD_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
+    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
+    "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
+)  # fmt: skip
 
 
 def lay_out(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -> Pack | Padded:
@@ -46,6 +51,13 @@ def no_packing(config: PreTrainedConfig) -> str:
         f"model type {config.model_type!r}: prompts are not shared and batches are padded, which is slower; packing is "
         f"tested for {', '.join(MODEL_TYPES)}"
     )
+
+
+def plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are hidden states times the output matrix and nothing else: no bias, scale or soft cap."""
+    head, configs = model.get_output_embeddings(), (model.config, model.config.get_text_config())
+    changed = any(getattr(config, name, None) not in (None, 1) for config in configs for name in _HEAD_SETTINGS)
+    return type(head) is nn.Linear and head.bias is None and not changed
 
 
 def output_matrix(model: PreTrainedModel) -> Tensor:

@@ -40,7 +40,9 @@ from nbg_core.losses import (
     weighted,
 )
 
-TILE_BYTES = 128 << 20
+TILE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""On a GPU a tile must be long enough that adding to the weight's gradient costs less than the GEMM. Not yet measured
+there."""
 MIN_ROWS, MIN_COLUMNS = 16, 64
 """Rows of a GEMM and columns of its result, at least: oneDNN sums every entry in the same order whatever is beside it,
 but for a row or column alone."""
@@ -65,7 +67,7 @@ def head_joint_loss(
     settings: LossSettings,
     denominators: Denominators,
     group: dist.ProcessGroup | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """`losses.joint_loss` of the logits hidden @ weight[:vocab].T: loss, sums, and the tokens' log-probs [T], detached.
 
@@ -75,8 +77,8 @@ def head_joint_loss(
     lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
     With a group, the rows of all its ranks together are those of whole pairs, and every rank of it calls this: loss and
     sums are then its share, which add up over ranks, and rows are projected twice.
-    Memory besides inputs and gradients: the tile (`tile_bytes`, at least 16 rows), a block of it (8 MiB or 16 rows; on
-    CUDA as much again, and a copy of the tile in low precision), and O(T K).
+    Memory besides inputs and gradients: the tile (`tile_bytes`, else TILE_BYTES; at least 16 rows), a block of it
+    (8 MiB or 16 rows; on CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
@@ -129,7 +131,7 @@ def head_joint_loss(
 
 
 def head_logps(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, vocab: int, tile_bytes: int = TILE_BYTES
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, vocab: int, tile_bytes: int | None = None
 ) -> Tensor:
     """log p(token_ids) [T] under hidden @ weight[:vocab].T, without gradient: the reduction of `head_joint_loss`.
 
@@ -151,7 +153,7 @@ def head_logps(
     return logps
 
 
-def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int = TILE_BYTES) -> Iterator[Tensor]:
+def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int | None = None) -> Iterator[Tensor]:
     """The logits hidden @ weight[:vocab].T of all rows behind one another, a tile [c, vocab] at a time; float32, or
     float64 if hidden is; without gradient. A tile may be overwritten; the next one is in its place."""
     with torch.no_grad():
@@ -163,7 +165,7 @@ def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int =
 class _Head:
     """The projection of rows of `hidden` into one reused tile, and the way back."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, vocab: int, tile_bytes: int):
+    def __init__(self, hidden: Tensor, weight: Tensor, vocab: int, tile_bytes: int | None):
         if hidden.shape[1:] != weight.shape[1:] or not 0 < vocab <= len(weight) or hidden.dtype != weight.dtype:
             raise ValueError(
                 f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} {weight.dtype} and "
@@ -173,6 +175,8 @@ class _Head:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.by_onednn = ONEDNN and self.on_cpu and dtype == torch.float32
         row_bytes = vocab * dtype.itemsize
+        if tile_bytes is None:
+            tile_bytes = TILE_BYTES["cpu" if self.on_cpu else "cuda"]
         self.rows = max(MIN_ROWS, tile_bytes // row_bytes)
         self.tile = hidden.new_empty(max(MIN_ROWS, min(self.rows, len(hidden))), vocab, dtype=dtype)
         in_scratch = max(MIN_ROWS, CACHE_BYTES // row_bytes) if self.on_cpu else len(self.tile)

@@ -106,7 +106,7 @@ class Write:
 
     Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
     (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
-    it, for tables with large arrays.
+    it, for tables with large arrays; in an object store it is an insert like the others, whose files are larger.
 
     Rows that do not fit in memory at once come from a function that gives them frame by frame; it is called again when
     the commit is retried."""
@@ -279,12 +279,8 @@ class Lake:
         if rows.is_empty():
             return 0
         if write.as_file and "://" not in self.data_path:
-            path = (
-                Path(self.data_path)
-                / "registered"
-                / write.table
-                / f"{record.materialisation_id}-{uuid.uuid4().hex}.parquet"
-            )
+            name = f"{record.materialisation_id}-{uuid.uuid4().hex}.parquet"
+            path = self.registered_folder() / write.table / name
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             write_parquet(rows, temporary, schemas.BYTE_SPLIT.get(write.table, ()))
@@ -294,6 +290,10 @@ class Lake:
         else:
             con.execute(f"INSERT INTO {write.table} BY NAME SELECT * FROM rows")
         return rows.height
+
+    def registered_folder(self) -> Path:
+        """Of the Parquet files that we write and DuckLake only knows of."""
+        return Path(self.data_path) / "registered"
 
     @staticmethod
     def _lineage_row(record: Record, n_rows: int) -> pl.DataFrame:

@@ -99,7 +99,7 @@ class Denominators:
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log p(token_ids) [T] under logits [T, V] (already shifted), at temperature 1; float32, or float64 if given.
 
-    No reduction. The reference scores and the trainer both call this, so that equal weights give equal numbers."""
+    No reduction. Of whole logits; training and scoring have the same numbers from `head`, without them."""
     z = _upcast(logits)
     return _gather_logps(z, _log_z(z), token_ids[:, None])[:, 0]
 

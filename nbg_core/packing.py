@@ -41,12 +41,6 @@ ATTENTION = "packed_trees"
 """Name of the attention function in transformers. Without a pack it is `sdpa`."""
 
 
-_HEAD_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
-    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
-    "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Pack:
     """Trees behind one another in one sequence."""
@@ -124,13 +118,6 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def supports_packing(config: PreTrainedConfig) -> bool:
     """Whether `packed_hidden` is known to be right for models of this configuration."""
     return config.model_type in MODEL_TYPES and not getattr(config, "use_bidirectional_attention", False)
-
-
-def plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are hidden states times the output matrix and nothing else: no bias, scale or soft cap."""
-    head = model.get_output_embeddings()
-    changed = [getattr(model.config, name, None) not in (None, 1) for name in _HEAD_SETTINGS]
-    return type(head) is nn.Linear and head.bias is None and not any(changed)
 
 
 def packed_hidden(model: PreTrainedModel, pack: Pack, group: dist.ProcessGroup | None = None) -> Tensor:

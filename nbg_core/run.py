@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from nbg_core import lineage
 from nbg_core.config import Profile
 from nbg_core.lake import Commit, Input, Lake, Record, Write
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,6 +56,35 @@ class Run:
 
     def progress(self, what: str, total: int) -> Progress:
         return Progress(what, total, self.log)
+
+
+COMMIT_SECONDS = 30.0
+"""Finished work waits this long for its commit at most."""
+
+
+class Finished(Generic[T]):
+    """Finished work on its way into the lake: committed every COMMIT_SECONDS, when `flush` says so, and at the end of
+    the `with`, however it ends. `new_rows` counts what the commits say that they wrote."""
+
+    def __init__(self, commit: Callable[[list[T]], int]):
+        self._commit, self._items, self._last, self.new_rows = commit, [], time.monotonic(), 0
+
+    def add(self, item: T) -> None:
+        self._items.append(item)
+        if time.monotonic() - self._last > COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        items, self._items = self._items, []
+        if items:
+            self.new_rows += self._commit(items)
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Finished[T]:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
 
 
 class Progress:

@@ -107,7 +107,9 @@ class TeacherLogits(Produced):
     model_id = _id("teacher", primary_key=True)
     settings_id = _id("hash of the storage settings and the dtype", primary_key=True)
     token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
-    tail_logmass = _floats("log of the exact mass outside the head; -inf when none", allow_inf=True)
+    tail_logmass = _floats(
+        "log of the mass outside the head, known exactly and kept to 1e-4 of itself; -inf when none", allow_inf=True
+    )
     head_counts = _ints("entries kept exactly, per position")
     tail_counts = _ints("entries sampled from the tail, per position")
     entry_gaps = _floats("2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries")

@@ -1,7 +1,8 @@
 """The process a stage runs in: `python -m nbg_core.worker ASSET [--slice S] [--run-id R] [--report FILE]`.
 
-Prints progress lines, writes one JSON report (result, or the error in one sentence), exits 0 or 1. One worker per
-partition at a time; the lock goes with the process, however it ends.
+Prints progress lines, writes one JSON report (result, or the error in one sentence), exits 0 or 1. SIGTERM ends it as
+an error would: what is finished is committed first. One worker per partition at a time; the lock goes with the process,
+however it ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import contextmanager
@@ -57,7 +59,13 @@ def materialise(asset: str, slice: str | None, run_id: str = "local", profile: P
         return importlib.import_module(STAGES[asset]).materialise(run, slice)
 
 
+def _terminate(number: int, _frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the commit short; SIGKILL follows if it is slow
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, _terminate)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("asset", choices=STAGES)
     parser.add_argument("--slice")

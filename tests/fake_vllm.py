@@ -1,7 +1,7 @@
 """A stand-in for a vLLM server: the HTTP that the client speaks, answers made of the seed, and faults on demand.
 
 Its tokenizer is the byte tokenizer of conftest. `FakeVllm.fault(body, attempt)` names what goes wrong with a request
-(a key of FAULTS, '500', 'hang', 'die') or is None; `asked` counts the attempts of each (prompt, seed).
+(a key of FAULTS, "400", "429", "500", "hang", "die", ...) or is None; `asked` counts attempts by (prompt, seed).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class FakeVllm:
         self.tokenizer = byte_tokenizer()
         self.fault: Callable[[dict, int], str | None] = lambda body, attempt: None
         self.asked: Counter = Counter()
+        self.keys: set[str | None] = set()
         self.flying = self.most_flying = 0
         self.delay = 0.0
         self._lock = threading.Lock()
@@ -128,6 +129,7 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
             if "return_token_ids" not in body:  # the client's question about whose log-probs these are
                 self.send({"model": fake.model, "choices": [fake.complete(body)]})
                 return
+            fake.keys.add(self.headers["Authorization"])
             fault = fake.begin(body)
             try:
                 self.answer(body, fault)
@@ -145,8 +147,15 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
                 self.send({"model": fake.model, "choices": []})
             elif fault == "400":
                 self.send({"error": {"message": "max_tokens is too large"}}, 400)
-            elif fault == "500":
-                self.send({"error": {"message": "EngineCore encountered an issue"}}, 500)
+            elif fault in ("429", "500"):
+                self.send({"error": {"message": "EngineCore encountered an issue"}}, int(fault))
+            elif fault == "no JSON":
+                self.send_response(200)
+                self.send_header("Content-Length", "5")
+                self.end_headers()
+                self.wfile.write(b"<html")
+            elif fault == "another model":
+                self.send({"model": "other", "choices": [fake.complete(body)]})
             else:
                 choice = fake.complete(body)
                 if fault:

@@ -138,6 +138,19 @@ def test_ids_of_settings_change_with_what_matters_only():
         assert getattr(rounded, id)() != getattr(base, id)()
 
 
+def test_arguments_of_a_server_that_change_its_answers_change_the_key():
+    base = changed(load_profile("embedded"), "sampling", backend="vllm")
+
+    def key(*args: str, **vllm) -> str:
+        return changed(base, "vllm", args=args, **vllm).sampling_id()
+
+    assert key("--tensor-parallel-size=8", "--gpu_memory_utilization=0.5") == key()
+    assert len({key(), key("--quantization=fp8"), key("--kv-cache-dtype=fp8"), key("--dtype=half")}) == 4
+    assert key("--quantization=fp8", addresses=("http://h",)) == key()  # they are another's
+    with pytest.raises(ValueError, match="'8' is not an argument; write each as --NAME or --NAME=VALUE"):
+        type(base.vllm)(args=("--tensor-parallel-size", "8"))
+
+
 def test_another_version_of_what_computes_is_another_key(monkeypatch):
     base = load_profile("embedded")
     ids = [base.sampling_id(), base.storage_id(), base.answering_id()]
@@ -166,3 +179,4 @@ def test_ranks_that_share_sequences_are_whole_groups():
 
 def test_the_reference_in_the_docs_is_that_of_the_code():
     assert (PROJECT_ROOT / "docs" / "profile.md").read_text().endswith(reference())
+    assert all(line.startswith("| `") and line.endswith(" |") for line in reference().splitlines()[2:])

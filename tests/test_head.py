@@ -302,6 +302,24 @@ def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[4]], ids=["sampled_tail", "bucket"])
+@pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_cuda_equals_float64(s, tile_bytes, dtype, bound):
+    batch = make_head(hidden=24, vocab=150, padded=158, dtype=dtype)
+    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    there["targets"] = TeacherTargets(**{name: value.cuda() for name, value in vars(batch["targets"]).items()})
+    (loss, _, logps), gradients = with_gradients(fused, there, s, tile_bytes)
+    double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
+    (expected, _, logits), expected_gradients = with_gradients(whole, double, s)
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+    expected_logps = token_logps(logits, batch["token_ids"]).detach()
+    torch.testing.assert_close(logps.double().cpu(), expected_logps, rtol=1e-4, atol=1e-4)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        assert (got.double().cpu() - want).norm() <= bound * want.norm()
+
+
 class Largest(TorchDispatchMode):
     """Numel of the largest storage that any operation returned, of shape other than the weight's."""
 

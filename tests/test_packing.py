@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from nbg_core import packing
+from nbg_core.forward import plain_head
 from nbg_core.models import pad, padded_hidden
-from nbg_core.packing import ATTENTION, MODEL_TYPES, pack, packed_hidden, plain_head, supports_packing
+from nbg_core.packing import ATTENTION, MODEL_TYPES, pack, packed_hidden, supports_packing
 
 VOCAB, WINDOW = 50, 5
 SIZE = dict(
@@ -270,6 +271,9 @@ def test_plain_head():
     assert not head(Gemma2Config(**small, final_logit_softcapping=30.0))
     assert not head(CohereConfig(**small, logit_scale=0.0625))
     assert not head(GraniteConfig(**small, logits_scaling=8.0))
+    nested = make("llama")  # a model of several parts: its language part has a configuration of its own
+    nested.config.get_text_config = lambda: Gemma2Config(**small, final_logit_softcapping=30.0)
+    assert not plain_head(nested)
     with_bias = make("llama")
     with_bias.set_output_embeddings(nn.Linear(32, VOCAB, bias=True))
     assert not plain_head(with_bias)

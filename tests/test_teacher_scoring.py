@@ -8,16 +8,19 @@ import polars as pl
 import psutil
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
-from nbg_core import ids
+from nbg_core import head, ids
 from nbg_core.checks import CHECKS, Subject
+from nbg_core.forward import lay_out
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.models import check_same_tokenizer, load_model
 from nbg_core.preference.scorers import score_samples
 from nbg_core.run import Run
 from nbg_core.sampling import sample as student_samples
-from nbg_core.teacher import reference, score
+from nbg_core.teacher import reference, score, store
+from nbg_core.teacher.forward import Scorer
 from nbg_core.teacher.store import targets
 from nbg_core.training.request import Request
 from nbg_core.training.rows import Rows, write_rows
@@ -223,3 +226,46 @@ def test_the_trainers_and_the_stores_rows_stay_in_step_after_a_new_pair(run):
     run.commit("filtered_pairs", "a", [Write("pairs", pl.DataFrame([pair]))], data_version="v2")
     report = score.materialise(run, "a")
     assert (report["rows"], report["new_rows"]) == (4, 1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_forward_passes_stay_within_the_budget(run, tiny_models, packed):
+    """Of responses that share a prompt of 30 tokens: a batch that is cut among them computes it again."""
+    shared = {"prompt_token_ids": [[7] * 30] * 12 + [[9] * 5] * 4, "token_ids": [[65] * n for n in range(1, 17)]}
+    samples = pl.DataFrame({"sample_id": [f"{i:02}" for i in range(16)], **shared})
+    scorer = Scorer(run.profile, tiny_models.teacher)
+    scorer.packed, scorer.batch_tokens = packed, 100
+    scored = list(scorer.score(samples))
+    inputs = [lay_out(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)
+              for s in scored]  # fmt: skip
+    assert len(scored) > 2 and all(i.ids.numel() <= 100 for i in inputs)
+    assert sorted(id for s in scored for id in s.samples["sample_id"]) == samples["sample_id"].to_list()
+
+
+def test_a_scoring_process_that_cannot_start_says_why(run, tmp_path):
+    with score.open_engine(with_processes(run, 2), tmp_path / "nowhere") as rows_of:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            list(rows_of(score.samples_of_pairs(run, "a", run.lake.snapshot())))
+
+
+def test_finished_rows_do_not_wait_for_the_end_of_a_chunk(run, monkeypatch):
+    monkeypatch.setattr("nbg_core.run.COMMIT_SECONDS", 0.0)
+    whole = run.profile.teacher.model_copy(update={"chunk_samples": 100})
+    score.materialise(Run(run.profile.model_copy(update={"teacher": whole}), run.lake, log=lambda line: None), "a")
+    commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'teacher_logits' AND n_rows > 0").item()
+    assert commits > 1
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length(run, tiny_models, monkeypatch):
+    """No tensor is as large as the logits of a response, and a longer one needs no larger tensors."""
+
+    def largest(n: int) -> int:
+        samples = pl.DataFrame({"sample_id": ["s"], "prompt_token_ids": [[257, 258]], "token_ids": [[65] * n]})
+        monkeypatch.setattr(head, "TILE_BYTES", {"cpu": 16 * 4 * 260})
+        monkeypatch.setattr(store, "BLOCK_BYTES", {"cpu": 16 * 4 * 260})
+        with score.open_engine(run, tiny_models.teacher) as rows_of:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                assert sum(frame.height for frame in rows_of(samples)) == 1
+        return max(e.self_cpu_memory_usage for e in profiler.events())
+
+    assert largest(240) < 240 * 260 * 4 and largest(240) < 2.5 * largest(120)

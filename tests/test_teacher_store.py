@@ -71,11 +71,12 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
     for z, p in zip(logits, positions(rows), strict=True):
         full = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         assert list(p["head"]) == sorted(p["head"])
-        top = max(p["head"], key=lambda i: full[i], default=None)
         for id, logprob in p["head"].items():
             within = abs(np.log(full[id])) * 2.0 ** -(bits + 1)
-            if id != top and full[id] < full[top]:  # the largest takes what the others lost
+            if full[id] < 1e-8:  # by itself; else with what the one before lost
                 assert abs(logprob - np.log(full[id])) <= within + 1e-5
+            else:
+                assert abs(np.exp(logprob) / full[id] - 1) <= 3 * np.expm1(within) + 1e-4
         head = sum(map(np.exp, p["head"].values()))
         assert head == pytest.approx(full[list(p["head"])].sum(), abs=3e-4)
         outside = [i for i in range(len(z)) if i not in p["head"]]
@@ -100,6 +101,18 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
         assert weight <= 1 + 1e-2
         if m and full[outside].sum() > epsilon + 1e-6 and full[outside].sum() > 1e-20:
             assert weight == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_equal_entries_stay_about_equal_and_keep_their_mass(bits):
+    """Their errors have one sign: they may not end up in one of them."""
+    how = TeacherSettings(k_head=64, min_weight=0, m_tail=0, logprob_bits=bits)
+    for n in range(2, 65):
+        (p,) = positions(compressed([[0.0] * n + [-np.inf]], how))
+        probabilities = np.exp(list(p["head"].values()))
+        step = np.log(n) * 2.0**-bits  # at most, between two values that can be stored
+        assert len(probabilities) == n and probabilities.sum() == pytest.approx(1, abs=1e-4)
+        assert np.abs(np.log(probabilities * n)).max() <= 1.6 * step + 1e-4
 
 
 def test_a_confident_position_stores_one_entry_and_no_tail():

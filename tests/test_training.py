@@ -122,6 +122,28 @@ def test_micro_batches_share_a_step_out_evenly_within_the_budget(n_inputs, budge
     assert any(rank[-1] for rank in ranks)  # no more than the busiest rank needs
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_padded_micro_batches_stay_within_the_budget_with_their_padding(n_inputs, budget):
+    n_inputs = np.array(n_inputs)
+    s = TrainingSettings(micro_batch_tokens=budget)
+    batches = plans.micro_batches(np.arange(len(n_inputs)), n_inputs, s, 0, 1, padded=True)
+    assert sorted(np.concatenate(batches)) == list(range(len(n_inputs)))
+    assert all(len(b) == 1 or len(b) * n_inputs[b].max() <= budget for b in batches)
+    for one, two in zip(batches, batches[1:], strict=False):  # the next pair did not fit
+        assert n_inputs[one].min() >= n_inputs[two].max() and (len(one) + 1) * n_inputs[one].max() > budget
+
+
+def test_an_architecture_that_cannot_be_packed_is_trained_padded_and_says_so(tmp_path, capfd):
+    request = request_of(make_profile(tmp_path, n_pairs=6, model=OTHERS["gpt2, padded"], **BASE), "padded")
+    data = TrainingSet(request.rows, 0)
+    assert all(data.batch([pair]).inputs.ids.numel() == data.n_inputs[pair] for pair in range(6))
+    steps = run(request)
+    assert "model type 'gpt2': prompts are not shared and batches are padded" in capfd.readouterr().out
+    assert steps[0]["dpo"] == pytest.approx(np.log(2), abs=1e-6) and steps[0]["margin"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
 def test_order_follows_the_seed_and_max_steps_cuts():
     def orders(**kw):
         return [t.pairs.tolist() for t in plans.plan(20, TrainingSettings(global_batch_pairs=5, epochs=2, **kw))]
@@ -200,14 +222,25 @@ def test_prefetch_keeps_order_raises_in_turn_and_is_never_far_ahead():
     assert not [t for t in threading.enumerate() if t.name == "prefetch"]
 
 
-def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile):
+OTHERS = {
+    "qwen3, untied": dict(architecture="qwen3", tied=False),
+    "gemma3, sliding window": dict(architecture="gemma3_text"),
+    "gpt2, padded": dict(architecture="gpt2"),
+}
+
+
+@pytest.mark.parametrize("model", [None, *OTHERS.values()], ids=["llama", *OTHERS])
+def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_path, model):
     """Response by response, without padding, position by position, from the definitions."""
+    profile = make_profile(tmp_path, n_pairs=12, model=model, **BASE) if model else profile
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
     request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50)
     responses, step = responses_of(request), plans.plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
-    batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1)
+    padded = pad_id is not None
+    assert padded == (model == OTHERS["gpt2, padded"])
+    batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1, padded=padded)
     assert len(batches) >= 3
     for pairs in batches:
         value, _, _ = engine(data.batch(pairs), data.denominators(step.pairs))

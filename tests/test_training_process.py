@@ -90,16 +90,21 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
         "bf16": request_of(profile, "bf16", precision="bf16"),
         "lora": request_of(profile, "lora", lora={"rank": 4, "alpha": 8.0}),
     }
+    untied = dict(architecture="qwen3", hidden=64, rows=1700, tied=False)
+    other = make_profile(tmp_path / "untied", n_pairs=11, model=untied, **SETTINGS)
+    alone["untied"] = request_of(other, "untied")
     start_ranks(1, list(alone.values()))
 
     def fresh(kind: str, stage: int, offload: bool = False) -> Request:
         changed = dict(zero_stage=stage, offload_optimizer=offload, micro_batch_tokens=40)
-        return request_of(profile, f"{kind} {stage} {offload}", **alone[kind].training.model_dump() | changed)
+        of = other if kind == "untied" else profile
+        return request_of(of, f"{kind} {stage} {offload}", **alone[kind].training.model_dump() | changed)
 
     two = {
         "fp32": [fresh("fp32", stage) for stage in range(4)] + [fresh("fp32", stage, True) for stage in (1, 3)],
         "bf16": [fresh("bf16", 0), fresh("bf16", 3), fresh("bf16", 2, True)],
         "lora": [fresh("lora", 0), fresh("lora", 3)],
+        "untied": [fresh("untied", 2), fresh("untied", 3)],
     }
     start_ranks(2, sum(two.values(), []))
     resumed = [two["fp32"][1], two["fp32"][3], two["fp32"][4], two["bf16"][0], two["bf16"][2]]

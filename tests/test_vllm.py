@@ -32,6 +32,7 @@ N = 3
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(client, "PAUSE", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def all_right(rows: pl.DataFrame) -> bool:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "500", "hang", "no choice"])
+@pytest.mark.parametrize("fault", [*FAULTS, "500", "429", "hang", "no choice", "no JSON"])
 def test_what_may_pass_is_tried_again(start, open_run, fault):
     fake = start()
     fake.fault = lambda body, attempt: fault if attempt == 1 and body["seed"] % 2 else None
@@ -97,7 +98,7 @@ def test_what_does_not_pass_is_an_error_and_what_was_finished_is_kept(start, ope
     policy, sampling = run.policy.model_id, run.profile.sampling_id()
     bad = ids.seed_from(0, ids.sample_id(queries[2], policy, sampling, 1))  # in the second chunk
     fake.fault = lambda body, attempt: fault if body["seed"] == bad else None
-    with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in 5 attempts; the last: .*{message}"):
+    with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in [35] attempts; the last: .*{message}"):
         sample.materialise(run, "a")
     kept = stored(run)
     assert all_right(kept) and bad not in kept["seed"].to_list() and 2 * N < kept.height < len(PROMPTS) * N
@@ -132,6 +133,54 @@ def test_a_wrong_server_is_refused_before_the_first_token(start, open_run, how, 
     assert not fake.asked and stored(run).is_empty()
 
 
+def test_an_answer_of_another_model_ends_it(start, open_run):
+    fake = start()
+    fake.fault = lambda body, attempt: "another model" if len(fake.asked) > 3 else None
+    run = open_run(fake, max_in_flight=1)
+    with pytest.raises(ServerFailed, match="answered as the model other, not"):
+        sample.materialise(run, "a")
+    assert stored(run).height == 3 and all_right(stored(run))
+
+
+def test_a_server_that_is_restarted_is_waited_for(start, open_run, monkeypatch):
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 60.0)
+    fake, began = start(), time.monotonic()
+    fake.fault = lambda body, attempt: "500" if time.monotonic() < began + 1.0 else None
+    run = open_run(fake)
+    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert max(fake.asked.values()) > client.ATTEMPTS
+
+
+def test_an_address_that_does_not_answer_is_left_out(start, open_run):
+    fake, said = start(), []
+    run = open_run(fake, addresses=["http://127.0.0.1:9", fake.url])
+    run.log = said.append
+    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert any("left out: http://127.0.0.1:9/v1/models does not answer" in line for line in said)
+
+
+def test_a_server_that_hangs_is_left_alone_for_a_while(start, open_run):
+    one, two = start(), start()
+    one.fault = lambda body, attempt: "hang"
+    run = open_run(one, two, max_in_flight=2, timeout_s=0.5)
+    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert all_right(stored(run)) and len(one.asked) <= 2  # those in flight at first
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_never_asked_for(start, open_run, monkeypatch):
+    monkeypatch.setattr("nbg_core.sampling.vllm_sampler.output_width", lambda *_, **kw: 262)
+    fake, bodies = start(), []
+    fake.fault = lambda body, attempt: bodies.append(body)
+    sample.materialise(open_run(fake), "a")
+    assert all(b["logit_bias"] == {"260": -100.0, "261": -100.0} for b in bodies)
+
+
+def test_what_our_server_takes_bounds_a_query(open_run):
+    run = open_run(max_model_len=10)
+    with pytest.raises(ValueError, match="that passes the 10 tokens that"):
+        sample._draw(run, None, run.policy.path, [("q", [{"role": "user", "content": "one"}], [])], None, None)
+
+
 def test_no_server_at_an_address_is_said(start, open_run):
     run = open_run(start(), addresses=["http://127.0.0.1:9"])
     with pytest.raises(ServerFailed, match="127.0.0.1:9/v1/models does not answer as a vLLM server.*check vllm.addr"):
@@ -141,7 +190,7 @@ def test_no_server_at_an_address_is_said(start, open_run):
 def test_a_server_that_dies_midway_is_an_error_and_a_rerun_does_the_rest(start, open_run):
     fake = start()
     fake.fault = lambda body, attempt: "die" if len(fake.asked) > 8 else None
-    with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in 5 attempts"):
+    with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in 3 attempts"):
         sample.materialise(open_run(fake, max_in_flight=2), "a")
     fresh = start()
     run = open_run(fresh)
@@ -167,9 +216,10 @@ def test_requests_in_flight_are_bounded_and_many(start, open_run):
 
 
 def test_the_key_for_a_server_comes_from_the_environment(start, open_run, monkeypatch):
+    fake = start()
     monkeypatch.setenv("VLLM_API_KEY", "sesame-open")
-    made = client.Client(["http://h"], "m", open_run(start()).profile.vllm, print)
-    assert made._http["headers"] == {"Authorization": "Bearer sesame-open"}
+    sample.materialise(open_run(fake), "a")
+    assert fake.keys == {"Bearer sesame-open"}
 
 
 # Our own server, played by a script in place of the interpreter

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tenacity
 import torch
 from fake_vllm import FakeVllm
 from test_teacher_scoring import run as scored_run
@@ -13,6 +14,7 @@ from test_teacher_scoring import run as scored_run
 from nbg_core import ids
 from nbg_core.config import Profile, TeacherSettings
 from nbg_core.models import load_model
+from nbg_core.preference.scorers import score_samples
 from nbg_core.run import Run
 from nbg_core.teacher import score
 from nbg_core.teacher.store import compress, targets
@@ -89,6 +91,8 @@ SPOILS = {
     "nan": lambda c: _first(c)[str(RESPONSE[0])].update(logprob=math.nan),
     "above 0": lambda c: _first(c)[str(RESPONSE[0])].update(logprob=0.7),
     "a mass of more than 1": lambda c: [e.update(logprob=-0.5) for e in _first(c).values()],
+    "an entry without its log-prob": lambda c: _first(c)[str(RESPONSE[0])].pop("logprob"),
+    "an id that is none": lambda c: _first(c).update({"x": _first(c).pop(next(i for i in _first(c) if i != "7"))}),
     "impossible alone": lambda c: [e.update(logprob=IMPOSSIBLE) for e in _first(c).values()],
 }
 
@@ -97,7 +101,7 @@ SPOILS = {
 def test_a_wrong_answer_is_no_row(logits, spoil):
     choice = choice_of(logits)
     spoil(choice)
-    with pytest.raises(BadAnswer):
+    with pytest.raises((BadAnswer, KeyError, ValueError)):  # what the client takes for a bad answer
         _row(choice, SAMPLE, V, K, SETTINGS)
 
 
@@ -107,12 +111,15 @@ class FakeScorer(FakeVllm):
     def __init__(self, path):
         super().__init__(ids.model_id(path))
         self.llm = load_model(path, dtype="float32")
-        self.salts = []
+        self.salts = []  # of every attempt
+
+    def begin(self, body: dict) -> str | None:
+        self.salts.append(body["cache_salt"])
+        return super().begin(body)
 
     def complete(self, body: dict) -> dict:
         if "prompt_logprobs" not in body:
             return super().complete(body)
-        self.salts.append(body["cache_salt"])
         with torch.no_grad():
             logps = self.llm(torch.tensor([body["prompt"]])).logits[0, :-1].double().log_softmax(-1).numpy()
         return {"prompt_token_ids": body["prompt"],
@@ -120,7 +127,8 @@ class FakeScorer(FakeVllm):
 
 
 def test_a_slice_is_scored_once_and_what_was_finished_before_a_failure_is_kept(run, tiny_models, monkeypatch):
-    monkeypatch.setattr("nbg_core.vllm.client.ATTEMPTS", 1)
+    monkeypatch.setattr("nbg_core.vllm.client.PAUSE", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr("nbg_core.vllm.client.PATIENCE_SECONDS", 0.0)
     fake = FakeScorer(tiny_models.teacher)
     data = run.profile.model_dump() | {
         "teacher": {"engine": "vllm", "k_head": 16, "m_tail": 0, "min_weight": 0, "epsilon": 0},
@@ -134,7 +142,7 @@ def test_a_slice_is_scored_once_and_what_was_finished_before_a_failure_is_kept(r
     report = score.materialise(own, "a")
     assert (report["rows"], report["new_rows"]) == (3, 2)
     assert score.materialise(own, "a")["new_rows"] == 0
-    assert len(set(fake.salts)) == len(fake.salts) == 3  # nothing is found in a given server's prefix cache
+    assert len(set(fake.salts)) == len(fake.salts) == 3 + 3  # nothing is found in a given server's prefix cache
     plain = run.profile.model_copy(update={
         "teacher": own.profile.teacher.model_copy(update={"engine": "transformers"})})  # fmt: skip
     other = score.materialise(Run(plain, run.lake, log=lambda line: None), "a")
@@ -143,4 +151,21 @@ def test_a_slice_is_scored_once_and_what_was_finished_before_a_failure_is_kept(r
     one, two = (targets(rows.filter(settings_id=r["storage_id"])) for r in (report, other))
     assert one.ids.equal(two.ids) and one.is_head.equal(two.is_head) and not one.is_tail.any()
     assert one.logprobs.numpy() == pytest.approx(two.logprobs.numpy(), rel=2**-6, abs=1e-4)
+    fake.stop()
+
+
+def test_a_teacher_that_is_served_gives_the_score_of_its_log_probs(run, tiny_models):
+    fake = FakeScorer(tiny_models.teacher)
+    samples = run.lake.sql("SELECT *, NULL AS verifier, NULL AS answer, NULL AS verifier_args FROM samples")
+    data = run.profile.model_dump() | {
+        "preference": {"weights": {"teacher_loglik": 1.0}},
+        "teacher": {"engine": "vllm", "k_head": 16, "m_tail": 0, "min_weight": 0},
+        "training": {"loss": {"estimator": "bucket"}}, "vllm": {"addresses": [fake.url]},
+    }  # fmt: skip
+    served = Run(Profile.model_validate(data), run.lake, log=lambda line: None)
+    plain = Run(Profile.model_validate(data | {"teacher": {"m_tail": 0}}), run.lake, log=lambda line: None)
+    (one, new), (two, new_too) = (score_samples(r, "a", samples, []) for r in (served, plain))
+    assert new == new_too == 4 and len(fake.asked) == 4
+    assert one["teacher_loglik"]["score"].to_list() == pytest.approx(two["teacher_loglik"]["score"].to_list(), rel=1e-3)
+    assert score_samples(served, "a", samples, [])[1] == 0
     fake.stop()

@@ -10,8 +10,10 @@ import time
 import polars as pl
 import pytest
 import yaml
+from fake_vllm import FakeVllm
 from test_sampling import add_queries
 
+from nbg_core.config import Profile
 from nbg_core.ids import pair_id
 from nbg_core.lake import Lake, Write
 from nbg_core.run import Run
@@ -96,3 +98,31 @@ def test_a_second_worker_of_a_partition_is_told_who_is_at_it(place):
     assert second.returncode == 1
     assert f"student_samples[a] is being materialised by run run-1, process {os.getpid()}" in second.stdout
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 0
+
+
+def test_a_worker_that_is_terminated_commits_what_is_finished(place):
+    run, env = place("ended")
+    fake = FakeVllm(run.policy.model_id)
+    fake.delay = 0.05
+    data = json.loads(run.profile.model_dump_json())
+    data["sampling"] |= {"backend": "vllm", "chunk_queries": 24}
+    data["vllm"] |= {"addresses": [fake.url], "max_in_flight": 1}
+    path = run.profile.root / "vllm.yaml"
+    path.write_text(yaml.safe_dump(data))
+    run = Run(Profile.model_validate(data), run.lake, log=lambda line: None)
+    env |= {"NBG_PROFILE": str(path)}
+    worker = subprocess.Popen(command("student_samples"), env=env, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(fake.asked) < 10:
+        assert worker.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    worker.terminate()
+    worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signal.SIGTERM
+    kept = run.lake.sql("SELECT count(*) FROM samples").item()
+    assert len(fake.asked) - 1 <= kept < 48  # but for the one in flight
+    before = len(fake.asked)
+    fake.delay = 0
+    assert finish("student_samples", env)["new_rows"] == 48 - kept == len(fake.asked) - kept
+    assert len(fake.asked) - before in (48 - kept, 48 - kept - 1)
+    fake.stop()

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nbg_core import ids, lineage
 from nbg_core.config import Profile
@@ -24,15 +24,18 @@ WORDS = 40
 
 
 def make_model(
-    folder: Path, seed: int, *, hidden: int = 32, rows: int = 48, tied: bool = True, std: float = 0.15
-) -> Path:
+    folder: Path, seed: int, *, architecture: str = "llama", hidden: int = 32, rows: int = 48, tied: bool = True,
+    std: float = 0.15,
+) -> Path:  # fmt: skip
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=rows, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=std,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    more = {} if architecture == "gpt2" else dict(intermediate_size=2 * hidden, num_key_value_heads=2)
+    more |= dict(sliding_window=5) if architecture == "gemma3_text" else {}
+    config = AutoConfig.for_model(
+        architecture, vocab_size=rows, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=std,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0, **more,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocab = {"<|pad|>": 0, "<|end|>": 1} | {f"w{i}": i for i in range(2, WORDS)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="w2")), pad_token="<|pad|>", eos_token="<|end|>"

@@ -3,7 +3,7 @@
 | scorer | score | scorer_id: hash of |
 |---|---|---|
 | verifier | in [0, 1], see verifiers.py; none for a query without a verifier | verifier, answer, arguments |
-| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher and its dtype |
+| teacher_loglik | mean teacher log-probability of the response's tokens, nats | the teacher, its dtype, vLLM if used |
 
 A scorer of weight 0 does not run. To add one: a weight in PreferenceSettings, a branch in `scorer_ids` and `_compute`.
 """
@@ -49,9 +49,10 @@ def scorer_ids(run: Run, scorer: str, samples: pl.DataFrame) -> pl.DataFrame:
     """(sample_id, scorer_id) of the samples that the scorer applies to."""
     if scorer == "teacher_loglik":
         teacher = model_id(run.profile.resolve(run.profile.models.teacher))
-        return samples.select(
-            "sample_id", scorer_id=pl.lit(digest("teacher_loglik", teacher, run.profile.scoring_id()))
-        )
+        engine = run.profile.teacher.engine
+        by = [run.profile.engine_version(engine)] if engine == "vllm" else []  # the others agree up to rounding
+        scorer_id = digest("teacher_loglik", teacher, run.profile.scoring_id(), *by)
+        return samples.select("sample_id", scorer_id=pl.lit(scorer_id))
     rows = samples.filter(pl.col("verifier").is_not_null())
     return rows.select("sample_id").with_columns(verifiers.scorer_ids(rows))
 
@@ -77,11 +78,11 @@ def _compute(run: Run, slice: str, scorer: str, missing: pl.DataFrame) -> Iterat
             progress.advance(chunk.height)
     elif missing.height:
         from nbg_core.models import check_same_tokenizer  # torch: only where a model runs
-        from nbg_core.teacher.forward import response_logprobs
+        from nbg_core.teacher.score import token_logprobs
 
         path = run.profile.resolve(run.profile.models.teacher)
         check_same_tokenizer(run.policy.path, path, trust_remote_code=run.profile.models.trust_remote_code)
-        for chunk in response_logprobs(run, path, missing, what):
+        for chunk in token_logprobs(run, path, missing, what):
             means = chunk.select("sample_id", score=pl.col("token_logprobs").cast(pl.List(pl.Float64)).list.mean())
             yield means.join(missing.select("sample_id", "scorer_id"), on="sample_id")
 

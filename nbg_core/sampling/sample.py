@@ -1,7 +1,7 @@
 """`student_samples`: responses of the current policy (and, as a setting, the teacher) to the training queries.
 
-Only responses whose id is not in the lake are drawn; each chunk of queries that miss some is committed when it is
-done. Chunks follow the order of query ids, so a run that was cut off continues with the batches it would have had.
+Only responses whose id is not in the lake are drawn, in the order of query ids; a chunk of queries is committed when it
+is done, and every COMMIT_SECONDS.
 
 Teacher and student get one prompt: the policy's chat template encodes it for both, whatever the teacher's own is.
 """
@@ -9,7 +9,7 @@ Teacher and student get one prompt: the policy's chat template encodes it for bo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,14 +18,10 @@ import polars as pl
 from nbg_core import ids
 from nbg_core.lake import Write
 from nbg_core.models import check_same_tokenizer, context_length, encode_prompt, load_tokenizer
-from nbg_core.run import Progress, Run
+from nbg_core.run import Finished, Progress, Run
 from nbg_core.sampling.sampler import Decoding, Request, Sampler
 
 ASSET = "student_samples"
-
-
-COMMIT_SECONDS = 30.0
-"""Finished responses wait this long for their commit at most, where a chunk takes longer."""
 
 
 @contextmanager
@@ -76,12 +72,11 @@ def materialise(run: Run, slice: str) -> dict:
 
 def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, source: str, path, model, inputs) -> int:
     s, sampling = run.profile.sampling, run.profile.sampling_id()
-    present = run.lake.sql(
+    present = set(run.lake.sql(
         "SELECT sample_id FROM samples WHERE model_id = ? AND sampling_id = ? "
         "AND query_id IN (SELECT query_id FROM queries WHERE slice = ?)",
         [model, sampling, slice],
-    )["sample_id"]
-    present = set(present)
+    )["sample_id"])  # fmt: skip
     todo = [
         (query["query_id"], query["messages"], missing)
         for query in queries.iter_rows(named=True)
@@ -95,19 +90,26 @@ def _draw_missing(run: Run, slice: str, queries: pl.DataFrame, wanted: dict, sou
 
     def commit(records: list[dict]) -> int:
         rows = pl.DataFrame([same | record for record in records])
-        return run.commit(ASSET, slice, [Write("samples", rows)], inputs=inputs).n_rows if records else 0
+        return run.commit(ASSET, slice, [Write("samples", rows)], inputs=inputs).n_rows
 
-    with open_sampler(run, path, s.batch_size) as sampler:
-        return _draw(run, sampler, path, todo, commit, run.progress(f"{ASSET}[{slice}]: {source}", n_missing))
+    with open_sampler(run, path, s.batch_size) as sampler, Finished(commit) as finished:
+        _draw(run, sampler, path, todo, finished, run.progress(f"{ASSET}[{slice}]: {source}", n_missing))
+    return finished.new_rows
 
 
-def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], commit: Callable, progress: Progress) -> int:
-    """Draw the missing (index, sample_id) of each (query_id, messages, missing) of `todo`; the number of new rows."""
+def _longest(run: Run, path: Path) -> int | None:
+    """Tokens of prompt and response together that can be sampled; None is without limit."""
+    vllm = run.profile.vllm
+    of_server = vllm.max_model_len if run.profile.sampling.backend == "vllm" and not vllm.addresses else None
+    return min(filter(None, (context_length(path), of_server)), default=None)
+
+
+def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], finished: Finished, progress: Progress) -> None:
+    """Draw the missing (index, sample_id) of each (query_id, messages, missing) of `todo`."""
     s = run.profile.sampling
     tokenizer = load_tokenizer(run.policy.path, trust_remote_code=run.profile.models.trust_remote_code)
-    decoding, limit = Decoding(s.temperature, s.top_p, s.max_tokens), context_length(path)
-    new_rows = tokens = 0
-    start = committed = time.monotonic()
+    decoding, limit = Decoding(s.temperature, s.top_p, s.max_tokens), _longest(run, path)
+    tokens, start = 0, time.monotonic()
     for at in range(0, len(todo), s.chunk_queries):
         chunk = todo[at : at + s.chunk_queries]
         requests = []
@@ -116,27 +118,17 @@ def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], commit: Cal
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
                     f"query {query_id} has {len(prompt)} prompt tokens; with sampling.max_tokens "
-                    f"{s.max_tokens} that passes the context of {limit} tokens of {path}; lower one of them"
+                    f"{s.max_tokens} that passes the {limit} tokens that {path} takes; lower one of them"
                 )
             requests.append(Request(prompt, [ids.seed_from(s.seed, sid) for _, sid in missing]))
-        records = []
-        try:
-            for i, j, r in sampler.stream(requests, decoding):
-                query_id, _, missing = chunk[i]
-                index, sid = missing[j]
-                records.append({
-                    "sample_id": sid, "query_id": query_id, "sample_index": index, "seed": requests[i].seeds[j],
-                    "prompt_token_ids": requests[i].prompt_token_ids, "token_ids": r.token_ids, "logprobs": r.logprobs,
-                    "finish_reason": r.finish_reason, "text": sampler.decode(r.token_ids),
-                })  # fmt: skip
-                tokens += len(r.token_ids)
-                now = time.monotonic()
-                if now - committed > COMMIT_SECONDS:
-                    done, records = records, []
-                    new_rows += commit(done)
-                    committed = now
-                progress.advance(1, f"{tokens / max(now - start, 1e-9):.0f} tokens/s")
-        finally:  # also when a server died: what is finished is kept
-            new_rows += commit(records)
-            committed = time.monotonic()
-    return new_rows
+        for i, j, r in sampler.stream(requests, decoding):
+            query_id, _, missing = chunk[i]
+            index, sid = missing[j]
+            finished.add({
+                "sample_id": sid, "query_id": query_id, "sample_index": index, "seed": requests[i].seeds[j],
+                "prompt_token_ids": requests[i].prompt_token_ids, "token_ids": r.token_ids, "logprobs": r.logprobs,
+                "finish_reason": r.finish_reason, "text": sampler.decode(r.token_ids),
+            })  # fmt: skip
+            tokens += len(r.token_ids)
+            progress.advance(1, f"{tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
+        finished.flush()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+
+from nbg_core.models import encode_prompt, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,24 @@ Drawn = tuple[int, int, Response]
 """Number of the request, number of its seed, and the response."""
 
 
-class Sampler(Protocol):
-    """A served model."""
+class Sampler(ABC):
+    """The model at `path`, served, and its tokenizer."""
 
+    def __init__(self, path: Path, *, trust_remote_code: bool = False):
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        self.vocab = len(self.tokenizer)
+
+    @abstractmethod
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
         """One response per seed of each request, as they finish. A seed decides its response, whatever the batch."""
-        ...
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a chat, ready for the assistant's turn."""
-        ...
+        return encode_prompt(self.tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        ...
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
         """All responses to each request, in its order of seeds."""

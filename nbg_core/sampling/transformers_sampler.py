@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbg_core.config import Profile
-from nbg_core.models import encode_prompt, load_model, load_tokenizer, stop_ids
+from nbg_core.models import load_model, stop_ids
 from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
 
 
@@ -24,18 +24,11 @@ class TransformersSampler(Sampler):
         if profile.threads:
             torch.set_num_threads(profile.threads)
         trust = profile.models.trust_remote_code
-        self.tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        super().__init__(path, trust_remote_code=trust)
         self.model = load_model(path, dtype=profile.models.dtype, trust_remote_code=trust)
         stop = stop_ids(self.model.generation_config, self.tokenizer)
         self.stop = torch.tensor(sorted(stop), device=self.model.device)
-        self.vocab = len(self.tokenizer)
         self.batch_size = batch_size
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return encode_prompt(self.tokenizer, messages)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
         """See Sampler.stream. Requests are grouped up to `batch_size` responses (one request is never split)."""

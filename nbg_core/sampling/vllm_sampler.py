@@ -4,7 +4,8 @@ Every response is a request of its own with its own seed: the server keeps a pro
 is computed once for the responses that share it, and a response that failed is asked for again alone. A seed decides
 its response up to rounding: vLLM's kernels round by the batch, so that a draw at the edge of two tokens can fall
 either way. Log-probs are of the model's own distribution (vLLM's logprobs_mode raw_logprobs, checked by the client);
-unlike the transformers sampler's, they count the columns of a padded output matrix, whose mass is nothing.
+unlike the transformers sampler's, they count the columns of a padded output matrix, whose mass is nothing and which
+are never drawn.
 """
 
 from __future__ import annotations
@@ -13,23 +14,18 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nbg_core.models import encode_prompt, generation_config, load_tokenizer, stop_ids
+from nbg_core.models import generation_config, output_width, stop_ids
 from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
 from nbg_core.vllm.client import BadAnswer, Client
 
 
 class VllmSampler(Sampler):
     def __init__(self, client: Client, path: Path, *, trust_remote_code: bool = False):
+        super().__init__(path, trust_remote_code=trust_remote_code)
         self.client = client
-        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self.stop = stop_ids(generation_config(path, trust_remote_code=trust_remote_code), self.tokenizer)
-        self.vocab = len(self.tokenizer)
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return encode_prompt(self.tokenizer, messages)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        width = output_width(path, trust_remote_code=trust_remote_code)
+        self._never = {str(i): -100.0 for i in range(self.vocab, width)}
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
         """See Sampler.stream."""
@@ -49,7 +45,7 @@ class VllmSampler(Sampler):
             "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0, "min_p": 0.0,
             "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "stop_token_ids": sorted(self.stop), "return_token_ids": True, "skip_special_tokens": False,
-        }  # fmt: skip
+        } | ({"logit_bias": self._never} if self._never else {})  # fmt: skip
 
     def _response(self, choice: dict, request: Request, decoding: Decoding) -> Response:
         """Raises BadAnswer for what cannot be a response to the request."""

@@ -77,18 +77,19 @@ class Scorer:
                 ["_n", "_key", "sample_id"], descending=[True, False, False]
             )
             new = (pl.col("_key") != pl.col("_key").shift()).fill_null(True)
-            cost = samples.select(n_response - 1 + pl.when(new).then(n_prompt).otherwise(0)).to_series().to_numpy()
+            shared = samples.select(pl.when(new).then(0).otherwise(n_prompt)).to_series().to_numpy()
+            cost = samples.select(n_prompt + n_response - 1).to_series().to_numpy()
         else:
             samples = samples.with_columns((n_prompt + n_response).alias("_n"), pl.lit(0).alias("_key"))
             samples = samples.sort(["_n", "sample_id"], descending=[True, False])
             cost = samples["_n"].to_numpy()
         samples = samples.drop("_n", "_key")
         start = total = 0
-        for i, c in enumerate(cost.tolist()):
-            total = total + c if self.packed else (i - start + 1) * int(cost[start])
+        for i, alone in enumerate(cost.tolist()):  # tokens of a response in a batch without another of its prompt
+            total = total + alone - int(shared[i]) if self.packed else (i - start + 1) * int(cost[start])
             if total > self.batch_tokens and i > start:
                 yield samples[start:i]
-                start, total = i, c
+                start, total = i, alone
         if samples.height:
             yield samples[start:]
 

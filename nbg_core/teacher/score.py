@@ -17,8 +17,8 @@ from nbg_core.config import Profile, TeacherSettings
 from nbg_core.ids import content_version, model_id
 from nbg_core.lake import Write
 from nbg_core.models import check_same_tokenizer
-from nbg_core.run import Run
-from nbg_core.teacher.forward import Scorer, samples_of_pairs
+from nbg_core.run import Finished, Run
+from nbg_core.teacher.forward import Scorer, response_logprobs, samples_of_pairs
 from nbg_core.teacher.store import compress
 
 ASSET = "teacher_logits"
@@ -52,27 +52,21 @@ def materialise(run: Run, slice: str) -> dict:
 def _score_missing(run: Run, slice: str, missing: pl.DataFrame, inputs, path, teacher: str, storage: str) -> int:
     if missing.is_empty():
         return 0
-    new_rows = 0
 
     def commit(frames: list[pl.DataFrame]) -> int:
-        if not frames:
-            return 0
         rows = pl.concat(frames).with_columns(
             pl.lit(slice).alias("slice"), pl.lit(teacher).alias("model_id"), pl.lit(storage).alias("settings_id")
         )
         return run.commit(ASSET, slice, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
 
-    with open_engine(run, path) as rows_of:
+    with open_engine(run, path) as rows_of, Finished(commit) as finished:
         progress = run.progress(f"{ASSET}[{slice}]", missing.height)
         for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
-            frames = []
-            try:
-                for frame in rows_of(chunk):
-                    frames.append(frame)
-                    progress.advance(frame.height)
-            finally:  # also when a server died: what is finished is kept
-                new_rows += commit(frames)
-    return new_rows
+            for frame in rows_of(chunk):
+                finished.add(frame)
+                progress.advance(frame.height)
+            finished.flush()
+    return finished.new_rows
 
 
 @contextmanager
@@ -90,6 +84,21 @@ def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Itera
         return
     scorer = Scorer(run.profile, path, run.log)
     yield lambda samples: _rows(scorer, samples, run.profile.teacher)
+
+
+def token_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) -> Iterator[pl.DataFrame]:
+    """Frames (sample_id, token_logprobs) of `samples` under the teacher at `path`, by the profile's engine."""
+    if run.profile.teacher.engine == "transformers":
+        yield from response_logprobs(run, path, samples, what)
+        return
+    with open_engine(run, path) as rows_of:
+        progress = run.progress(what, samples.height)
+        for chunk in samples.iter_slices(run.profile.teacher.chunk_samples):
+            frames = []
+            for frame in rows_of(chunk):
+                frames.append(frame.select("sample_id", "token_logprobs"))
+                progress.advance(frame.height)
+            yield pl.concat(frames)
 
 
 def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator[pl.DataFrame]:
@@ -128,7 +137,7 @@ def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl
             pool.shutdown(cancel_futures=True)
 
 
-_scorer: tuple[Scorer, TeacherSettings] | None = None  # of a scoring process
+_scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # of a scoring process
 
 
 def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
@@ -138,9 +147,14 @@ def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
         number, turn.value = turn.value, turn.value + 1
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
-    _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
+    try:
+        _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
+    except Exception as e:  # raised with the first piece: raised here, it would only be a process that died
+        _scorer = e
 
 
 def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
+    if isinstance(_scorer, Exception):
+        raise _scorer
     scorer, settings = _scorer
     return list(_rows(scorer, samples, settings))

@@ -17,8 +17,8 @@ In a file every value is plain, so that SQL reads it, and shaped for Parquet's B
 * ids, sorted in the head and in the tail, as differences to the one before (`entry_gaps`; the first is the id itself).
   DuckDB reads the encoding of floats alone, so they are float32 with 2^23 added, where the last three bytes of a float
   are those of a whole number;
-* log-probs as float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. The largest of a head has
-  more, and takes what rounding the others lost, so that head and tail sum to 1.
+* log-probs as float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. In a head each entry takes
+  over what rounding took from the one before, and the largest has more bits, so that head and tail sum to 1.
 
 Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions.
 """
@@ -50,6 +50,8 @@ GROUP, UNGROUPED = 128, 2048
 """Neighbouring ids whose mass is summed before the tail is drawn, in a vocabulary larger than so many."""
 LOG_THIN = math.log(1e-30)
 """A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
+LOG_ALONE = -16.0
+"""Head entries below are rounded each by itself: all of them together are no mass, and steps are coarse there."""
 FINE_BITS = 13
 """Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
 
@@ -150,17 +152,26 @@ def round_mantissa(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _rounded(logprobs: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
-    """Log-probs [E] of positions [T] rounded, each head with the mass that it had."""
-    position = np.repeat(np.arange(len(n_head)), n_head + n_tail)
-    is_head = _is_head(n_head, n_tail)
-    result = np.where(is_head, round_mantissa(logprobs, bits), round_mantissa(logprobs, max(1, bits - 2)))
-    at, owner = np.flatnonzero(is_head), position[is_head]
-    order = at[np.lexsort((-logprobs[at], owner))]
-    largest = order[np.unique(owner, return_index=True)[1]]  # of each head that is not empty
-    lost = np.bincount(owner, np.exp(logprobs[at].astype(np.float64)) - np.exp(result[at].astype(np.float64)))
-    mass = np.exp(result[largest].astype(np.float64)) + lost[position[largest]]
-    fine = np.minimum(np.log(np.maximum(mass, np.finfo(np.float64).tiny)), 0.0).astype(np.float32)
-    result[largest] = round_mantissa(fine, max(FINE_BITS, bits))
+    """Log-probs [E] of positions [T] rounded, each head with the mass that it had: from its least probable entry up, an
+    entry is rounded with the mass that rounding took from the one before, and the last has the bits to keep it."""
+    result = round_mantissa(logprobs, max(1, bits - 2))
+    at, owner = np.flatnonzero(_is_head(n_head, n_tail)), np.repeat(np.arange(len(n_head)), n_head)
+    order = at[np.lexsort((logprobs[at], owner))]
+    width = n_head.max(initial=0)
+    column = np.arange(len(at)) - np.repeat(n_head.cumsum(), n_head) + width  # the most probable in the last one
+    head = np.full((len(n_head), width), -np.inf, dtype=np.float32)
+    head[owner, column] = logprobs[order]
+    carry = np.zeros(len(head))
+    for j in range(width):
+        exact, alone = head[:, j], head[:, j] < LOG_ALONE
+        own = np.exp(exact, dtype=np.float64)
+        mass = own + carry
+        with np.errstate(divide="ignore"):
+            wanted = np.minimum(np.log(np.maximum(mass, own / 2)), 0.0).astype(np.float32)
+        wanted = np.where(alone, exact, wanted)
+        head[:, j] = round_mantissa(wanted, bits if j < width - 1 else max(FINE_BITS, bits))
+        carry = np.where(alone, 0.0, mass - np.exp(head[:, j], dtype=np.float64))
+    result[order] = head[owner, column]
     return result
 
 

@@ -9,13 +9,12 @@ Columns past the tokenizer's vocabulary (a padded output matrix) are never entri
 
 Prefix caching. Log-probs of prompt tokens found in the cache were stale values of earlier requests in some versions
 (vllm PR 42245), and are computed again in others, so a cache could only do harm: our server runs without one, and
-every request has a `cache_salt` of its own, so that a given server finds nothing in its.
+every attempt at a request has a `cache_salt` of its own, so that a given server finds nothing in its.
 """
 
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,10 +51,10 @@ def score(client: Client, samples: pl.DataFrame, vocab: int, k: int, s: TeacherS
     rows = samples.sort(n, "sample_id", descending=[True, False]).to_dicts()
     bodies = (
         {"prompt": r["prompt_token_ids"] + r["token_ids"], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k,
-         "return_token_ids": True, "cache_salt": uuid.uuid4().hex}
+         "return_token_ids": True}
         for r in rows
     )  # fmt: skip
-    answers = client.complete(bodies, lambda i, choice: _row(choice, rows[i], vocab, k, s))
+    answers = client.complete(bodies, lambda i, choice: _row(choice, rows[i], vocab, k, s), cached=False)
     yield from (row for _, row in answers)
 
 

@@ -1,7 +1,7 @@
 """Batches of pairs: from the training set's files to the tensors of one forward pass, made ahead of their use.
 
-Nothing here grows with the number of pairs: a batch is read when its turn is near, by a thread that is a few batches
-ahead of the training step (`prefetch`).
+A batch is read when its turn is near, by a thread that is a few batches ahead of the training step (`prefetch`): in
+memory there are two numbers a pair (its tokens, its place in each epoch's order), whatever its length.
 
 Shapes: B pairs of a micro-batch, T response tokens of all its responses behind one another.
 """
@@ -71,9 +71,12 @@ class TrainingSet:
         self.rows, self.pad_id = Rows(folder), pad_id
         self.n_tokens = self.rows.n_tokens
         """[pairs, 2] int32: response tokens of chosen and rejected."""
-        self.n_inputs = self.rows.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
+        if pad_id is None:
+            self.n_inputs = self.rows.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
+        else:
+            self.n_inputs = 2 * (self.rows.n_prompt[:, 0] + self.n_tokens.max(1))
         """[pairs] int32: tokens that a pair puts through the student: its prompt once, all but the last token of each
-        response."""
+        response; padded, two sequences of the longer one."""
 
     def __len__(self) -> int:
         return self.rows.n_pairs

@@ -5,8 +5,8 @@ are divided by counts of the optimizer step before the backward pass; what DeepS
 back (`backward`), and it divides nothing by accumulation. Steps differ in their number of micro-batches, so
 DeepSpeed does not count them: `take_step` is the end of a step (`managed_gradient_accumulation` off).
 
-bf16 keeps float32 master weights and gradients. DeepSpeed has no such mode without ZeRO, so bf16 with `zero_stage` 0
-runs as stage 1: the same arithmetic.
+bf16 keeps float32 master weights and gradients, which are also reduced over ranks in float32. DeepSpeed has no such
+mode without ZeRO, so bf16 with `zero_stage` 0 runs as stage 1: the same arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nbg_core.config import TrainingSettings
+from nbg_core.config import PRECISIONS, TrainingSettings
 from nbg_core.forward import no_packing, output_matrix, response_hidden
 from nbg_core.head import head_joint_loss
 from nbg_core.losses import Denominators, LossSettings, side_sums
@@ -34,7 +34,7 @@ from nbg_core.training.data import PairBatch
 from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 
 
 class PairModel(nn.Module):
@@ -162,7 +162,8 @@ def _config(s: TrainingSettings, n_parameters: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at the first start, for minutes
         "zero_optimization": {
-            "stage": zero_stage(s), "overlap_comm": False, "reduce_bucket_size": bucket,
+            "stage": zero_stage(s), "reduce_bucket_size": bucket,
+            "overlap_comm": False,  # a matter of speed on GPUs, where it has not been tried
             "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
         },
         "steps_per_print": 1 << 62,
@@ -171,6 +172,7 @@ def _config(s: TrainingSettings, n_parameters: int) -> dict:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if s.precision == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        config["communication_data_type"] = "fp32"
     return config
 
 

@@ -146,7 +146,6 @@ def _command(request: Request, file: Path) -> list[str]:
 
 def _environment(request: Request) -> dict[str, str]:
     env = dict(os.environ)
-    env.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if request.threads:
         env["OMP_NUM_THREADS"] = str(max(1, request.threads // request.training.n_processes))
     if request.training.hostfile is None:

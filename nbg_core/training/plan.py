@@ -42,15 +42,17 @@ def plan(n_pairs: int, settings: TrainingSettings) -> list[Step]:
 
 
 def micro_batches(
-    pairs: np.ndarray, n_inputs: np.ndarray, settings: TrainingSettings, rank: int, world_size: int
-) -> list[np.ndarray]:
+    pairs: np.ndarray, n_inputs: np.ndarray, settings: TrainingSettings, rank: int, world_size: int, *,
+    padded: bool = False,
+) -> list[np.ndarray]:  # fmt: skip
     """A rank's micro-batches of a step that uses `pairs`, `n_inputs[pair]` tokens each: arrays of pairs.
 
     With `sequence_parallel` a rank is a group of so many neighbours, which get the same, and so many times the tokens.
     Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no more than
     the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first with room
-    (first-fit decreasing: at most 11/9 of the fewest possible, plus one). All ranks return as many, the last ones
-    empty where work is short, or collectives would wait."""
+    (first-fit decreasing: at most 11/9 of the fewest possible, plus one). `padded`: every pair of a micro-batch takes
+    as many as its longest, so it is filled with the pairs that come next. All ranks return as many, the last ones empty
+    where work is short, or collectives would wait."""
     together = settings.sequence_parallel
     rank, world_size = rank // together, world_size // together
     longest_first = sorted(pairs.tolist(), key=lambda pair: (-n_inputs[pair], pair))
@@ -60,7 +62,8 @@ def micro_batches(
         load, r = loads[0]
         shares[r].append(pair)
         heapq.heapreplace(loads, (load + int(n_inputs[pair]), r))
-    cut = [_first_fit(share, n_inputs, settings.micro_batch_tokens * together) for share in shares]
+    fill = _in_order if padded else _first_fit
+    cut = [fill(share, n_inputs, settings.micro_batch_tokens * together) for share in shares]
     empty = [[]] * (max(map(len, cut)) - len(cut[rank]))
     return [np.array(batch, dtype=np.int64) for batch in cut[rank] + empty]
 
@@ -77,4 +80,14 @@ def _first_fit(share: list[int], n_inputs: np.ndarray, budget: int) -> list[list
             room.append(budget)
         batches[at].append(pair)
         room[at] -= n
+    return batches
+
+
+def _in_order(share: list[int], n_inputs: np.ndarray, budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for pair in share:
+        if batches and (len(batches[-1]) + 1) * int(n_inputs[batches[-1][0]]) <= budget:
+            batches[-1].append(pair)
+        else:
+            batches.append([pair])
     return batches

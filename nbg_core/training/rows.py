@@ -39,7 +39,8 @@ INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
 ID_BYTES = 32
-BATCH_ROWS = 2048
+BATCH_ROWS = 256
+"""Responses that come out of the join at once; long ones are 0.3 MB each."""
 MEMORY = "400MB"
 """What DuckDB may use to join; it spills to disk beyond."""
 
@@ -107,7 +108,7 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, columns: Sequenc
                 lists = batch.column(i)
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
                 lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-                files[c].write(values.tobytes())
+                files[c].write(np.ascontiguousarray(values))
                 if c in INDEXED:
                     at = INDEXED.index(c)
                     index[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths

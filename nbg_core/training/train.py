@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -84,17 +85,16 @@ def train(request: Request) -> None:
             if pad_id is not None:
                 print(f"{ASSET}: {no_packing(engine.module.policy.config)}", flush=True)
         progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
-        batches = prefetch(
-            partial(data.batch, pairs) for step in steps[start:] for pairs in _share(data, step, request.training)
-        )
-        for step in steps[start:]:
-            metrics = train_step(engine, data, step, request.training, rate(step.index), batches)
-            if rank == 0:
-                with open(request.steps_file, "a") as f:
-                    f.write(json.dumps({"step": step.index, **metrics}) + "\n")
-                progress.advance(1, f"loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}")
-            if (step.index + 1) % request.training.save_every == 0 and step.index + 1 < len(steps):
-                states.save(engine, request.states, step.index + 1)
+        tasks = (partial(data.batch, pairs) for step in steps[start:] for pairs in _share(data, step, request.training))
+        with closing(prefetch(tasks)) as batches:
+            for step in steps[start:]:
+                metrics = train_step(engine, data, step, request.training, rate(step.index), batches)
+                if rank == 0:
+                    with open(request.steps_file, "a") as f:
+                        f.write(json.dumps({"step": step.index, **metrics}) + "\n")
+                    progress.advance(1, f"loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}")
+                if (step.index + 1) % request.training.save_every == 0 and step.index + 1 < len(steps):
+                    states.save(engine, request.states, step.index + 1)
         weights = full_weights(engine)
         if rank == 0:
             policy = engine.module.policy
@@ -106,7 +106,9 @@ def train(request: Request) -> None:
 
 def _share(data: TrainingSet, step: Step, settings: TrainingSettings) -> list[np.ndarray]:
     """This rank's micro-batches of a step."""
-    return micro_batches(step.pairs, data.n_inputs, settings, dist.get_rank(), dist.get_world_size())
+    return micro_batches(
+        step.pairs, data.n_inputs, settings, dist.get_rank(), dist.get_world_size(), padded=data.pad_id is not None
+    )
 
 
 def train_step(
@@ -122,8 +124,9 @@ def train_step(
     values, drifts = [], []
     for _ in shares:
         asked = time.monotonic()
-        batch = next(batches).to(engine.device)
+        batch = next(batches)
         waited += time.monotonic() - asked
+        batch = batch.to(engine.device)
         loss, sums, drift = engine(batch, denominators, with_drift=step.index == 0)
         values.append(torch.stack([loss.detach().double(), *(sums[name] for name in SUMS)]))
         drifts.append(drift)

@@ -1,9 +1,10 @@
 """Talking to vLLM servers of one model: many requests at once, each answered right, or not at all.
 
 Requests go to the servers in turn, `vllm.max_in_flight` at a time. What may pass is tried again with growing pauses, at
-the next server: an answer of 5xx, a broken connection, a timeout, and an answer that is not what was asked for (NaN,
-too few tokens; the caller's `parse` says so by raising BadAnswer). What does not pass ends it all, after what had
-finished by then was handed back. A key for servers that want one is read from VLLM_API_KEY.
+the next server: an answer of 5xx, a broken connection, a timeout (for PATIENCE_SECONDS: a server that was restarted is
+back by then), and an answer that is not what was asked for (NaN, too few tokens; the caller's `parse` says so by an
+error; ATTEMPTS times). A server that failed gets nothing for a while if there are others. What does not pass ends it
+all, after what had finished by then was handed back. A key for servers that want one is read from VLLM_API_KEY.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ import itertools
 import os
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from tenacity.wait import wait_base, wait_random_exponential
 from transformers import PreTrainedTokenizerBase
 
 from nbg_core.config import VllmSettings
 
 T = TypeVar("T")
-ATTEMPTS = 5
+ATTEMPTS, ATTEMPTS_UNANSWERED = 5, 3
+"""At a request that is answered wrong; that is not answered, at least."""
+PATIENCE_SECONDS = 300.0
+"""For which a request that is not answered is tried again."""
 PAUSE: wait_base = wait_random_exponential(multiplier=1, max=30)
 """Before the next attempt, seconds."""
+REST_SECONDS = 60.0
+"""For which a server that failed is left alone, if another one is not."""
 PROBES = (
     "Hello, world!",
     "  two  spaces\n\ttab",
@@ -60,28 +67,37 @@ class Client:
         """`died` says what happened to a server of ours that is not running any more."""
         self.addresses, self.model, self.settings = [a.rstrip("/") for a in addresses], model, settings
         self._log, self._died, self._said = log, died, 0.0
+        self._rested: dict[str, float] = {}  # until when, of servers that failed
         key = os.environ.get("VLLM_API_KEY")
         self._http: dict[str, Any] = {"headers": {"Authorization": f"Bearer {key}"} if key else {}}
         self._http["trust_env"] = not all(re.match(r"http://(127\.|localhost\b)", a) for a in self.addresses)  # proxies
 
     def choose(self) -> None:
-        """Keep the addresses that serve the model. Raises ServerFailed when there is none, or one does not answer."""
-        found = {address: self._models(address) for address in self.addresses}
-        self.addresses = [address for address, models in found.items() if self.model in models]
-        if not self.addresses:
-            what = "; ".join(f"{a} serves {', '.join(m) or 'nothing'}" for a, m in found.items())
+        """Keep the addresses that serve the model. Raises ServerFailed when none does."""
+        good, why = [], []
+        for address in self.addresses:
+            try:
+                models = self._models(address)
+            except ServerFailed as e:
+                why.append(str(e))
+                self._log(f"vLLM: left out: {e}")
+                continue
+            good += [address] if self.model in models else []
+            why.append(f"{address} serves {', '.join(models) or 'nothing'}")
+        if not good:
             raise ServerFailed(
-                f"no server of vllm.addresses serves the model {self.model}: {what}; start one with "
+                f"no server of vllm.addresses serves the model {self.model}: {'; '.join(why)}; start one with "
                 f"`vllm serve FOLDER --served-model-name {self.model}`"
             )
-        self._log(f"vLLM: {self.model} is served at {', '.join(self.addresses)}")
+        self.addresses = good
+        self._log(f"vLLM: {self.model} is served at {', '.join(good)}")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Before the first token: version, model id and tokenizer of every server, and whose log-probs it gives.
 
         Raises ServerFailed naming the difference."""
         for address in self.addresses:
-            version = str(self._get(address, "/version").get("version")).split("+")[0]
+            version = str(self._talk(address, "/version").get("version")).split("+")[0]
             if version != self.settings.version:
                 raise ServerFailed(
                     f"{address} is vLLM {version}, the profile says vllm.version {self.settings.version}, which is "
@@ -95,19 +111,25 @@ class Client:
             self._check_tokenizer(address, tokenizer)
             self._check_logprobs(address, tokenizer)
 
-    def complete(self, bodies: Iterable[dict], parse: Callable[[int, dict], T]) -> Iterator[tuple[int, T]]:
+    def complete(
+        self, bodies: Iterable[dict], parse: Callable[[int, dict], T], *, cached: bool = True
+    ) -> Iterator[tuple[int, T]]:
         """For each body of a completion request, as answers come: its number, and `parse` of it and its one choice.
 
-        Raises ServerFailed once a request fails for good; all that was answered before is handed back first."""
+        `parse` raises BadAnswer, KeyError, TypeError or ValueError for what cannot be an answer. Not `cached`: no
+        attempt finds anything in a server's prefix cache. Raises ServerFailed once a request fails for good; all that
+        was answered before is handed back first."""
         with asyncio.Runner() as runner:
-            answers = self._answers(bodies, parse)
+            answers = self._answers(bodies, parse, cached)
             try:
                 while (answer := runner.run(_next(answers))) is not None:
                     yield answer
             finally:
                 runner.run(_close(answers))
 
-    async def _answers(self, bodies: Iterable[dict], parse: Callable[[int, dict], T]) -> AsyncIterator[tuple[int, T]]:
+    async def _answers(
+        self, bodies: Iterable[dict], parse: Callable[[int, dict], T], cached: bool
+    ) -> AsyncIterator[tuple[int, T]]:
         n, timeout = self.settings.max_in_flight, httpx.Timeout(self.settings.timeout_s, connect=10, pool=None)
         limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
         todo, flying = enumerate(bodies), set()
@@ -115,7 +137,7 @@ class Client:
             try:
                 while True:
                     for number, body in itertools.islice(todo, n - len(flying)):
-                        flying.add(asyncio.create_task(self._answer(http, number, body, parse)))
+                        flying.add(asyncio.create_task(self._answer(http, number, body, parse, cached)))
                     if not flying:
                         return
                     done, flying = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
@@ -129,28 +151,47 @@ class Client:
                     task.cancel()
                 await asyncio.gather(*flying, return_exceptions=True)
 
-    async def _answer(self, http: httpx.AsyncClient, number: int, body: dict, parse: Callable) -> tuple[int, Any]:
+    async def _answer(
+        self, http: httpx.AsyncClient, number: int, body: dict, parse: Callable, cached: bool
+    ) -> tuple[int, Any]:
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(ATTEMPTS), wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
+            stop=_is_enough, wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
             before_sleep=self._say_retry, reraise=True,
         )  # fmt: skip
-        address = ""
+        address, tried = "", 0
         try:
             async for attempt in retrying:
                 with attempt:
-                    turn = number + attempt.retry_state.attempt_number - 1
-                    address = self.addresses[turn % len(self.addresses)]
-                    return number, parse(number, await self._choice(http, address, body))
+                    address, tried = self._next_address(number + tried), tried + 1
+                    salt = {} if cached else {"cache_salt": uuid.uuid4().hex}
+                    choice = await self._choice(http, address, body | salt)
+                    try:
+                        return number, parse(number, choice)
+                    except (KeyError, TypeError, ValueError) as e:
+                        text = str(e) if isinstance(e, BadAnswer) else f"{type(e).__name__} {e} in {str(choice)[:200]}"
+                        raise BadAnswer(text) from e
         except (_Unavailable, BadAnswer) as e:
             if died := self._died():
                 raise ServerFailed(died) from e
             raise ServerFailed(
-                f"no usable answer from {address} in {ATTEMPTS} attempts; the last: {e}; look at the server's log"
+                f"no usable answer from {address} in {tried} attempts; the last: {e}; look at the server's log"
             ) from e
         raise AssertionError("an attempt returns or raises")
 
+    def _next_address(self, turn: int) -> str:
+        now = time.monotonic()
+        ready = [a for a in self.addresses if self._rested.get(a, 0.0) <= now] or self.addresses
+        return ready[turn % len(ready)]
+
     async def _choice(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
         """The one choice of an answer."""
+        try:
+            return await self._asked(http, address, body)
+        except _Unavailable:
+            self._rested[address] = time.monotonic() + REST_SECONDS
+            raise
+
+    async def _asked(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
         if died := self._died():
             raise ServerFailed(died)
         try:
@@ -178,16 +219,16 @@ class Client:
         now = time.monotonic()
         if now - self._said >= 1:  # a server that restarts fails all requests in flight
             self._said = now
-            self._log(f"vLLM: attempt {state.attempt_number} of {ATTEMPTS} failed: {state.outcome.exception()}")
+            self._log(f"vLLM: attempt {state.attempt_number} failed, trying again: {state.outcome.exception()}")
 
     def _models(self, address: str) -> list[str]:
-        return [m["id"] for m in self._get(address, "/v1/models").get("data", [])]
+        return [m["id"] for m in self._talk(address, "/v1/models").get("data", [])]
 
     def _check_tokenizer(self, address: str, tokenizer: PreTrainedTokenizerBase) -> None:
         for text in (*PROBES, " ".join(tokenizer.all_special_tokens), "".join(tokenizer.all_special_tokens)):
             here = tokenizer(text, add_special_tokens=False)["input_ids"]
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-            there = self._post(address, "/tokenize", body).get("tokens")
+            there = self._talk(address, "/tokenize", body).get("tokens")
             if here != there:
                 raise ServerFailed(
                     f"{address} has another tokenizer than the model {self.model}: {text!r} is {there} there and "
@@ -200,7 +241,7 @@ class Client:
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "logprobs": 1, "seed": 0}
         best = []
         for temperature in (1.0, 0.2):
-            choice = self._post(address, "/v1/completions", {**body, "temperature": temperature})["choices"][0]
+            choice = self._talk(address, "/v1/completions", {**body, "temperature": temperature})["choices"][0]
             best.append(max(choice["logprobs"]["top_logprobs"][0].values()))
         if abs(best[0] - best[1]) > 0.05:
             raise ServerFailed(
@@ -208,15 +249,11 @@ class Client:
                 "0.2); serve with --logprobs-mode raw_logprobs"
             )
 
-    def _get(self, address: str, path: str) -> dict:
-        return self._talk(address, path, None)
-
-    def _post(self, address: str, path: str, body: dict) -> dict:
-        return self._talk(address, path, body)
-
-    def _talk(self, address: str, path: str, body: dict | None) -> dict:
+    def _talk(self, address: str, path: str, body: dict | None = None) -> dict:
+        """GET, or POST of a body, which may have to wait for a model."""
+        timeout = min(self.settings.timeout_s, 30.0) if body is None else self.settings.timeout_s
         try:
-            with httpx.Client(timeout=httpx.Timeout(self.settings.timeout_s, connect=10), **self._http) as http:
+            with httpx.Client(timeout=httpx.Timeout(timeout, connect=10), **self._http) as http:
                 response = http.get(address + path) if body is None else http.post(address + path, json=body)
             response.raise_for_status()
             return response.json()
@@ -226,6 +263,12 @@ class Client:
             raise ServerFailed(
                 f"{address}{path} does not answer as a vLLM server does: {e}; check vllm.addresses and the server's log"
             ) from e
+
+
+def _is_enough(state: RetryCallState) -> bool:
+    if isinstance(state.outcome.exception(), BadAnswer):
+        return state.attempt_number >= ATTEMPTS
+    return state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
 
 
 async def _next(answers: AsyncIterator[T]) -> T | None:
