@@ -121,11 +121,8 @@ class Client:
         was answered before is handed back first."""
         with asyncio.Runner() as runner:
             answers = self._answers(bodies, parse, cached)
-            try:
-                while (answer := runner.run(_next(answers))) is not None:
-                    yield answer
-            finally:
-                runner.run(_close(answers))
+            while (answer := runner.run(_next(answers))) is not None:
+                yield answer
 
     async def _answers(
         self, bodies: Iterable[dict], parse: Callable[[int, dict], T], cached: bool
@@ -274,6 +271,3 @@ def _is_enough(state: RetryCallState) -> bool:
 async def _next(answers: AsyncIterator[T]) -> T | None:
     return await anext(answers, None)
 
-
-async def _close(answers: Any) -> None:
-    await answers.aclose()
