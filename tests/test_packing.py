@@ -272,7 +272,8 @@ def test_plain_head():
     assert not head(CohereConfig(**small, logit_scale=0.0625))
     assert not head(GraniteConfig(**small, logits_scaling=8.0))
     nested = make("llama")  # a model of several parts: its language part has a configuration of its own
-    nested.config.get_text_config = lambda: Gemma2Config(**small, final_logit_softcapping=30.0)
+    nested.config = LlamaConfig(**nested.config.to_dict())
+    nested.config.get_text_config = lambda **_: Gemma2Config(**small, final_logit_softcapping=30.0)
     assert not plain_head(nested)
     with_bias = make("llama")
     with_bias.set_output_embeddings(nn.Linear(32, VOCAB, bias=True))

@@ -434,6 +434,16 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_state(profile):
     assert len(request.steps_file.read_text().splitlines()) == 1 and not request.final.exists()
 
 
+def test_zero_3_loads_the_model_into_its_slices(profile):
+    path = request_of(profile, "slices").policy_path
+    sliced = engines.load_policy(path, TrainingSettings(zero_stage=3))
+    assert all(p.numel() == 0 and p.ds_tensor.numel() > 0 for p in sliced.parameters())
+    whole = engines.load_policy(path, TrainingSettings())
+    with engines.deepspeed.zero.GatheredParameters(list(sliced.parameters())):
+        for (name, p), expected in zip(sliced.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(p, expected), name
+
+
 def test_heads_that_ranks_cannot_share_out_are_refused(profile):
     with pytest.raises(ValueError, match="sequence_parallel=3: 4 attention heads and 2 key heads"):
         training.train(request_of(profile, "shared", sequence_parallel=3, n_processes=3))
@@ -464,7 +474,7 @@ def test_bf16_follows_fp32_and_a_bf16_parent_gives_bf16_weights(tmp_path):
     for part in ("alpha", "beta"):
         reference.materialise(with_new_student, part)
     exact, rounded = request_of(profile, "fp32"), request_of(profile, "bf16", precision="bf16")
-    close(run(rounded), run(exact), 0.1)
+    close(run(rounded), run(exact), 0.04)
     for request in (exact, rounded):
         assert set(weight_dtypes(request.final).values()) == {torch.bfloat16}
 

@@ -22,6 +22,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from nbg_core.config import PRECISIONS, TrainingSettings
 from nbg_core.forward import no_packing, output_matrix, response_hidden
@@ -35,6 +36,10 @@ from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
 
 DTYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
+
+
+BUCKET = 50_000_000
+"""Elements of DeepSpeed's buffers, at most."""
 
 
 class PairModel(nn.Module):
@@ -92,10 +97,13 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             setattr(config, name, 0.0)
+    # While this lives, transformers puts each weight into its ZeRO-3 slices as it reads it.
+    in_slices = HfDeepSpeedConfig(_config(settings, BUCKET)) if zero_stage(settings) == 3 else None
     model = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=getattr(torch, DTYPES[settings.precision]), trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )  # fmt: skip
+    del in_slices
     if settings.lora is not None:
         add_adapters(model, settings.lora, settings.seed)
     if settings.gradient_checkpointing:
@@ -136,7 +144,7 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | Non
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         optimizer=lambda p: AdamW(p, lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay),
-        config=_config(s, sum(p.numel() for p in model.parameters())),
+        config=_config(s, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())),
     )
     return engine, None if supports_packing(policy.config) else padding_id(tokenizer)
 
@@ -154,7 +162,7 @@ def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.Proce
 
 def _config(s: TrainingSettings, n_parameters: int) -> dict:
     """DeepSpeed's configuration. Buckets are no larger than the model: each is a buffer of its own."""
-    bucket = min(n_parameters, 50_000_000)
+    bucket = min(n_parameters, BUCKET)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it and only counts with it
         "managed_gradient_accumulation": False,

@@ -270,4 +270,3 @@ def _is_enough(state: RetryCallState) -> bool:
 
 async def _next(answers: AsyncIterator[T]) -> T | None:
     return await anext(answers, None)
-
