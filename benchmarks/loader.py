@@ -1,7 +1,8 @@
 """Memory and speed of the training-set loader as the number of pairs grows: `.venv/bin/python benchmarks/loader.py`.
 
 For each size a lake with that many synthetic pairs (prompt 16, responses 12 tokens, 8 teacher entries a position) is
-made; then two processes of their own write the training set's files and read batches of it in training order. Peak
+made; then two processes of their own check the pairs and write the training set's files, as the stage's worker does,
+and read batches of it in training order, as a rank does. Peak
 memory is the process's high-water mark of resident memory (VmHWM). Results: results/loader.json and a section of
 README.md.
 """
@@ -71,6 +72,7 @@ def lake_at(folder: Path):
 
 def write(folder: Path) -> dict:
     from nbg_core.config import TrainingSettings
+    from nbg_core.training.pairs import read_pairs
     from nbg_core.training.request import Request
     from nbg_core.training.rows import write_rows
 
@@ -81,7 +83,10 @@ def write(folder: Path) -> dict:
         temperature=1.0, training=TrainingSettings(), work=folder,
     )  # fmt: skip
     began = time.monotonic()
+    keys = dict(teacher_id="teacher", storage_id="storage", reference_id="reference", scoring_id="scoring")
+    pairs = read_pairs(lake, request.snapshot, request.slices, **keys)  # the worker keeps their ids for the commit
     write_rows(lake, request, log=lambda line: None)
+    assert pairs.height
     return {"write_s": time.monotonic() - began}
 
 

@@ -3,7 +3,8 @@
 A server gives the `k_head` most probable entries of a position and the token that is there, nothing else: the rows are
 top-k with a bucket. The head is the smallest that leaves at most `epsilon`, as with the transformers engine; there is
 no sampled tail, and the mass outside is 1 minus the head's, in float64 but of float32 log-probs: exact to 1e-6 or so.
-The bucket estimator (training.loss.estimator) is the one that reads such rows.
+The bucket estimator (training.loss.estimator) is the one that reads such rows. In float32 both engines have the same
+entries but for ties, with log-probs within 0.001 (tests/test_real_vllm.py).
 
 Columns past the tokenizer's vocabulary (a padded output matrix) are never entries; their mass is in the bucket.
 
