@@ -118,14 +118,17 @@ def status(slice: Slices = None) -> None:
 def sql(
     query: str,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="For people, or for programs.")] = "table",
-    snapshot: Annotated[int | None, typer.Option(help="Read the lake as it was at this snapshot.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows shown in a table (json and csv give all).")] = 40,
+    snapshot: Annotated[int | None, typer.Option(min=0, help="Read the lake as it was at this snapshot.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown in a table (json and csv give all).")] = 40,
 ) -> None:
     """Ask the lake a read-only question; safe while a run is going on."""
     _, lake = _open()
     try:
         _only_questions(query)
-        df = lake.sql(query, snapshot=snapshot)
+        try:
+            df = lake.sql(query, snapshot=snapshot)
+        except pl.exceptions.ComputeError:  # polars has no intervals
+            df = lake.sql(_intervals_as_text(lake, query, snapshot), snapshot=snapshot)
     except duckdb.Error as e:
         raise LookupError(f"{e}") from e
     if format == "csv":
@@ -142,10 +145,18 @@ def sql(
         console.print(f"{df.height} rows" + (f", first {rows} shown" if df.height > rows else ""))
 
 
+_FILE_DELETERS = re.compile(r"cleanup_old_files|delete_orphaned_files|expire_snapshots", re.IGNORECASE)
+
+
 def _only_questions(query: str) -> None:
-    """Raises ValueError for a statement that is not a question: the lake is read-only to DuckDB, files are not."""
+    """Raises ValueError for what is not one question: the lake is read-only to DuckDB, files are not."""
     explain = re.compile(r"\s*EXPLAIN\b(\s+ANALYZE\b)?", re.IGNORECASE)
-    for statement in duckdb.extract_statements(query):
+    if found := _FILE_DELETERS.search(query):  # they delete files, and fail to note it afterwards
+        raise ValueError(f"`nbg sql` is read-only and does not take {found[0]}; `nbg compact` looks after files")
+    statements = duckdb.extract_statements(query)
+    if len(statements) != 1:
+        raise ValueError(f"`nbg sql` takes one question, not {len(statements)}")
+    for statement in statements:
         parts = [statement]
         if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
             parts = duckdb.extract_statements(explain.sub("", statement.query, count=1))
@@ -155,6 +166,14 @@ def _only_questions(query: str) -> None:
                 f"{other[0]} statements; use --format csv for a file, FROM name(...) for CALL, and "
                 "FROM (PIVOT ... ON column IN (...)) for PIVOT"
             )
+
+
+def _intervals_as_text(lake: Lake, query: str, snapshot: int | None) -> str:
+    query = query.strip().rstrip(";")
+    columns = lake.sql(f"DESCRIBE {query}", snapshot=snapshot)
+    names = columns.filter(pl.col("column_type").str.contains("INTERVAL"))["column_name"]
+    quoted = ['"' + name.replace('"', '""') + '"' for name in names]
+    return f"SELECT * REPLACE ({', '.join(f'{q}::VARCHAR AS {q}' for q in quoted)}) FROM ({query})"
 
 
 def _json(value: object) -> str:
@@ -219,13 +238,13 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
 
 @app.command()
 def promote(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning; sft is the first student.")],
     reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
     force: Annotated[bool, typer.Option(help="Also if its evaluation says no.")] = False,
 ) -> None:
     """Make a checkpoint the policy that the next round samples from."""
     profile, lake = _open()
-    if not force and (why := accuracy.objection(lake, checkpoint)):
+    if not force and checkpoint != "sft" and (why := accuracy.objection(lake, checkpoint)):
         raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report`, or use --force")
     accuracy.promote(lake, profile, checkpoint, reason)
     console.print(f"policy is now {lineage.current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")
@@ -260,9 +279,9 @@ def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError as e:
+        except (OSError, OverflowError) as e:
             raise ValueError(
-                f"port {port} of {host} is taken ({e}); is `nbg dev` running? Or give another --port"
+                f"port {port} of {host} cannot be had ({e}); is `nbg dev` running? Or give another --port"
             ) from e
     with dagster_instance(profile) as instance:
         sync_partitions(instance)

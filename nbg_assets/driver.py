@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +57,9 @@ def dagster_instance(profile: Profile) -> Iterator[dg.DagsterInstance]:
     Its dagster.yaml links to the project's."""
     home = Path(os.environ.setdefault("DAGSTER_HOME", str(profile.resolve("data/dagster_home"))))
     home.mkdir(parents=True, exist_ok=True)
+    for path in (home, *home.glob("*/*.db")):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"Dagster's {path} cannot be written to")
     ours = home / "dagster.yaml"
     if ours.is_symlink() and ours.readlink() != PROJECT_ROOT / "dagster.yaml":  # the project was moved or copied
         ours.unlink()
@@ -90,6 +95,8 @@ def materialise_stale(
         on_line(f"left out: {reason}")
     lock = profile.resolve(profile.paths.work) / "locks" / "nbg run.lock"
     with hold(lock, f"process {os.getpid()} on {socket.gethostname()}", "another `nbg run` is going on:"):
+        if not good and not refused:
+            raise ValueError(f"no query files in {profile.resolve(profile.paths.queries)}; put NAME.jsonl there")
         sync_partitions(instance, profile)
         _end_killed_runs(instance)
         for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
@@ -101,9 +108,9 @@ def _materialise_stale(instance, profile: Profile, defs, lake: Lake, slices, goo
     chosen = list(slices or good)
     states = lineage.status(lake, profile, chosen)
     results = [Result(s.asset, s.slice, ran=False) for s in states if s.slice and s.state == "fresh"]
-    with _lines_to(on_line):
+    with _interrupts() as interrupted, _lines_to(on_line, interrupted):
         for slice, assets in stale_slices(states).items():
-            results += _run(defs, instance, "refresh_slice", assets, slice, on_line)
+            results += _run(defs, instance, "refresh_slice", assets, slice, on_line, interrupted)
         states = lineage.status(lake, profile)
         waiting = stale_slices(states)
         due = stale_student(states)
@@ -114,11 +121,13 @@ def _materialise_stale(instance, profile: Profile, defs, lake: Lake, slices, goo
             if slices is None:
                 results += [Result(asset, None, ran=False, success=False, message=why) for asset in due]
         elif due:
-            results += _run(defs, instance, "train", due, None, on_line)
+            results += _run(defs, instance, "train", due, None, on_line, interrupted)
     return results
 
 
-def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str | None, on_line) -> list[Result]:
+def _run(
+    defs: dg.Definitions, instance, job: str, assets: list[str], slice: str | None, on_line, interrupted
+) -> list[Result]:
     """One Dagster run of some assets of a job. Raises KeyboardInterrupt when it was interrupted."""
     where = f"[{slice}]" if slice else ""
     on_line(f"run {', '.join(assets)} {where}".rstrip())
@@ -133,7 +142,7 @@ def _run(defs: dg.Definitions, instance, job: str, assets: list[str], slice: str
         )
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
-    if _interrupted(instance, outcome):  # Dagster turns the signal into one more failed step
+    if interrupted() or _interrupted(instance, outcome):  # Dagster turns the signal into one more failed step
         raise KeyboardInterrupt
     made = {e.asset_key.path[-1]: e.materialization.metadata for e in outcome.get_asset_materialization_events()}
     failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
@@ -176,11 +185,40 @@ def _sentence(event: dg.DagsterEvent) -> str:
 
 
 @contextmanager
-def _lines_to(on_line: Callable[[str], None]) -> Iterator[None]:
-    """Give every worker line to `on_line`, and keep Dagster's own loggers quiet."""
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come: also one whose exception was lost in a callback of some library, where Python
+    cannot raise it."""
+    seen: set[int] = set()
+    if threading.current_thread() is not threading.main_thread():  # where no signal comes
+        yield lambda: False
+        return
+    here, there = socket.socketpair()
+    here.setblocking(False), there.setblocking(False)
+
+    def came() -> bool:
+        try:
+            seen.update(here.recv(4096))
+        except BlockingIOError:
+            pass
+        return bool(seen & {signal.SIGINT, signal.SIGTERM})
+
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    try:
+        yield came
+    finally:
+        signal.set_wakeup_fd(before)
+        here.close(), there.close()
+
+
+@contextmanager
+def _lines_to(on_line: Callable[[str], None], interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Give every worker line to `on_line`, and keep Dagster's own loggers quiet. A line after an interrupt raises
+    KeyboardInterrupt: it was lost."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            if interrupted():
+                raise KeyboardInterrupt
             on_line(record.getMessage())
 
     handler = Lines()

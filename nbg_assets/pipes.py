@@ -78,6 +78,7 @@ def _check(made: metadata.Made) -> list[dg.AssetCheckResult]:
     for check in CHECKS[made.asset]:
         violations = check.violations(subject)
         found = {"violations": violations.height, "partition": made.slice or ""}
+        why = f" ({violations['why'][0]})" if violations.height and "why" in violations.columns else ""
         if violations.height:
             found["first violations"] = dg.MetadataValue.md(metadata.table(violations))
         results.append(
@@ -86,7 +87,7 @@ def _check(made: metadata.Made) -> list[dg.AssetCheckResult]:
                 check_name=check.name,
                 asset_key=made.asset,
                 severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
-                description=check.description if violations.is_empty() else f"violated: {check.description}",
+                description=check.description if violations.is_empty() else f"violated: {check.description}{why}",
                 metadata=found,
             )
         )

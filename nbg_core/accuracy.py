@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from datetime import UTC, datetime
 
 import polars as pl
 
 from nbg_core import lineage
 from nbg_core.config import Profile
+from nbg_core.ids import model_id
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.preference.verifiers import scorer_ids
 
 Z = 1.959964
 
 
-def latest_summary(lake: Lake) -> tuple[str, pl.DataFrame]:
-    """The newest evaluated checkpoint's id, and its summary over the queries and with the settings of that evaluation.
+def latest_summary(lake: Lake, checkpoint: str | None = None) -> tuple[str, pl.DataFrame]:
+    """The newest evaluated checkpoint's id (or the one given), and its summary over the queries and with the settings
+    of its newest evaluation.
 
     Raises LookupError before the first evaluation."""
-    row = lineage.latest(lake, "student_eval", None)
-    if row is None:
-        raise LookupError("nothing is evaluated yet; materialise student_eval first (nbg run, or the UI)")
-    read = next(i for i in json.loads(row["inputs"]) if i["asset"] == "student_checkpoint")
-    checkpoint, made_with = read["data_version"], json.loads(row["settings"])
+    rows = lake.sql(
+        "SELECT inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
+        "ORDER BY snapshot_id DESC"
+    )
+    for inputs, settings in rows.iter_rows():
+        read = next(i for i in json.loads(inputs) if i["asset"] == "student_checkpoint")
+        if checkpoint in (None, read["data_version"]):
+            checkpoint, made_with = read["data_version"], json.loads(settings)
+            break
+    else:
+        what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
+        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
     return checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"])
@@ -98,17 +108,24 @@ def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
 
 
 def objection(lake: Lake, checkpoint: str) -> str | None:
-    """Why the last evaluation speaks against promoting a checkpoint; None if it does not, or is of another one."""
+    """Why its last evaluation speaks against promoting a checkpoint; None if it does not, or there is none."""
     try:
-        evaluated, summary = latest_summary(lake)
+        _, summary = latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"])
     except LookupError:
         return None
-    return gate(summary) if checkpoint_row(lake, checkpoint)["checkpoint_id"] == evaluated else None
+    return gate(summary)
 
 
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
-    """Promote a checkpoint by hand. Raises LookupError for an unknown checkpoint."""
-    write = promotion(lake, checkpoint, reason)
+    """Promote a checkpoint by hand; `sft` goes back to the student that the first round began with.
+
+    Raises LookupError for an unknown checkpoint."""
+    if checkpoint == "sft":
+        student, folder = (profile.resolve(p) for p in (profile.models.student, profile.paths.checkpoints))
+        row = {"model_id": model_id(student), "path": os.path.relpath(student, folder)}
+        write = Write("promotions", pl.DataFrame([row | {"promoted_at": datetime.now(UTC), "reason": reason}]))
+    else:
+        write = promotion(lake, checkpoint, reason)
     lake.commit(Record("promotion", None, run_id, profile.name), [write])
 
 

@@ -53,6 +53,13 @@ class LakeSettings(Section):
     author: str = "nbg"
     """Author written into each snapshot."""
 
+    @field_validator("catalog")
+    @classmethod
+    def _kind_is_known(cls, catalog: str):
+        if not re.match(r"(sqlite|postgres):.", catalog):
+            raise ValueError("write it as sqlite:PATH or postgres:CONNECTION STRING")
+        return catalog
+
 
 class Models(Section):
     student: Path
@@ -321,6 +328,10 @@ class VllmSettings(Section):
         for arg in args:
             if not arg.startswith("--") or " " in arg.partition("=")[0]:
                 raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
+            if arg.partition("=")[0] in ("--host", "--port", "--model", "--served-model-name"):
+                raise ValueError(
+                    f"{arg!r} is not yours to set: the server's model and address are chosen for each stage"
+                )
         return args
 
     def deciding_args(self) -> list[str]:
@@ -477,8 +488,8 @@ def load_profile(which: str | Path | None = None) -> Profile:
         known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as e:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ProfileError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: a profile is a mapping of keys, got {type(data).__name__}")

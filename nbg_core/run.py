@@ -75,9 +75,11 @@ class Finished(Generic[T]):
             self.flush()
 
     def flush(self) -> None:
-        items, self._items = self._items, []
-        if items:
-            self.new_rows += self._commit(items)
+        """A commit that is cut short, by a signal or an error, is tried again at the end of the `with`: rows that are
+        there already are left as they are."""
+        if self._items:
+            self.new_rows += self._commit(self._items)
+            self._items = []
         self._last = time.monotonic()
 
     def __enter__(self) -> Finished[T]:

@@ -94,7 +94,7 @@ def test_the_gate():
     assert "slice a is worse" in accuracy.gate(summary(("a", -0.3, -0.2, -0.1), good))
 
 
-def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_until_another_is_evaluated(lake):
+def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_also_after_another_was_evaluated(lake):
     assert accuracy.objection(lake, "after") is None  # nothing is evaluated
     fill(lake, {"a": {"before": [True] * 20, "after": [False] * 20, "teacher": [True] * 20}})
     rows = [
@@ -108,3 +108,6 @@ def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_until_another_is_e
     lake.commit(Record("student_eval", None, "r", "t", settings=settings, inputs=[read], data_version="v"))
     assert "not better overall: difference -1.000" in accuracy.objection(lake, "aft")
     assert accuracy.objection(lake, "other") is None
+    read = Input("student_checkpoint", None, "other", lake.snapshot())
+    lake.commit(Record("student_eval", None, "r", "t", settings=settings, inputs=[read], data_version="w"))
+    assert "not better overall: difference -1.000" in accuracy.objection(lake, "aft")

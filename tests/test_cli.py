@@ -1,5 +1,6 @@
 """The `nbg` command, as a user runs it."""
 
+import contextlib
 import csv
 import json
 import os
@@ -18,7 +19,7 @@ import yaml
 from fake_worker import write_profile
 from typer.testing import CliRunner
 
-from nbg_assets import cli, driver
+from nbg_assets import cli, driver, pipes
 from nbg_core.config import PROJECT_ROOT
 from nbg_core.files import hold
 from nbg_core.lake import Lake, Record, Write
@@ -54,7 +55,11 @@ def test_sql_in_three_formats(profile):
 
 def test_sql_cannot_write_and_names_its_mistakes(profile):
     add_pair(profile)
-    for query, expected in [("DELETE FROM pairs", "read-only"), ("SELECT x FROM pairs", '"x" not found')]:
+    for query, expected in [
+        ("DELETE FROM pairs", "read-only"), ("SELECT x FROM pairs", '"x" not found'),
+        ("FROM ducklake_cleanup_old_files('lake', cleanup_all => true)", "does not take cleanup_old_files"),
+        ("", "takes one question, not 0"), ("SELECT 1; SELECT 2", "takes one question, not 2"),
+    ]:  # fmt: skip
         result = nbg("sql", query)
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr.startswith("error: ") and expected in result.stderr
@@ -186,6 +191,17 @@ def test_an_interrupt_ends_the_run_and_starts_nothing_more(profile, tmp_path):
     assert "run " not in out and "failed" not in out
 
 
+def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
+    said = []
+    with driver._interrupts() as interrupted, driver._lines_to(said.append, interrupted):
+        pipes.progress.info("one")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            pipes.progress.info("two")
+    assert said == ["one"]
+
+
 def test_a_second_run_is_told_of_the_first_at_once(profile):
     with hold(profile.resolve(profile.paths.work) / "locks" / "nbg run.lock", "process 7 on here", ""):
         result = nbg("run")
@@ -214,6 +230,13 @@ def test_a_failure_names_its_partition_once(profile, tmp_path, monkeypatch):
     assert f"failed: {message}\n" in CliRunner().invoke(cli.app, ["run"]).stdout
 
 
+def test_sql_shows_intervals(profile):
+    add_pair(profile)
+    query = 'SELECT max(created_at) - min(created_at) AS "how long", 1 AS one FROM lineage.materialisations;'
+    (row,) = json.loads(nbg("sql", query, "--format", "json").stdout)
+    assert row["one"] == 1 and ":" in row["how long"]
+
+
 def test_sql_at_a_snapshot(profile):
     before = Lake.of(profile).snapshot()
     add_pair(profile)
@@ -229,7 +252,8 @@ def test_dev_says_that_its_port_is_taken(profile):
         s.listen()
         port = str(s.getsockname()[1])
         result = nbg("dev", "--port", port)
-    assert result.returncode == 1 and f"port {port} of 127.0.0.1 is taken" in result.stderr
+    assert result.returncode == 1 and f"port {port} of 127.0.0.1 cannot be had" in result.stderr
+    assert "error: port 99999 of" in nbg("dev", "--port", "99999").stderr
 
 
 def test_an_unknown_profile_key_is_one_line(profile, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {learning_rate: .inf}", "training.learning_rate = inf: .*finite"),
         (MODELS + "training: {adam_betas: [2, 5]}", "training.adam_betas.0 = 2: .*less than 1; training.adam_betas.1"),
         (MODELS + "preference: {weights: {verifier: -1}}", "preference.weights.verifier = -1: .*equal to 0"),
+        (MODELS + "lake: {catalog: 'mysql:x'}", "lake.catalog = 'mysql:x': .*sqlite:PATH or postgres:"),
         (MODELS + "preference: {weights: {}}", "no scorer with a weight; set verifier or teacher_loglik above 0"),
         (MODELS + "preference: {weights: {verifier: 0}}", "no scorer with a weight"),
         (MODELS + "refresh: {cron: nonsense}", "cron 'nonsense' does not have the fields minute, hour, day, month"),
@@ -149,6 +150,8 @@ def test_arguments_of_a_server_that_change_its_answers_change_the_key():
     assert key("--quantization=fp8", addresses=("http://h",)) == key()  # they are another's
     with pytest.raises(ValueError, match="'8' is not an argument; write each as --NAME or --NAME=VALUE"):
         type(base.vllm)(args=("--tensor-parallel-size", "8"))
+    with pytest.raises(ValueError, match="'--port=1' is not yours to set"):
+        type(base.vllm)(args=("--port=1",))
 
 
 def test_another_version_of_what_computes_is_another_key(monkeypatch):

@@ -154,6 +154,10 @@ def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     accuracy.promote(run.lake, run.profile, identity[:8], "test")
     after = lineage.current_policy(run.lake, run.profile)
     assert (before.promoted, after.promoted, after.model_id, after.path) == (False, True, identity, trained)
+    accuracy.promote(run.lake, run.profile, "sft", "back")
+    back = lineage.current_policy(run.lake, run.profile)
+    assert back.model_id == before.model_id and back.path.samefile(before.path)
+    accuracy.promote(run.lake, run.profile, identity[:8], "test")
     assert states(run)["student_samples", "a"] == ("stale", "settings, policy or file changed")
     assert states(run)["queries", "a"][0] == "fresh"
     (trained / "model.safetensors").write_bytes(b"tampered")

@@ -210,3 +210,20 @@ def test_long_chunks_are_committed_as_they_go(run, monkeypatch):
     sample.materialise(run, "a")
     commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'student_samples'").item()
     assert commits >= 2 * 4 and run.lake.sql("SELECT count(DISTINCT sample_id) FROM samples").item() == 2 * 4
+
+
+def test_a_commit_that_is_cut_short_is_tried_again_at_the_end(run, monkeypatch):
+    add_queries(run, ["one", "two"])
+    real, calls = Lake.commit, []
+
+    def cut_short(self, record, writes=()):
+        calls.append(record)
+        if len(calls) == 1:
+            raise SystemExit(143)  # as a signal does, wherever it comes
+        return real(self, record, writes)
+
+    monkeypatch.setattr(Lake, "commit", cut_short)
+    with pytest.raises(SystemExit):
+        sample.materialise(run, "a")
+    assert run.lake.sql("SELECT count(*) FROM samples").item() == 2 * 3
+    assert sample.materialise(run, "a")["new_rows"] == 2  # the teacher's
