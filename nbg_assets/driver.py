@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -202,11 +203,17 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             pass
         return bool(seen & {signal.SIGINT, signal.SIGTERM})
 
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    def say_lost(lost) -> None:
+        if not came():
+            hook(lost)
+
+    before, hook = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), sys.unraisablehook
+    sys.unraisablehook = say_lost
     try:
         yield came
     finally:
         signal.set_wakeup_fd(before)
+        sys.unraisablehook = hook
         here.close(), there.close()
 
 
