@@ -127,7 +127,9 @@ def sql(
         _only_questions(query)
         try:
             df = lake.sql(query, snapshot=snapshot)
-        except pl.exceptions.ComputeError:  # polars has no intervals
+        except pl.exceptions.ComputeError as e:
+            if "interval" not in str(e):
+                raise
             df = lake.sql(_intervals_as_text(lake, query, snapshot), snapshot=snapshot)
     except duckdb.Error as e:
         raise LookupError(f"{e}") from e
@@ -169,11 +171,13 @@ def _only_questions(query: str) -> None:
 
 
 def _intervals_as_text(lake: Lake, query: str, snapshot: int | None) -> str:
-    query = query.strip().rstrip(";")
+    """polars has no intervals."""
+    (statement,) = duckdb.extract_statements(query)
+    query = statement.query.strip().rstrip(";")
     columns = lake.sql(f"DESCRIBE {query}", snapshot=snapshot)
     names = columns.filter(pl.col("column_type").str.contains("INTERVAL"))["column_name"]
     quoted = ['"' + name.replace('"', '""') + '"' for name in names]
-    return f"SELECT * REPLACE ({', '.join(f'{q}::VARCHAR AS {q}' for q in quoted)}) FROM ({query})"
+    return f"SELECT * REPLACE ({', '.join(f'{q}::VARCHAR AS {q}' for q in quoted)}) FROM (\n{query}\n)"
 
 
 def _json(value: object) -> str:
@@ -244,7 +248,7 @@ def promote(
 ) -> None:
     """Make a checkpoint the policy that the next round samples from."""
     profile, lake = _open()
-    if not force and checkpoint != "sft" and (why := accuracy.objection(lake, checkpoint)):
+    if not force and checkpoint != lineage.SFT and (why := accuracy.objection(lake, checkpoint)):
         raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report`, or use --force")
     accuracy.promote(lake, profile, checkpoint, reason)
     console.print(f"policy is now {lineage.current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from datetime import UTC, datetime
 
 import polars as pl
@@ -117,12 +116,11 @@ def objection(lake: Lake, checkpoint: str) -> str | None:
 
 
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
-    """Promote a checkpoint by hand; `sft` goes back to the student that the first round began with.
+    """Promote a checkpoint by hand; `sft` goes back to the profile's student.
 
     Raises LookupError for an unknown checkpoint."""
-    if checkpoint == "sft":
-        student, folder = (profile.resolve(p) for p in (profile.models.student, profile.paths.checkpoints))
-        row = {"model_id": model_id(student), "path": os.path.relpath(student, folder)}
+    if checkpoint == lineage.SFT:
+        row = {"model_id": model_id(profile.resolve(profile.models.student)), "path": lineage.SFT}
         write = Write("promotions", pl.DataFrame([row | {"promoted_at": datetime.now(UTC), "reason": reason}]))
     else:
         write = promotion(lake, checkpoint, reason)

@@ -2,8 +2,7 @@
 
 What a reader sees stays the same, at every snapshot, row ids and insertions included: DuckLake writes the rows of
 neighbouring files into one that knows which snapshot each row came with. The catalog then holds one snapshot more.
-Replaced files stay for KEEP, for readers that have opened them; a later call deletes them, and with them what a killed
-process had written and not committed.
+Replaced files stay for KEEP, for readers that have opened them; a later call deletes them.
 
 Teacher logits are left as they are: their files are large, and DuckDB would write them without the encoding that makes
 them small (`files.write_parquet`).
@@ -11,15 +10,12 @@ them small (`files.write_parquet`).
 
 from __future__ import annotations
 
-import time
-from datetime import timedelta
-
 import polars as pl
 
 from nbg_core import schemas
 from nbg_core.lake import Lake, patiently, quietly_rollback
 
-KEEP = timedelta(days=1)
+KEEP = "1 day"
 
 
 def compact(lake: Lake) -> pl.DataFrame:
@@ -30,7 +26,6 @@ def compact(lake: Lake) -> pl.DataFrame:
         if merged:
             rows.append({"table": table, "before": sum(n for n, _ in merged), "after": sum(n for _, n in merged)})
     patiently(_delete_replaced, lake)
-    _delete_uncommitted(lake)
     return pl.DataFrame(rows, schema={"table": pl.String, "before": pl.Int64, "after": pl.Int64})
 
 
@@ -54,20 +49,4 @@ def _merge(lake: Lake, table: str) -> list[tuple[int, int]]:
 
 def _delete_replaced(lake: Lake) -> None:
     with lake.connect(read_only=False) as con:
-        con.execute(
-            f"CALL ducklake_cleanup_old_files('lake', older_than => now() - INTERVAL '{KEEP.total_seconds()} s')"
-        )
-
-
-def _delete_uncommitted(lake: Lake) -> None:
-    """Delete files of our own writing that are older than KEEP and not in the catalog, by their names, which hold a
-    uuid: DuckLake's own way compares paths as strings, and a folder can have several."""
-    written = [p for p in lake.registered_folder().rglob("*") if p.suffix in (".parquet", ".tmp")]
-    old = [p for p in written if time.time() - p.stat().st_mtime > KEEP.total_seconds()]
-    if not old:
-        return
-    known = set(lake.sql("SELECT path FROM __ducklake_metadata_lake.ducklake_data_file")["path"])
-    names = {path.rpartition("/")[2] for path in known}
-    for path in old:
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+        con.execute(f"CALL ducklake_cleanup_old_files('lake', older_than => now() - INTERVAL '{KEEP}')")

@@ -103,7 +103,7 @@ class SamplingSettings(Section):
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Responses generated at once."""
     chunk_queries: Annotated[int, Field(ge=1)] = 128
-    """Queries per commit; what is finished is committed every 30 s at the latest: a crash can lose no more."""
+    """Queries per commit; what finishes is also committed every 30 s: what a crash can lose."""
 
     @model_validator(mode="after")
     def _enough_responses(self):
@@ -154,7 +154,7 @@ class TeacherSettings(Section):
     n_processes: Annotated[int, Field(ge=1)] = 1
     """Processes that score side by side with engine `transformers`, a GPU and a copy of the teacher each."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
-    """Responses per commit; what is finished is committed every 30 s at the latest: a crash can lose no more."""
+    """Responses per commit; what finishes is also committed every 30 s: what a crash can lose."""
 
 
 STORE_VERSION = 4
@@ -328,23 +328,27 @@ class VllmSettings(Section):
         for arg in args:
             if not arg.startswith("--") or " " in arg.partition("=")[0]:
                 raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
-            if arg.partition("=")[0] in ("--host", "--port", "--model", "--served-model-name"):
-                raise ValueError(
-                    f"{arg!r} is not yours to set: the server's model and address are chosen for each stage"
-                )
+            if _name(arg) in ("--host", "--port", "--model", "--served-model-name", "--load-format"):
+                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address")
+            if _name(arg) == "--max-model-len":
+                raise ValueError(f"{arg!r} is a setting of its own: vllm.max_model_len")
         return args
 
     def deciding_args(self) -> list[str]:
         """Arguments of our own servers that may change what a model answers."""
         if self.addresses:
             return []
-        return sorted(a for a in self.args if a.partition("=")[0].replace("_", "-") not in _HOW_A_SERVER_RUNS)
+        return sorted(a for a in self.args if _name(a) not in _HOW_A_SERVER_RUNS)
+
+
+def _name(arg: str) -> str:
+    return arg.partition("=")[0].replace("_", "-")
 
 
 _HOW_A_SERVER_RUNS = {
     "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
     "--distributed-executor-backend", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--cpu-offload-gb",
-    "--swap-space", "--block-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--load-format",
+    "--swap-space", "--block-size", "--max-num-seqs", "--max-num-batched-tokens",
     "--max-parallel-loading-workers", "--enforce-eager", "--uvicorn-log-level", "--disable-log-stats",
 }  # fmt: skip
 

@@ -280,7 +280,7 @@ class Lake:
             return 0
         if write.as_file and "://" not in self.data_path:
             name = f"{record.materialisation_id}-{uuid.uuid4().hex}.parquet"
-            path = self.registered_folder() / write.table / name
+            path = Path(self.data_path) / "registered" / write.table / name
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             write_parquet(rows, temporary, schemas.BYTE_SPLIT.get(write.table, ()))
@@ -290,10 +290,6 @@ class Lake:
         else:
             con.execute(f"INSERT INTO {write.table} BY NAME SELECT * FROM rows")
         return rows.height
-
-    def registered_folder(self) -> Path:
-        """Of the Parquet files that we write and DuckLake only knows of."""
-        return Path(self.data_path) / "registered"
 
     @staticmethod
     def _lineage_row(record: Record, n_rows: int) -> pl.DataFrame:

@@ -42,6 +42,10 @@ class Policy:
     promoted: bool
 
 
+SFT = "sft"
+"""In the place of a path in `promotions`: the profile's student."""
+
+
 def current_policy(lake: Lake, profile: Profile) -> Policy:
     """The newest promoted checkpoint, or the SFT student before the first promotion.
 
@@ -51,7 +55,10 @@ def current_policy(lake: Lake, profile: Profile) -> Policy:
         path = profile.resolve(profile.models.student)
         return Policy(model_id(path), path, False)
     row = rows.row(0, named=True)
-    path = profile.resolve(profile.paths.checkpoints) / row["path"]
+    if row["path"] == SFT:
+        path = profile.resolve(profile.models.student)
+    else:
+        path = profile.resolve(profile.paths.checkpoints) / row["path"]
     if model_id(path) != row["model_id"]:
         raise ValueError(
             f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"

@@ -159,7 +159,7 @@ def _secret_values() -> list[str]:
 
 
 def _ending(code: int) -> str:
-    code = 128 - code if code > 128 else code  # what a worker makes of SIGTERM
+    code = -signal.SIGTERM if code == 128 + signal.SIGTERM else code  # what a worker makes of it
     if code >= 0:
         return f"ended with exit code {code} and no report"
     name = signal.Signals(-code).name

@@ -59,12 +59,12 @@ class Run:
 
 
 COMMIT_SECONDS = 30.0
-"""Finished work waits this long for its commit at most."""
+"""What finishes this long after the last commit is committed at once, with what finished before it."""
 
 
 class Finished(Generic[T]):
-    """Finished work on its way into the lake: committed every COMMIT_SECONDS, when `flush` says so, and at the end of
-    the `with`, however it ends. `new_rows` counts what the commits say that they wrote."""
+    """Finished work on its way into the lake: committed every COMMIT_SECONDS while it comes, when `flush` says so, and
+    at the end of the `with`, however it ends. `new_rows` counts what the commits say that they wrote."""
 
     def __init__(self, commit: Callable[[list[T]], int]):
         self._commit, self._items, self._last, self.new_rows = commit, [], time.monotonic(), 0
@@ -75,10 +75,14 @@ class Finished(Generic[T]):
             self.flush()
 
     def flush(self) -> None:
-        """A commit that is cut short, by a signal or an error, is tried again at the end of the `with`: rows that are
-        there already are left as they are."""
+        """A commit that a signal cuts short is made again at the end of the `with`: rows that are there already are
+        left as they are."""
         if self._items:
-            self.new_rows += self._commit(self._items)
+            try:
+                self.new_rows += self._commit(self._items)
+            except Exception:  # it will fail again
+                self._items = []
+                raise
             self._items = []
         self._last = time.monotonic()
 

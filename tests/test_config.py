@@ -150,8 +150,11 @@ def test_arguments_of_a_server_that_change_its_answers_change_the_key():
     assert key("--quantization=fp8", addresses=("http://h",)) == key()  # they are another's
     with pytest.raises(ValueError, match="'8' is not an argument; write each as --NAME or --NAME=VALUE"):
         type(base.vllm)(args=("--tensor-parallel-size", "8"))
-    with pytest.raises(ValueError, match="'--port=1' is not yours to set"):
-        type(base.vllm)(args=("--port=1",))
+    for arg in ("--port=1", "--served_model_name=x", "--load-format=dummy"):
+        with pytest.raises(ValueError, match=f"'{arg}' is not yours to set"):
+            type(base.vllm)(args=(arg,))
+    with pytest.raises(ValueError, match="a setting of its own: vllm.max_model_len"):
+        type(base.vllm)(args=("--max-model-len=9",))
 
 
 def test_another_version_of_what_computes_is_another_key(monkeypatch):

@@ -151,6 +151,13 @@ def test_a_server_that_is_restarted_is_waited_for(start, open_run, monkeypatch):
     assert max(fake.asked.values()) > client.ATTEMPTS
 
 
+def test_wrong_answers_are_counted_apart_from_none(start, open_run, monkeypatch):
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 60.0)
+    fake = start()
+    fake.fault = lambda body, attempt: "500" if attempt <= 6 else "nan" if attempt <= 6 + client.ATTEMPTS - 1 else None
+    assert sample.materialise(open_run(fake), "a")["new_rows"] == len(PROMPTS) * N
+
+
 def test_an_address_that_does_not_answer_is_left_out(start, open_run):
     fake, said = start(), []
     run = open_run(fake, addresses=["http://127.0.0.1:9", fake.url])

@@ -162,7 +162,9 @@ def _rounded(logprobs: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray, bits:
     head = np.full((len(n_head), width), -np.inf, dtype=np.float32)
     head[owner, column] = logprobs[order]
     carry = np.zeros(len(head))
-    for j in range(width):
+    first = int((head >= LOG_ALONE).any(0).argmax()) if head.size else 0
+    head[:, :first] = round_mantissa(head[:, :first], bits)
+    for j in range(first, width):
         exact, alone = head[:, j], head[:, j] < LOG_ALONE
         own = np.exp(exact, dtype=np.float64)
         mass = own + carry

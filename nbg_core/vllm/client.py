@@ -51,6 +51,10 @@ class BadAnswer(ValueError):
     """An answer that is not what was asked for."""
 
 
+class _Wrong(Exception):
+    """Answered wrong too often."""
+
+
 class _Unavailable(Exception):
     """No answer this time."""
 
@@ -155,19 +159,21 @@ class Client:
             stop=_is_enough, wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
             before_sleep=self._say_retry, reraise=True,
         )  # fmt: skip
-        address, tried = "", 0
+        address, tried, wrong = "", 0, 0
         try:
             async for attempt in retrying:
                 with attempt:
                     address, tried = self._next_address(number + tried), tried + 1
                     salt = {} if cached else {"cache_salt": uuid.uuid4().hex}
-                    choice = await self._choice(http, address, body | salt)
+                    choice = None
                     try:
+                        choice = await self._choice(http, address, body | salt)
                         return number, parse(number, choice)
                     except (KeyError, TypeError, ValueError) as e:
                         text = str(e) if isinstance(e, BadAnswer) else f"{type(e).__name__} {e} in {str(choice)[:200]}"
-                        raise BadAnswer(text) from e
-        except (_Unavailable, BadAnswer) as e:
+                        wrong += 1
+                        raise (BadAnswer if wrong < ATTEMPTS else _Wrong)(text) from e
+        except (_Unavailable, BadAnswer, _Wrong) as e:
             if died := self._died():
                 raise ServerFailed(died) from e
             raise ServerFailed(
@@ -264,7 +270,7 @@ class Client:
 
 def _is_enough(state: RetryCallState) -> bool:
     if isinstance(state.outcome.exception(), BadAnswer):
-        return state.attempt_number >= ATTEMPTS
+        return False  # counted where it is made
     return state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
 
 
