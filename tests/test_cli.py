@@ -193,12 +193,14 @@ def test_an_interrupt_ends_the_run_and_starts_nothing_more(profile, tmp_path):
 
 def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
     said = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     with driver._interrupts() as interrupted, driver._lines_to(said.append, interrupted):
         pipes.progress.info("one")
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             pipes.progress.info("two")
+    signal.signal(signal.SIGINT, before)
     assert said == ["one"]
 
 
