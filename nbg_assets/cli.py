@@ -242,7 +242,7 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
 
 @app.command()
 def promote(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning; sft is the first student.")],
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning; sft is the profile's student.")],
     reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
     force: Annotated[bool, typer.Option(help="Also if its evaluation says no.")] = False,
 ) -> None:

@@ -47,18 +47,15 @@ SFT = "sft"
 
 
 def current_policy(lake: Lake, profile: Profile) -> Policy:
-    """The newest promoted checkpoint, or the SFT student before the first promotion.
+    """The newest promoted checkpoint; the profile's student before the first promotion, or when SFT was promoted.
 
     Raises FileNotFoundError when its folder is gone."""
     rows = lake.sql("SELECT model_id, path FROM promotions ORDER BY promoted_at DESC LIMIT 1")
-    if rows.is_empty():
+    if rows.is_empty() or rows["path"].item() == SFT:
         path = profile.resolve(profile.models.student)
         return Policy(model_id(path), path, False)
     row = rows.row(0, named=True)
-    if row["path"] == SFT:
-        path = profile.resolve(profile.models.student)
-    else:
-        path = profile.resolve(profile.paths.checkpoints) / row["path"]
+    path = profile.resolve(profile.paths.checkpoints) / row["path"]
     if model_id(path) != row["model_id"]:
         raise ValueError(
             f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"

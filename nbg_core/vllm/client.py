@@ -269,9 +269,8 @@ class Client:
 
 
 def _is_enough(state: RetryCallState) -> bool:
-    if isinstance(state.outcome.exception(), BadAnswer):
-        return False  # counted where it is made
-    return state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
+    unanswered = isinstance(state.outcome.exception(), _Unavailable)  # wrong answers are counted where they come
+    return unanswered and state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
 
 
 async def _next(answers: AsyncIterator[T]) -> T | None:
