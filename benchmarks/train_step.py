@@ -9,7 +9,7 @@ an optimizer; gradients are freed between steps. Of each case, in one process:
    `peak_bytes` is the most that lives at once beyond what was there before the step (weights, pairs) and beyond the
    gradients that the step leaves behind.
 3. Time: rounds in which every variant takes one step, the median of each.
-4. One more step of D under the profiler: the share of its time that is matrix products, which no variant can avoid.
+4. One more step of D under the profiler: what each operator takes of its time. Matrix products no variant can avoid.
    `flops` counts those of the weights (not attention's, and no product that is done twice): their ratio is what a
    variant would be slower than D if everything else cost nothing.
 
@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 """Of the norm of a parameter's gradient, in float32."""
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
-SAME = (("A0", "A0 rows", "B", "C", "D"), ("A", "TRL", "Liger"))
+SAME = (("A0", "A0 rows", "B", "C", "D", "D lean"), ("A", "TRL", "Liger"))
 """Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
 
 
@@ -178,7 +178,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
             start = time.perf_counter()
             take(step, models)
             seconds[name].append(time.perf_counter() - start)
-    share, products = gemm_share(running["D"], models), flops(models, pairs)
+    shares, products = operators(running["D"], models), flops(models, pairs)
     rows = []
     for name, step in found.items():
         row = {"case": case.name, "shape": {**case.model, "prompt": case.prompt, "response": case.response,
@@ -186,7 +186,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
         if callable(step):
             median = statistics.median(seconds[name])
             row |= {"median_s": median, "tokens_per_s": pairs.unique_tokens / median, "peak_bytes": peaks[name]}
-            row |= {"flops": products.get(name)} | ({"gemm_share": share} if name == "D" else {})
+            row |= {"flops": products.get(name)} | ({"operators": shares} if name == "D" else {})
             print(f"  {name:8} {median * 1e3:8.0f} ms {peaks[name] / 1e6:8.1f} MB", flush=True)
         else:
             row |= {"median_s": None, "tokens_per_s": None, "peak_bytes": None, "error": step}
@@ -208,11 +208,16 @@ def flops(models: Models, pairs: Pairs) -> dict[str, int]:
     return {"A": with_live, "A0": padded, "A0 rows": padded, **fused}
 
 
-def gemm_share(step: Step, models: Models) -> float:
+def operators(step: Step, models: Models) -> dict[str, float]:
+    """Shares of a step's time, the largest first: of matrix products together, of every other operator."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         take(step, models)
-    times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
-    return sum(times.get(name, 0) for name in GEMMS) / sum(times.values())
+    times = {"products": 0.0}
+    for event in profiler.key_averages():
+        name = "products" if event.key in GEMMS else event.key
+        times[name] = times.get(name, 0.0) + event.self_cpu_time_total
+    total = sum(times.values())
+    return {name: t / total for name, t in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def head_gemms(repeats: int) -> dict[str, float]:
@@ -274,8 +279,12 @@ def tables(rows: list[dict]) -> str:
         ratios = [f"{cells[case, n]['flops'] / cells[case, 'D']['flops']:.1f}" for n in counted]
         products.append(f"| {case} | " + " | ".join(ratios) + " |")
     products.append("")
-    shares = ", ".join(f"{r['case']} {r['gemm_share']:.0%}" for r in rows if "gemm_share" in r)
-    products += [f"Matrix products are this share of D's time: {shares}."] if shares else []
+    profiles = [r for r in rows if "operators" in r]
+    operators = [f"| share of D's time | products | {' | '.join(f'{i}.' for i in range(2, 8))} |", "|---" * 8 + "|"]
+    for r in profiles:
+        others = [f"{name.split('::')[-1]} {share:.1%}" for name, share in r["operators"].items() if name != "products"]
+        operators.append(f"| {r['case']} | {r['operators']['products']:.0%} | {' | '.join(others[:6])} |")
+    products += operators if profiles else []
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
     return "\n".join([*times, *peaks, *products, *errors]).strip()
 

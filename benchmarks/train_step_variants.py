@@ -8,6 +8,7 @@
     B         padded, with the fused head
     C         B without padding: every response packed with a prompt of its own
     D         C with the prompt shared by a pair: what this project trains with
+    D lean    D with gradient checkpointing (`training.gradient_checkpointing`)
     TRL       TRL's kernels composed: its fused log-probs (stored reference) and its divergence (live teacher)
     Liger     Liger's composed: its DPO (live reference) and its JSD at beta 0, the forward KL (live teacher)
     TRL DPO   TRL's own DPOTrainer doing DPO alone, reference precomputed: less work than all others
@@ -149,6 +150,7 @@ def steps(models: Models, pairs: Pairs, only: Sequence[str] = ()) -> dict[str, S
         "B": lambda: lambda: fused(models.student, pairs, padded_hidden(models.student, pairs.padded)),
         "C": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.packed)),
         "D": lambda: lambda: fused(models.student, pairs, packed_hidden(models.student, pairs.shared)),
+        "D lean": lambda: lambda: checkpointed(models.student, pairs),
         "TRL": lambda: trl_composed(models, pairs),
         "Liger": lambda: liger_composed(models, pairs),
         "TRL DPO": lambda: dpo_trainer(models, pairs),
@@ -216,6 +218,13 @@ def fused(student: PreTrainedModel, pairs: Pairs, hidden: Tensor) -> Terms:
         denominators=pairs.denominators,
     )  # fmt: skip
     return {"loss": loss}
+
+
+def checkpointed(student: PreTrainedModel, pairs: Pairs) -> Terms:
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hidden = packed_hidden(student, pairs.shared)
+    student.gradient_checkpointing_disable()
+    return fused(student, pairs, hidden)
 
 
 def trl_composed(models: Models, pairs: Pairs) -> Step:

@@ -21,6 +21,7 @@ by block; on CUDA the GEMMs take low-precision operands (the logits' gradient is
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -81,8 +82,11 @@ def head_joint_loss(
     (8 MiB or 16 rows; on CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
+    n, bucket = len(hidden), settings.estimator == "bucket"
     head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
-    n, bucket, dtype = len(hidden), settings.estimator == "bucket", head.tile.dtype
+    chunks = _chunks(pair_index, head.rows) if group is None else [slice(0, n)]
+    tiles_of = head.allocate(chunks)
+    dtype = head.tile.dtype
     wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
     d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # its first product fills it
@@ -102,8 +106,7 @@ def head_joint_loss(
         if wants_weight:
             d_weight[vocab if n else 0 :].zero_()
         first = True
-        for chunk in _chunks(pair_index, head.rows) if group is None else [slice(0, n)]:
-            tiles = _parts(chunk, head.rows)
+        for chunk, tiles in zip(chunks, tiles_of, strict=True):
             for tile in tiles:
                 z = head.logits(tile)
                 seen.read(z, tile, token_ids, head.scratch)
@@ -144,8 +147,9 @@ def head_logps(
         raise ValueError(f"hidden and token_ids have {len(hidden)} and {len(token_ids)} rows; pass one row per token")
     with torch.no_grad():
         head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
+        (tiles,) = head.allocate([slice(0, len(hidden))])
         logps = head.tile.new_empty(len(hidden))
-        for tile in _parts(slice(0, len(hidden)), head.rows):
+        for tile in tiles:
             z = head.logits(tile)
             n = tile.stop - tile.start
             log_z = _log_z(z, head.scratch)[:n]
@@ -158,7 +162,8 @@ def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int |
     float64 if hidden is; without gradient. A tile may be overwritten; the next one is in its place."""
     with torch.no_grad():
         head = _Head(hidden.detach(), weight.detach(), vocab, tile_bytes)
-        for tile in _parts(slice(0, len(hidden)), head.rows):
+        (tiles,) = head.allocate([slice(0, len(hidden))])
+        for tile in tiles:
             yield head.logits(tile)[: tile.stop - tile.start]
 
 
@@ -172,15 +177,21 @@ class _Head:
                 f"vocab={vocab} do not fit; pass hidden [T, H] and the output matrix [at least vocab, H] of one dtype"
             )
         self.hidden, self.weight, self.on_cpu = hidden, weight[:vocab], hidden.device.type == "cpu"
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.by_onednn = ONEDNN and self.on_cpu and dtype == torch.float32
-        row_bytes = vocab * dtype.itemsize
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.by_onednn = ONEDNN and self.on_cpu and self.dtype == torch.float32
         if tile_bytes is None:
             tile_bytes = TILE_BYTES["cpu" if self.on_cpu else "cuda"]
-        self.rows = max(MIN_ROWS, tile_bytes // row_bytes)
-        self.tile = hidden.new_empty(max(MIN_ROWS, min(self.rows, len(hidden))), vocab, dtype=dtype)
-        in_scratch = max(MIN_ROWS, CACHE_BYTES // row_bytes) if self.on_cpu else len(self.tile)
+        self.rows = max(MIN_ROWS, tile_bytes // (vocab * self.dtype.itemsize))
+
+    def allocate(self, chunks: list[slice]) -> list[list[slice]]:
+        """The tiles of each chunk, in which there is memory for the longest of them."""
+        tiles = [_parts(chunk, self.rows) for chunk in chunks]
+        longest = max((t.stop - t.start for some in tiles for t in some), default=0)
+        vocab = len(self.weight)
+        self.tile = self.hidden.new_empty(max(MIN_ROWS, longest), vocab, dtype=self.dtype)
+        in_scratch = max(MIN_ROWS, CACHE_BYTES // (vocab * self.dtype.itemsize)) if self.on_cpu else len(self.tile)
         self.scratch = self.tile.new_empty(min(in_scratch, len(self.tile)), vocab)
+        return tiles
 
     def logits(self, rows: slice) -> Tensor:
         """The tile [c, V] with the logits of `rows`; zero rows are added up to MIN_ROWS."""
@@ -325,15 +336,25 @@ def _derivatives(loss_of, rows: slice, seen: _Seen) -> tuple[Tensor, Tensor, Ten
 
 
 def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
-    """Consecutive rows that hold whole pairs: as many pairs as fit `rows`, or one that does not; all rows when they are
-    not in order of pair."""
-    steps = pair_index.diff()
+    """Consecutive rows that hold whole pairs: the fewest chunks of at most `rows`, or of one pair, that is longer, and
+    of these the most even ones; all rows when they are not in order of pair."""
+    steps, n = pair_index.diff(), len(pair_index)
     ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
-    bounds = [0]
-    for left, right in pairwise([0, *ends, len(pair_index)]):
-        if right - bounds[-1] > rows:
-            bounds.append(left)
-    return [slice(*b) for b in pairwise([*bounds, len(pair_index)]) if b[0] < b[1]]
+    pairs = [slice(*ends) for ends in pairwise([0, *ends, n])] if n else []
+
+    def filled(limit: int) -> list[slice]:
+        chunks: list[slice] = []
+        for pair in pairs:
+            if chunks and pair.stop - chunks[-1].start <= limit:
+                chunks[-1] = slice(chunks[-1].start, pair.stop)
+            else:
+                chunks.append(pair)
+        return chunks
+
+    fewest = len(filled(rows))
+    limits = range(-(-n // max(1, fewest)), rows + 1)
+    at = bisect_left(limits, True, key=lambda limit: len(filled(limit)) <= fewest)
+    return filled(limits[at] if at < len(limits) else rows)
 
 
 def _parts(whole: slice, size: int) -> list[slice]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ CODE_VERSION = "1"
 """Raised when the same settings and inputs would give other rows: everything made before is then stale."""
 
 RETRY_SECONDS = 120
+
+JOIN_MEMORY = "400MB"
 
 VIEWS = {
     "teacher_entries": """
@@ -199,6 +202,21 @@ class Lake:
         """The rows of a read-only query, at `snapshot` if given. Lists and structs come as polars types."""
         with self._connection(read_only=True, snapshot=snapshot) as con:
             return con.execute(query, list(params)).pl()
+
+    @contextmanager
+    def joins(self, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection for joins of all rows of large tables: in JOIN_MEMORY, beyond it in the folder `spill`, which
+        goes with it; rows come in any order where none is asked for."""
+        con = self._attach(True, snapshot)
+        try:
+            con.execute("USE lake")
+            con.execute("SET memory_limit = ?", [JOIN_MEMORY])
+            con.execute("SET temp_directory = ?", [str(spill)])
+            con.execute("SET preserve_insertion_order = false")
+            yield con
+        finally:
+            con.close()
+            shutil.rmtree(spill, ignore_errors=True)
 
     def snapshot(self) -> int:
         """The newest snapshot id."""

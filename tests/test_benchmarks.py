@@ -58,5 +58,6 @@ def test_train_step():
     torch.set_num_threads(threads)
     found = {r["variant"]: r for r in rows}
     assert {"A", "A0", "B", "C", "D"} <= {n for n, r in found.items() if r["median_s"]}
-    assert found["D"]["peak_bytes"] < found["A"]["peak_bytes"] and 0 < found["D"]["gemm_share"] < 1
+    assert found["D"]["peak_bytes"] < found["A"]["peak_bytes"] and 0 < found["D"]["operators"]["products"] < 1
+    assert found["D lean"]["peak_bytes"] < found["D"]["peak_bytes"]
     assert "| D |" in train_step.tables(rows)

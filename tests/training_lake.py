@@ -106,7 +106,7 @@ def request_of(profile: Profile, name: str, **training) -> Request:
         scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature, training=settings, work=work,
         threads=profile.threads,
     )  # fmt: skip
-    read_pairs(lake, request.snapshot, request.slices, **where(request))
+    read_pairs(lake, request.snapshot, request.slices, work, **where(request))
     write_rows(lake, request, lambda line: None)
     return request
 

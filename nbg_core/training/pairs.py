@@ -7,7 +7,9 @@ Both responses of a pair answer one prompt, token by token.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 import polars as pl
 
@@ -43,15 +45,21 @@ _RESPONSES = """
 
 
 def read_pairs(
-    lake: Lake, snapshot: int, slices: Sequence[str], *, teacher_id: str, storage_id: str, reference_id: str,
-    scoring_id: str,
+    lake: Lake, snapshot: int, slices: Sequence[str], work: Path, *, teacher_id: str, storage_id: str,
+    reference_id: str, scoring_id: str,
 ) -> pl.DataFrame:  # fmt: skip
-    """The pairs in order of pair_id: pair_id, slice. Light: token ids and distributions stay where they are.
+    """The pairs in order of pair_id: pair_id, slice. Light: token ids and distributions stay where they are; what the
+    joins cannot keep in memory goes to a folder below `work`.
 
     Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length, and with
     two prompts."""
     params = [list(slices), teacher_id, storage_id, reference_id, scoring_id]
-    bad = lake.sql(_RESPONSES, params, snapshot=snapshot)
+    with lake.joins(snapshot, work / f"spill-{uuid.uuid4().hex}") as con:
+        bad = con.execute(_RESPONSES, params).pl()
+        pairs = con.execute(
+            "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id",
+            [list(slices)],
+        ).pl()
     if not bad.is_empty():
         r = bad.row(0, named=True)
         what, remedy = _problem(r, teacher_id, reference_id)
@@ -60,11 +68,7 @@ def read_pairs(
             f"sample {r['sample_id']}, has {what} at snapshot {snapshot} "
             f"({r['n_bad']} responses that do not fit); {remedy}"
         )
-    return lake.sql(
-        "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id",
-        [list(slices)],
-        snapshot=snapshot,
-    )
+    return pairs
 
 
 def _problem(r: dict, teacher: str, reference: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ little-endian, no header, whole if and only if `complete.json` is there.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ INDEX_BYTES = 16 * len(INDEXED)
 ID_BYTES = 32
 BATCH_ROWS = 256
 """Responses that come out of the join at once; long ones are 0.3 MB each."""
-MEMORY = "400MB"
-"""What DuckDB may use to join; it spills to disk beyond."""
+RELEASED = 64
+"""Batches after which the index's pages are given back to the system."""
 
 
 def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
@@ -58,17 +59,14 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
         "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
-    with lake.connect(snapshot=request.snapshot) as con:
-        con.execute("SET memory_limit = ?", [MEMORY])
-        con.execute("SET temp_directory = ?", [str(folder / "spill")])
-        con.execute("SET preserve_insertion_order = false")
+    with lake.joins(request.snapshot, folder / "spill") as con:
         con.execute(
-            "CREATE OR REPLACE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
+            "CREATE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
             "WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
             [request.slices],
         )
         con.execute(
-            "CREATE OR REPLACE TEMP TABLE responses AS SELECT sample_id, row_number() OVER (ORDER BY sample_id) - 1 AS "
+            "CREATE TEMP TABLE responses AS SELECT sample_id, row_number() OVER (ORDER BY sample_id) - 1 AS "
             "number FROM (SELECT chosen_id AS sample_id FROM members UNION SELECT rejected_id FROM members)"
         )
         n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
@@ -86,13 +84,6 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
             "JOIN responses r ON r.sample_id = rejected_id ORDER BY pair_id"
         )
         n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index)
-        for end in (
-            "DROP TABLE members",
-            "DROP TABLE responses",
-            "RESET memory_limit",
-            "RESET preserve_insertion_order",
-        ):
-            con.execute(end)
     index.flush()
     write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses})
 
@@ -102,7 +93,9 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, columns: Sequenc
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
     ends = dict.fromkeys(columns, 0)
     try:
-        for batch in batches:
+        for n, batch in enumerate(batches):
+            if n % RELEASED == 0:
+                index._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written stays in the file
             numbers = batch.column(0).to_numpy()
             for i, c in enumerate(columns, 1):
                 lists = batch.column(i)
