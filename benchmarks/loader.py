@@ -83,8 +83,7 @@ def write(folder: Path) -> dict:
         temperature=1.0, training=TrainingSettings(), work=folder,
     )  # fmt: skip
     began = time.monotonic()
-    keys = dict(teacher_id="teacher", storage_id="storage", reference_id="reference", scoring_id="scoring")
-    pairs = read_pairs(lake, request.snapshot, request.slices, folder, **keys)  # the worker keeps their ids for the commit
+    pairs = read_pairs(lake, request.snapshot, request.slices)  # the worker keeps their ids for the commit
     write_rows(lake, request, log=lambda line: None)
     assert pairs.height
     return {"write_s": time.monotonic() - began}

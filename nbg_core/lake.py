@@ -205,14 +205,17 @@ class Lake:
 
     @contextmanager
     def joins(self, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection for joins of all rows of large tables: in JOIN_MEMORY, beyond it in the folder `spill`, which
-        goes with it; rows come in any order where none is asked for."""
+        """A connection for joins of all rows of large tables with some, given last: in JOIN_MEMORY, beyond it in the
+        folder `spill`, which goes with it; rows come in any order where none is asked for."""
         con = self._attach(True, snapshot)
         try:
             con.execute("USE lake")
             con.execute("SET memory_limit = ?", [JOIN_MEMORY])
             con.execute("SET temp_directory = ?", [str(spill)])
+            con.execute("SET threads = 2")  # each needs its share of the memory
             con.execute("SET preserve_insertion_order = false")
+            # Fewer rows can be more bytes: the side that is held is the one that the query has last.
+            con.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
             yield con
         finally:
             con.close()

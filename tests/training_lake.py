@@ -15,7 +15,6 @@ from nbg_core.config import Profile
 from nbg_core.lake import Lake, Write
 from nbg_core.run import Run
 from nbg_core.teacher import reference, score
-from nbg_core.training.pairs import read_pairs
 from nbg_core.training.request import Request
 from nbg_core.training.rows import write_rows
 
@@ -93,7 +92,7 @@ def add_pairs(run: Run, slice: str, n: int, rng: np.random.Generator) -> None:
 def request_of(profile: Profile, name: str, **training) -> Request:
     """A request to train on everything in the lake, with its own work folder and changed training settings.
 
-    The training set is checked and written, as `launch` does it."""
+    The training set is written, as `launch` does it."""
     lake = Lake.of(profile)
     policy = lineage.current_policy(lake, profile)
     settings = {**profile.training.model_dump(), **training}
@@ -106,7 +105,6 @@ def request_of(profile: Profile, name: str, **training) -> Request:
         scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature, training=settings, work=work,
         threads=profile.threads,
     )  # fmt: skip
-    read_pairs(lake, request.snapshot, request.slices, work, **where(request))
     write_rows(lake, request, lambda line: None)
     return request
 

@@ -50,9 +50,7 @@ def materialise(run: Run, slice: None = None) -> dict:
     slices = lineage.slices(profile)
     inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
-    rows = dict(teacher_id=teacher, storage_id=profile.storage_id(), reference_id=run.policy.model_id,
-                scoring_id=profile.scoring_id())  # fmt: skip
-    pairs = read_pairs(lake, snapshot, slices, profile.resolve(profile.paths.work), **rows)
+    pairs = read_pairs(lake, snapshot, slices)
     steps = plan(pairs.height, profile.training)
     training_id = ids.digest(
         "training", lineage.settings_id(run.settings(ASSET, None)), ids.content_version(pairs["pair_id"].to_list()),

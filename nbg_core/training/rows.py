@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from nbg_core.files import write_json
 from nbg_core.lake import Lake
+from nbg_core.training.pairs import NOTES, Check
 from nbg_core.training.request import ASSET, Request
 
 TABLES = {
@@ -49,7 +50,7 @@ RELEASED = 64
 def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
     """Write the training set of a request into `request.rows`, unless it is there.
 
-    The lake's rows must fit together (`pairs.read_pairs` checks it)."""
+    Raises TrainingError when the lake's rows do not fit together (`pairs`)."""
     folder = request.rows
     if (folder / "complete.json").exists():
         return
@@ -61,7 +62,7 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
     }
     with lake.joins(request.snapshot, folder / "spill") as con:
         con.execute(
-            "CREATE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
+            "CREATE TEMP TABLE members AS SELECT pair_id, slice, chosen_id, rejected_id FROM pairs "
             "WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
             [request.slices],
         )
@@ -71,25 +72,29 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
         )
         n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
         index = np.memmap(folder / "index.bin", np.int64, "w+", shape=(n_responses, len(INDEXED), 2))
+        check = Check(n_responses)
         for table, columns in TABLES.items():
             condition, params = where[table]
             con.execute(
-                f"SELECT number, {', '.join(columns)} FROM {table} JOIN responses USING (sample_id) WHERE {condition}",
+                f"SELECT number, ({NOTES[table]})::UINTEGER, {', '.join(columns)} FROM {table} "
+                f"JOIN responses USING (sample_id) WHERE {condition}",
                 params,
             )
-            _write_columns(con.to_arrow_reader(BATCH_ROWS), folder, columns, index)
+            _write_columns(con.to_arrow_reader(BATCH_ROWS), folder, table, index, check)
             log(f"{ASSET}: {table} of {n_responses} responses ready")
         con.execute(
             "SELECT pair_id, c.number, r.number FROM members JOIN responses c ON c.sample_id = chosen_id "
             "JOIN responses r ON r.sample_id = rejected_id ORDER BY pair_id"
         )
-        n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index)
+        n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index, check)
+        check.end(con, request)
     index.flush()
     write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses})
 
 
-def _write_columns(batches: pa.RecordBatchReader, folder: Path, columns: Sequence[str], index: np.ndarray) -> None:
+def _write_columns(batches: pa.RecordBatchReader, folder: Path, table: str, index: np.memmap, check: Check) -> None:
     """Append every batch's values to the columns' files and note where each response begins and how long it is."""
+    columns = TABLES[table]
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
     ends = dict.fromkeys(columns, 0)
     try:
@@ -97,7 +102,8 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, columns: Sequenc
             if n % RELEASED == 0:
                 index._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written stays in the file
             numbers = batch.column(0).to_numpy()
-            for i, c in enumerate(columns, 1):
+            check.rows(table, numbers, batch.column(1).to_numpy())
+            for i, c in enumerate(columns, 2):
                 lists = batch.column(i)
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
                 lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -112,16 +118,18 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, columns: Sequenc
             file.close()
 
 
-def _write_pairs(batches: pa.RecordBatchReader, folder: Path, index: np.ndarray) -> int:
+def _write_pairs(batches: pa.RecordBatchReader, folder: Path, index: np.memmap, check: Check) -> int:
     """Ids, response numbers and lengths of the pairs, in order of pair_id."""
-    prompt, response = INDEXED.index("prompt_token_ids"), INDEXED.index("token_ids")
+    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
+               "reference": "token_logprobs"}  # fmt: skip
     n = 0
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "pairs.bin", "wb") as pairs:
         for batch in batches:
             ids.write("".join(batch.column(0).to_pylist()).encode())
             both = np.stack([batch.column(1).to_numpy(), batch.column(2).to_numpy()], 1)  # [n, 2]
-            lengths = np.concatenate([index[both, prompt, 1], index[both, response, 1]], 1)  # [n, 4]
-            pairs.write(np.concatenate([both, lengths], 1).astype(np.int32).tobytes())
+            lengths = {name: index[both, INDEXED.index(c), 1] for name, c in columns.items()}
+            check.pairs(both, lengths)
+            pairs.write(np.concatenate([both, lengths["prompt"], lengths["response"]], 1).astype(np.int32).tobytes())
             n += batch.num_rows
     return n
 
