@@ -15,14 +15,13 @@ import training_lake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from training_lake import make_model, make_profile, request_of, responses_of
+from training_lake import make_model, make_profile, naive_gradients, request_of, responses_of
 
 from nbg_core import ids
 from nbg_core.config import TrainingSettings
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.models import encode_prompt, load_model, load_tokenizer
 from nbg_core.run import Run
-from nbg_core.schemas import GAP_ZERO
 from nbg_core.teacher import reference
 from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
@@ -231,11 +230,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("model", [None, *OTHERS.values()], ids=["llama", *OTHERS])
 def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_path, model):
-    """Response by response, without padding, position by position, from the definitions."""
     profile = make_profile(tmp_path, n_pairs=12, model=model, **BASE) if model else profile
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
     request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50)
-    responses, step = responses_of(request), plans.plan(12, request.training)[0]
+    step = plans.plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
     padded = pad_id is not None
@@ -247,35 +245,10 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_
         engines.backward(engine, value)
     got = {name: p.grad for name, p in engine.module.policy.named_parameters()}
 
-    model = load_model(request.policy_path, dtype="float64")
-    d = data.denominators(step.pairs)
-    total = torch.zeros((), dtype=torch.float64)
-    for pair in step.pairs:
-        reward = []
-        for side, (weight, count) in enumerate([(loss["w_pos"], d.chosen_tokens), (loss["w_neg"], d.rejected_tokens)]):
-            r = responses.row(2 * int(pair) + side, named=True)
-            ids_ = torch.tensor([r["prompt_token_ids"] + r["token_ids"]])
-            logp = model(ids_).logits[0, len(r["prompt_token_ids"]) - 1 : -1, : training_lake.WORDS].log_softmax(-1)
-            policy = sum(logp[t, token] for t, token in enumerate(r["token_ids"]))
-            reward.append(loss["beta"] * (policy - sum(r["reference_logprobs"])))
-            at = 0
-            for t, (h, k) in enumerate(zip(r["head_counts"], r["tail_counts"], strict=True)):
-                gaps = r["entry_gaps"][at : at + h + k]
-                entry_ids = [
-                    int(i)
-                    for part in (gaps[:h], gaps[h:])
-                    for i in np.cumsum(np.array(part, dtype=np.int64) - GAP_ZERO)
-                ]
-                for e in range(at, at + h + k):
-                    q = np.exp(r["entry_logprobs"][e]) if e < at + h else np.exp(r["tail_logmass"][t]) / k
-                    total = total + weight * q * (r["entry_logprobs"][e] - logp[t, entry_ids[e - at]]) / count
-                at += h + k
-            if side == 0:
-                total = total - loss["nll_coef"] * policy / d.chosen_tokens
-        total = total - loss["w_dpo"] * torch.nn.functional.logsigmoid(reward[0] - reward[1]) / d.pairs
-    total.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(got[name].double(), p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for name, expected in naive_gradients(request, step.pairs).items():
+        torch.testing.assert_close(
+            got[name].double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     engine.destroy()
 
 

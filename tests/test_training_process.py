@@ -16,13 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from training_lake import make_profile, request_of
+from safetensors.torch import load_file
+from training_lake import make_profile, naive_gradients, request_of
 
 from nbg_core import ids, lineage
 from nbg_core.lake import Lake
 from nbg_core.models import load_model
 from nbg_core.run import Run
 from nbg_core.training import launch
+from nbg_core.training.data import TrainingSet
+from nbg_core.training.plan import plan
 from nbg_core.training.request import Request, TrainingError
 
 pytestmark = pytest.mark.slow
@@ -34,8 +37,9 @@ def steps_of(request: Request) -> list[dict]:
     return [json.loads(line) for line in request.steps_file.read_text().splitlines()]
 
 
-def start_ranks(n: int, requests: list[Request]) -> str:
-    """Train `requests` one after another: on `n` ranks of one launcher, or in one plain process. Returns the output."""
+def start_ranks(n: int, requests: list[Request], module: str = "test_training_process") -> str:
+    """Run `module`, which takes the requests one after another: on `n` ranks of one launcher, or in one plain process.
+    Returns the output."""
     files = []
     for request in requests:
         files.append(str(request.work / "request.json"))
@@ -45,11 +49,11 @@ def start_ranks(n: int, requests: list[Request]) -> str:
     command = launch._command(requests[0], Path(files[0]))
     port = command[command.index("--master_port") + 1]
     if n == 1:
-        command = [sys.executable, "-m", "test_training_process", *files]
+        command = [sys.executable, "-m", module, *files]
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     else:
         command[command.index("--num_accelerators") + 1] = str(n)
-        command[command.index("nbg_core.training.train") :] = ["test_training_process", *files]
+        command[command.index("nbg_core.training.train") :] = [module, *files]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return ran.stdout
@@ -150,6 +154,43 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     losses = {kind: [s["loss"] for s in steps_of(request)] for kind, request in alone.items()}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["lora"][0] == losses["fp32"][0] and losses["lora"][-1] != pytest.approx(losses["fp32"][-1], rel=1e-3)
+
+
+def test_every_gradient_at_every_stage_and_number_of_ranks_is_that_of_a_naive_loop_in_float64(tmp_path):
+    loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
+    changed = dict(loss=loss, micro_batch_tokens=40, max_grad_norm=1e9)
+    shape = dict(hidden=64, rows=1700)
+    llama = make_profile(tmp_path / "llama", n_pairs=11, model=shape, **SETTINGS)
+    qwen3 = make_profile(
+        tmp_path / "qwen3", n_pairs=11, model=dict(architecture="qwen3", tied=False, **shape), **SETTINGS
+    )
+
+    def ask(profile, n: int, **more) -> Request:
+        name = f"{n} ranks {' '.join(map(str, more.values()))}"
+        return request_of(profile, name, **changed | dict(n_processes=n) | more)
+
+    runs = {
+        1: [ask(llama, 1, zero_stage=stage) for stage in (0, 3)],
+        2: [
+            *(ask(llama, 2, zero_stage=stage) for stage in range(4)), *(ask(qwen3, 2, zero_stage=s) for s in (0, 2, 3)),
+            ask(llama, 2, zero_stage=3, offload_optimizer=True, gradient_checkpointing=True),
+        ],
+        3: [*(ask(llama, 3, zero_stage=stage) for stage in (1, 2, 3)), ask(llama, 3, zero_stage=0, precision="bf16")],
+        4: [ask(llama, 4, zero_stage=2, sequence_parallel=2)],
+    }  # fmt: skip
+    expected = {}  # by policy: the first step of all trainings has the same pairs
+    for n, requests in runs.items():
+        start_ranks(n, requests, "rank_gradients")
+        for request in requests:
+            if request.policy_path not in expected:
+                first = plan(TrainingSet(request.rows).rows.n_pairs, request.training)[0]
+                expected[request.policy_path] = naive_gradients(request, first.pairs)
+            found = load_file(request.work / "gradients.safetensors")
+            assert found.keys() == expected[request.policy_path].keys()
+            bound = 0.05 if request.training.precision == "bf16" else 2e-5
+            for parameter, true in expected[request.policy_path].items():
+                error = float((found[parameter] - true).norm() / true.norm())
+                assert error < bound, (request.training_id, parameter, error)
 
 
 def save(profile, folder: Path) -> Path:

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from nbg_core import ids, lineage
 from nbg_core.config import Profile
 from nbg_core.lake import Lake, Write
+from nbg_core.models import load_model
 from nbg_core.run import Run
+from nbg_core.schemas import GAP_ZERO
 from nbg_core.teacher import reference, score
 from nbg_core.training.request import Request
 from nbg_core.training.rows import write_rows
@@ -127,3 +129,37 @@ def responses_of(request: Request) -> pl.DataFrame:
         WHERE t.model_id = ? AND t.settings_id = ? AND r.model_id = ? AND r.settings_id = ? ORDER BY pair_id, side""",
         list(where(request).values()), snapshot=request.snapshot,
     )  # fmt: skip
+
+
+def naive_gradients(request: Request, pairs: np.ndarray) -> dict[str, torch.Tensor]:
+    """Of the loss of one optimizer step on `pairs` (places in order of pair_id), by parameter, float64: response by
+    response, without padding, position by position, from the definitions."""
+    model = load_model(request.policy_path, dtype="float64")
+    loss, responses = request.training.loss, responses_of(request)
+    sides = [[responses.row(2 * int(pair) + side, named=True) for pair in pairs] for side in range(2)]
+    counts = [sum(len(r["token_ids"]) for r in side) for side in sides]
+    total = torch.zeros((), dtype=torch.float64)
+    for both in zip(*sides, strict=True):
+        reward = []
+        for r, weight, count in zip(both, (loss.w_pos, loss.w_neg), counts, strict=True):
+            ids_ = torch.tensor([r["prompt_token_ids"] + r["token_ids"]])
+            logp = model(ids_).logits[0, len(r["prompt_token_ids"]) - 1 : -1, :WORDS].log_softmax(-1)
+            policy = sum(logp[t, token] for t, token in enumerate(r["token_ids"]))
+            reward.append(loss.beta * (policy - sum(r["reference_logprobs"])))
+            at = 0
+            for t, (h, k) in enumerate(zip(r["head_counts"], r["tail_counts"], strict=True)):
+                gaps = r["entry_gaps"][at : at + h + k]
+                entry_ids = [
+                    int(i)
+                    for part in (gaps[:h], gaps[h:])
+                    for i in np.cumsum(np.array(part, dtype=np.int64) - GAP_ZERO)
+                ]
+                for e in range(at, at + h + k):
+                    q = np.exp(r["entry_logprobs"][e]) if e < at + h else np.exp(r["tail_logmass"][t]) / k
+                    total = total + weight * q * (r["entry_logprobs"][e] - logp[t, entry_ids[e - at]]) / count
+                at += h + k
+            if r is both[0]:
+                total = total - loss.nll_coef * policy / counts[0]
+        total = total - loss.w_dpo * torch.nn.functional.logsigmoid(reward[0] - reward[1]) / len(pairs)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
