@@ -1,10 +1,9 @@
 """Memory and speed of the training-set loader as the number of pairs grows: `.venv/bin/python benchmarks/loader.py`.
 
 For each size a lake with that many synthetic pairs (prompt 16, responses 12 tokens, 8 teacher entries a position) is
-made; then two processes of their own check the pairs and write the training set's files, as the stage's worker does,
-and read batches of it in training order, as a rank does. Peak
-memory is the process's high-water mark of resident memory (VmHWM). Results: results/loader.json and a section of
-README.md.
+made; then two processes of their own write the training set's files, as the stage's worker does, and read batches of
+it in training order, as a rank does. Peak memory is the process's high-water mark of resident memory (VmHWM). Results:
+results/loader.json and a section of README.md.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import shutil
 import statistics
 import tempfile
@@ -51,6 +52,8 @@ HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 """Of the norm of a parameter's gradient, in float32."""
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+NAMES = re.compile("aten::|_scaled_dot_product_flash_|_for_cpu")
+"""What a table leaves out of an operator's name."""
 SAME = (("A0", "A0 rows", "B", "C", "D", "D lean"), ("A", "TRL", "Liger"))
 """Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
 
@@ -178,7 +181,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
             start = time.perf_counter()
             take(step, models)
             seconds[name].append(time.perf_counter() - start)
-    shares, products = operators(running["D"], models), flops(models, pairs)
+    shares, products = {} if only else operators(running["D"], models), flops(models, pairs)
     rows = []
     for name, step in found.items():
         row = {"case": case.name, "shape": {**case.model, "prompt": case.prompt, "response": case.response,
@@ -186,7 +189,7 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
         if callable(step):
             median = statistics.median(seconds[name])
             row |= {"median_s": median, "tokens_per_s": pairs.unique_tokens / median, "peak_bytes": peaks[name]}
-            row |= {"flops": products.get(name)} | ({"operators": shares} if name == "D" else {})
+            row |= {"flops": products.get(name)} | ({"operators": shares} if name == "D" and shares else {})
             print(f"  {name:8} {median * 1e3:8.0f} ms {peaks[name] / 1e6:8.1f} MB", flush=True)
         else:
             row |= {"median_s": None, "tokens_per_s": None, "peak_bytes": None, "error": step}
@@ -209,7 +212,7 @@ def flops(models: Models, pairs: Pairs) -> dict[str, int]:
 
 
 def operators(step: Step, models: Models) -> dict[str, float]:
-    """Shares of a step's time, the largest first: of matrix products together, of every other operator."""
+    """Shares of a step's time: of matrix products together, and of the six other operators that take most."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         take(step, models)
     times = {"products": 0.0}
@@ -217,7 +220,8 @@ def operators(step: Step, models: Models) -> dict[str, float]:
         name = "products" if event.key in GEMMS else event.key
         times[name] = times.get(name, 0.0) + event.self_cpu_time_total
     total = sum(times.values())
-    return {name: t / total for name, t in sorted(times.items(), key=lambda item: -item[1])}
+    others = sorted(times.keys() - {"products"}, key=times.get, reverse=True)
+    return {name: times[name] / total for name in ("products", *others[:6])}
 
 
 def head_gemms(repeats: int) -> dict[str, float]:
@@ -279,12 +283,12 @@ def tables(rows: list[dict]) -> str:
         ratios = [f"{cells[case, n]['flops'] / cells[case, 'D']['flops']:.1f}" for n in counted]
         products.append(f"| {case} | " + " | ".join(ratios) + " |")
     products.append("")
-    profiles = [r for r in rows if "operators" in r]
-    operators = [f"| share of D's time | products | {' | '.join(f'{i}.' for i in range(2, 8))} |", "|---" * 8 + "|"]
-    for r in profiles:
-        others = [f"{name.split('::')[-1]} {share:.1%}" for name, share in r["operators"].items() if name != "products"]
-        operators.append(f"| {r['case']} | {r['operators']['products']:.0%} | {' | '.join(others[:6])} |")
-    products += operators if profiles else []
+    profiled = [r for r in rows if "operators" in r]
+    if profiled:
+        products += ["| share of D's time | products | the six other operators that take most |", "|---" * 3 + "|"]
+    for r in profiled:
+        first, *others = (f"{NAMES.sub('', name)} {share:.1%}" for name, share in r["operators"].items())
+        products.append(f"| {r['case']} | {first.split()[1]} | {', '.join(others)} |")
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
     return "\n".join([*times, *peaks, *products, *errors]).strip()
 

@@ -61,9 +61,11 @@ def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -
     import pyarrow.parquet as pq
 
     table = rows.to_arrow()
-    leaf = {f.name: f"{f.name}.list.element" if pa.types.is_large_list(f.type) else f.name for f in table.schema}
+    lists = {f.name for f in table.schema if pa.types.is_large_list(f.type)}
+    leaf = {name: f"{name}.list.element" if name in lists else name for name in table.column_names}
     pq.write_table(
-        table, path, compression="zstd", compression_level=9, write_statistics=False,
+        # A lake that knows the bounds of some rows of a table, but not of a registered file, skips the file's rows.
+        table, path, compression="zstd", compression_level=9, write_statistics=[c for c in leaf if c not in lists],
         row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)),
         use_dictionary=[leaf[c] for c in leaf if c not in split],
         column_encoding={leaf[c]: "BYTE_STREAM_SPLIT" for c in split},

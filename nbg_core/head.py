@@ -78,7 +78,7 @@ def head_joint_loss(
     lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
     With a group, the rows of all its ranks together are those of whole pairs, and every rank of it calls this: loss and
     sums are then its share, which add up over ranks, and rows are projected twice.
-    Memory besides inputs and gradients: the tile (`tile_bytes`, else TILE_BYTES; at least 16 rows), a block of it
+    Memory besides inputs and gradients: the tile (at most `tile_bytes`, else TILE_BYTES, or 16 rows), a block of it
     (8 MiB or 16 rows; on CUDA as much again, and a copy of the tile in low precision), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
@@ -184,7 +184,7 @@ class _Head:
         self.rows = max(MIN_ROWS, tile_bytes // (vocab * self.dtype.itemsize))
 
     def allocate(self, chunks: list[slice]) -> list[list[slice]]:
-        """The tiles of each chunk, in which there is memory for the longest of them."""
+        """The tiles of each chunk; makes `tile` as long as the longest of them."""
         tiles = [_parts(chunk, self.rows) for chunk in chunks]
         longest = max((t.stop - t.start for some in tiles for t in some), default=0)
         vocab = len(self.weight)
@@ -340,7 +340,7 @@ def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
     of these the most even ones; all rows when they are not in order of pair."""
     steps, n = pair_index.diff(), len(pair_index)
     ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
-    pairs = [slice(*ends) for ends in pairwise([0, *ends, n])] if n else []
+    pairs = [slice(*bounds) for bounds in pairwise([0, *ends, n])] if n else []
 
     def filled(limit: int) -> list[slice]:
         chunks: list[slice] = []
@@ -352,9 +352,7 @@ def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
         return chunks
 
     fewest = len(filled(rows))
-    limits = range(-(-n // max(1, fewest)), rows + 1)
-    at = bisect_left(limits, True, key=lambda limit: len(filled(limit)) <= fewest)
-    return filled(limits[at] if at < len(limits) else rows)
+    return filled(1 + bisect_left(range(1, rows), True, key=lambda limit: len(filled(limit)) <= fewest))
 
 
 def _parts(whole: slice, size: int) -> list[slice]:

@@ -39,6 +39,7 @@ CODE_VERSION = "1"
 RETRY_SECONDS = 120
 
 JOIN_MEMORY = "400MB"
+"""What DuckDB may use to join tables that do not fit into memory."""
 
 VIEWS = {
     "teacher_entries": """

@@ -18,12 +18,15 @@ from nbg_core.training.plan import micro_batches, plan
 from nbg_core.training.request import Request
 from nbg_core.training.train import init_distributed, train_step
 
+STEP = 1
+"""Step 0 would ask that the policy is the reference."""
+
 
 def gradients(request: Request) -> dict[str, torch.Tensor]:
-    """Of the first optimizer step, by parameter; on rank 0."""
+    """Of optimizer step STEP, taken first, by parameter; on rank 0."""
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
-    step = plan(len(data), request.training)[0]
+    step = plan(len(data), request.training)[STEP]
     before = engines.full_weights(engine)
     shares = micro_batches(step.pairs, data.n_inputs, request.training, dist.get_rank(), dist.get_world_size())
     train_step(engine, data, step, request.training, 1.0, iter([data.batch(pairs) for pairs in shares]))

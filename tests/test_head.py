@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_losses import counts, make_batch, make_targets, randn, ref_joint, replace, take_rows, top_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nbg_core import head
 from nbg_core.config import DpoVariant
 from nbg_core.head import MIN_ROWS, head_joint_loss, head_logps
 from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
@@ -186,6 +187,26 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
     stop = data.draw(st.integers(start + 1, n))
     some = head_logps(h[start:stop], w, ids[start:stop], vocab=vocab)
     assert torch.equal(one, two) and torch.equal(one[start:stop], some)
+
+
+@given(st.lists(st.integers(1, 9), max_size=7), st.integers(1, 30))
+@settings(max_examples=300, deadline=None)
+def test_chunks_are_whole_pairs_the_fewest_and_of_these_the_most_even(lengths, rows):
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    got = [c.stop - c.start for c in head._chunks(index, rows)]
+
+    def ways(rest: list[int]) -> list[list[int]]:
+        """All sums of consecutive lengths that fit, or are of one that does not."""
+        if not rest:
+            return [[]]
+        first = [i for i in range(1, len(rest) + 1) if i == 1 or sum(rest[:i]) <= rows]
+        return [[sum(rest[:i]), *more] for i in first for more in ways(rest[i:])]
+
+    everything = ways(lengths)
+    fewest = min(map(len, everything))
+    assert got in everything and len(got) == fewest
+    longest = [max((n for n in way if n <= rows), default=0) for way in everything if len(way) == fewest]
+    assert max((n for n in got if n <= rows), default=0) == min(longest)
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "sigmoid_norm"])

@@ -25,6 +25,7 @@ from nbg_core.run import Run
 from nbg_core.teacher import reference
 from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
+from nbg_core.training import pairs as pairing
 from nbg_core.training import plan as plans
 from nbg_core.training import train as training
 from nbg_core.training.data import TrainingSet, prefetch
@@ -369,6 +370,86 @@ def test_rows_of_another_length_are_refused(profile, table, column):
         message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*response tokens"
         with pytest.raises(TrainingError, match=message):
             training.train(request_of(profile, "short"))
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("samples", lambda row: [], "no samples row.*materialise student_samples"),
+        ("reference_logprobs", lambda row: [], "no reference_logprobs row.*materialise reference_logprobs"),
+        ("teacher_logits", lambda row: [row | {c: [] for c in LISTS}], "0 teacher positions.*delete"),
+    ],
+)  # fmt: skip
+def test_other_rows_that_do_not_fit_are_named_with_a_remedy(profile, table, change, message):
+    with tampered(profile, table, change) as pair:
+        with pytest.raises(TrainingError, match=f"pair {pair['pair_id']} .*{message}") as raised:
+            request_of(profile, "unfit")
+        assert "(1 responses" in str(raised.value)
+    rows = profile.resolve(profile.paths.work) / "unfit"
+    assert not list(rows.iterdir())
+
+
+LISTS = ("token_logprobs", "tail_logmass", "head_counts", "tail_counts", "entry_gaps", "entry_logprobs")
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_check_of_rows_is_that_of_a_loop(data):
+    n, k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    tables = {table: data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)) for table in pairing.NOTES}
+    tables = {table: [*range(n), *more] if data.draw(st.booleans()) else more for table, more in tables.items()}
+    notes = {table: data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for table in tables}
+    check = pairing.Check(n)
+    for table, numbers in tables.items():
+        check.rows(table, np.array(numbers, int), np.array([notes[table][i] for i in numbers], np.uint32))
+    both = np.array(data.draw(st.lists(st.tuples(*[st.integers(0, n - 1)] * 2), min_size=k, max_size=k)))
+    names = ("prompt", "response", "teacher", "reference")
+    lengths = {name: np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))) for name in names}
+    for at in range(k):  # batches of one
+        check.pairs([f"p{at}"], both[at : at + 1], {name: x[both[at : at + 1]] for name, x in lengths.items()})
+    unfit, repeated = [], []
+    for at, pair in enumerate(both.tolist()):
+        here = [all(i in tables[t] for t in tables) for i in pair]
+        differ = all(i in tables["samples"] for i in pair) and len({notes["samples"][i] for i in pair}) > 1
+        for i, side, whole in zip(pair, ("chosen", "rejected"), here, strict=True):
+            more = any(tables[t].count(i) > 1 for t in tables)
+            found = [int(lengths[name][i]) for name in names]
+            if more or not whole or differ or not notes["teacher_logits"][i] or found != [1, 1, 1, 1]:
+                unfit.append((f"p{at}", side))
+                repeated += [unfit[-1]] if more else []
+    assert check.n_unfit == len(unfit)
+    assert (check.first and (check.first["pair_id"], check.first["side"])) == next(iter(repeated + unfit), {})
+
+
+def test_a_second_row_of_a_response_is_refused(profile):
+    lake = Lake.of(profile)
+    pair, sample = lake.sql("SELECT pair_id, rejected_id FROM pairs ORDER BY pair_id LIMIT 1 OFFSET 3").row(0)
+    with lake.connect(read_only=False) as con:
+        con.execute(
+            "INSERT INTO teacher_logits BY NAME SELECT * REPLACE ('again' AS materialisation_id) FROM teacher_logits "
+            "WHERE sample_id = ?",
+            [sample],
+        )
+    try:
+        message = f"pair {pair} .*rejected response, sample {sample}, has more than one teacher_logits row"
+        with pytest.raises(TrainingError, match=message):
+            request_of(profile, "a second row")
+    finally:
+        with lake.connect(read_only=False) as con:
+            con.execute("DELETE FROM teacher_logits WHERE materialisation_id = 'again'")
+
+
+def test_a_pair_in_two_slices_is_refused(profile):
+    lake = Lake.of(profile)
+    pair = lake.sql("SELECT pair_id FROM pairs WHERE slice = 'alpha' ORDER BY pair_id LIMIT 1").item()
+    with lake.connect(read_only=False) as con:
+        con.execute("INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?", [pair])
+    try:
+        with pytest.raises(TrainingError, match=f"pair {pair} is there twice.*'alpha' and 'beta'.*filtered_pairs"):
+            pairing.read_pairs(lake, lake.snapshot(), ["alpha", "beta"])
+    finally:
+        with lake.connect(read_only=False) as con:
+            con.execute("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])
 
 
 def test_a_pair_with_two_prompts_is_refused(profile):

@@ -21,25 +21,34 @@ NOTES = {
     "teacher_logits": "len(token_logprobs) = len(head_counts) AND len(tail_counts) = len(head_counts) "
     "AND len(tail_logmass) = len(head_counts) AND len(entry_gaps) = len(entry_logprobs) "
     "AND len(entry_gaps) = list_sum(head_counts) + list_sum(tail_counts)",
-    "reference_logprobs": "0",
+    "reference_logprobs": "token_logprobs IS NOT NULL",
 }
-"""SQL of the number that is noted of a row besides the lengths of its lists: its prompt; whether it is whole; 0."""
+"""SQL of the number that is noted of a row besides the lengths of its lists: of its prompt, or whether it is whole."""
 
 
 def read_pairs(lake: Lake, snapshot: int, slices: Sequence[str]) -> pl.DataFrame:
-    """The pairs in order of pair_id: pair_id, slice."""
-    return lake.sql(
-        "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id",
+    """The pairs in order of pair_id: pair_id, slice. Raises TrainingError for a pair that is there twice."""
+    pairs = lake.sql(
+        "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id, slice",
         [list(slices)],
         snapshot=snapshot,
     )
+    twice = (pairs["pair_id"] == pairs["pair_id"].shift(-1)).arg_true()
+    if len(twice):
+        (pair, one), (_, other) = pairs.row(twice[0]), pairs.row(twice[0] + 1)
+        raise TrainingError(
+            f"pair {pair} is there twice at snapshot {snapshot}, in slices {one!r} and {other!r} ({len(twice)} such "
+            "pairs); a query that has moved from one slice to another is still in both: materialise filtered_pairs of "
+            "both again"
+        )
+    return pairs
 
 
 class Check:
-    """Sees the rows of all responses, which are numbered from 0, then the pairs; 15 bytes a response."""
+    """Sees the rows of all responses, which are numbered from 0, then the pairs; 18 bytes a response."""
 
     def __init__(self, n_responses: int):
-        self.seen = {table: np.zeros(n_responses, np.uint8) for table in NOTES}
+        self.seen = {table: np.zeros(n_responses, np.uint16) for table in NOTES}
         self.notes = {table: np.zeros(n_responses, np.uint32) for table in NOTES}
         self.n_unfit, self.first = 0, {}
 
@@ -48,51 +57,50 @@ class Check:
         np.add.at(self.seen[table], numbers, 1)
         self.notes[table][numbers] = notes
 
-    def pairs(self, both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
-        """The next pairs: response numbers [n, 2] of chosen and rejected, and as many list lengths of their prompt,
-        response, teacher and reference."""
+    def pairs(self, ids: Sequence[str], both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+        """The next pairs: their ids, response numbers [n, 2] of chosen and rejected, and as many list lengths of their
+        prompt, response, teacher and reference."""
         seen = {table: s[both] for table, s in self.seen.items()}
         missing = {table: s == 0 for table, s in seen.items()}
-        prompts = self.notes["samples"][both]
+        prompts, n = self.notes["samples"][both], lengths
+        differ = (prompts[:, :1] != prompts[:, 1:]) & ~missing["samples"].any(1, keepdims=True)
         facts = {
             "repeated": np.any([s > 1 for s in seen.values()], axis=0),
-            "prompts_differ": np.repeat(prompts[:, :1] != prompts[:, 1:], 2, axis=1),
+            "prompts_differ": np.repeat(differ, 2, axis=1),
             "is_whole": self.notes["teacher_logits"][both] > 0,
         }
-        n = lengths
         unfit = facts["repeated"] | facts["prompts_differ"] | ~facts["is_whole"] | np.any([*missing.values()], axis=0)
-        unfit |= (n["prompt"] == 0) | (n["response"] == 0)
+        unfit |= (n["prompt"] <= 0) | (n["response"] <= 0)
         unfit |= (n["teacher"] != n["response"]) | (n["reference"] != n["response"])
         self.n_unfit += int(unfit.sum())
         for which in (facts["repeated"], unfit):  # the worse first
             if which.any() and not (self.first and (self.first["repeated"] or which is unfit)):
                 at = tuple(np.argwhere(which)[0])
                 found = {name: values[at].item() for name, values in (facts | lengths).items()}
-                self.first = found | {"missing": [t for t, m in missing.items() if m[at]], "number": int(both[at])}
-                self.first["side"] = ("chosen", "rejected")[at[1]]
+                self.first = found | {"pair_id": ids[at[0]], "side": ("chosen", "rejected")[at[1]]}
+                self.first["missing"] = [table for table, m in missing.items() if m[at]]
+                self.first["surplus"] = [table for table, s in seen.items() if s[at] > 1]
 
     def end(self, con: duckdb.DuckDBPyConnection, request: Request) -> None:
-        """Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length,
-        and with two prompts. `con` has the tables members and responses of `rows.write_rows`."""
+        """Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length, or
+        with two prompts."""
         if not self.first:
             return
         r = self.first
-        pair, slice, sample = con.execute(
-            f"SELECT pair_id, slice, sample_id FROM members JOIN responses ON sample_id = {r['side']}_id "
-            "WHERE number = ? ORDER BY pair_id LIMIT 1",
-            [r["number"]],
+        slice, sample = con.execute(
+            f"SELECT slice, {r['side']}_id FROM pairs WHERE pair_id = ?", [r["pair_id"]]
         ).fetchone()
         what, remedy = _problem(r, request.teacher_id, request.policy_id)
         raise TrainingError(
-            f"pair {pair} of slice {slice!r}: its {r['side']} response, sample {sample}, has {what} at snapshot "
-            f"{request.snapshot} ({self.n_unfit} responses that do not fit); {remedy}"
+            f"pair {r['pair_id']} of slice {slice!r}: its {r['side']} response, sample {sample}, has {what} at "
+            f"snapshot {request.snapshot} ({self.n_unfit} responses that do not fit); {remedy}"
         )
 
 
 def _problem(r: dict, teacher: str, reference: str) -> tuple[str, str]:
     """What is wrong with a response, and what to do about it."""
     if r["repeated"]:
-        return "more than one samples, teacher_logits or reference_logprobs row", "delete the surplus rows"
+        return f"more than one {' and '.join(r['surplus'])} row", "delete the surplus rows"
     missing = {
         "samples": ("no samples row", "student_samples and filtered_pairs"),
         "teacher_logits": (f"no teacher_logits row of teacher {teacher} with these storage settings", "teacher_logits"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 from nbg_core.files import write_json
 from nbg_core.lake import Lake
 from nbg_core.training.pairs import NOTES, Check
-from nbg_core.training.request import ASSET, Request
+from nbg_core.training.request import ASSET, Request, TrainingError
 
 TABLES = {
     "samples": ("prompt_token_ids", "token_ids"),
@@ -62,7 +63,7 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
     }
     with lake.joins(request.snapshot, folder / "spill") as con:
         con.execute(
-            "CREATE TEMP TABLE members AS SELECT pair_id, slice, chosen_id, rejected_id FROM pairs "
+            "CREATE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
             "WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
             [request.slices],
         )
@@ -76,7 +77,7 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
         for table, columns in TABLES.items():
             condition, params = where[table]
             con.execute(
-                f"SELECT number, ({NOTES[table]})::UINTEGER, {', '.join(columns)} FROM {table} "
+                f"SELECT number, coalesce(({NOTES[table]})::UINTEGER, 0), {', '.join(columns)} FROM {table} "
                 f"JOIN responses USING (sample_id) WHERE {condition}",
                 params,
             )
@@ -87,7 +88,11 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
             "JOIN responses r ON r.sample_id = rejected_id ORDER BY pair_id"
         )
         n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index, check)
-        check.end(con, request)
+        try:
+            check.end(con, request)
+        except TrainingError:
+            shutil.rmtree(folder)  # what mends it makes another training
+            raise
     index.flush()
     write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses})
 
@@ -99,8 +104,7 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, table: str, inde
     ends = dict.fromkeys(columns, 0)
     try:
         for n, batch in enumerate(batches):
-            if n % RELEASED == 0:
-                index._mmap.madvise(mmap.MADV_DONTNEED)  # of a shared mapping: what was written stays in the file
+            _release(index, n)
             numbers = batch.column(0).to_numpy()
             check.rows(table, numbers, batch.column(1).to_numpy())
             for i, c in enumerate(columns, 2):
@@ -118,17 +122,24 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, table: str, inde
             file.close()
 
 
+def _release(index: np.memmap, n: int) -> None:
+    """Every RELEASED batches, give the index's pages back. Its mapping is shared: what was written is in the file."""
+    if n % RELEASED == 0:
+        index._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def _write_pairs(batches: pa.RecordBatchReader, folder: Path, index: np.memmap, check: Check) -> int:
     """Ids, response numbers and lengths of the pairs, in order of pair_id."""
     columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
                "reference": "token_logprobs"}  # fmt: skip
     n = 0
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "pairs.bin", "wb") as pairs:
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            _release(index, i)
             ids.write("".join(batch.column(0).to_pylist()).encode())
             both = np.stack([batch.column(1).to_numpy(), batch.column(2).to_numpy()], 1)  # [n, 2]
             lengths = {name: index[both, INDEXED.index(c), 1] for name, c in columns.items()}
-            check.pairs(both, lengths)
+            check.pairs(batch.column(0).to_pylist(), both, lengths)
             pairs.write(np.concatenate([both, lengths["prompt"], lengths["response"]], 1).astype(np.int32).tobytes())
             n += batch.num_rows
     return n
