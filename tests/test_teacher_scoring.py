@@ -138,6 +138,8 @@ def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
         report = module.materialise(rounded, "a")
         assert report["new_rows"] == 3
         assert report["data_version"] != exact[module.ASSET]["data_version"]
+    with run.lake.connect(read_only=False) as con:  # p2's responses answer two prompts, which training refuses
+        con.execute("UPDATE samples SET prompt_token_ids = [257, 258]")
     for r in (run, rounded):
         scoring = r.profile.scoring_id()
         request = Request(

@@ -157,7 +157,7 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     assert losses["lora"][0] == losses["fp32"][0] and losses["lora"][-1] != pytest.approx(losses["fp32"][-1], rel=1e-3)
 
 
-def test_every_gradient_at_zero_0_to_3_on_1_to_4_ranks_is_that_of_a_naive_loop_in_float64(tmp_path):
+def test_every_gradient_at_zero_0_to_3_on_2_to_4_ranks_is_that_of_a_naive_loop_in_float64(tmp_path):
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
     changed = dict(loss=loss, micro_batch_tokens=40, max_grad_norm=1e9)
     shape = dict(hidden=64, rows=1700)
@@ -178,12 +178,11 @@ def test_every_gradient_at_zero_0_to_3_on_1_to_4_ranks_is_that_of_a_naive_loop_i
         return request_of(profile, name, **changed | dict(n_processes=n) | more)
 
     runs = {
-        1: [ask(llama, 1, zero_stage=stage) for stage in (0, 3)],
         2: [
             *(ask(llama, 2, zero_stage=stage) for stage in range(4)), *(ask(qwen3, 2, zero_stage=s) for s in (0, 2, 3)),
             ask(llama, 2, zero_stage=3, offload_optimizer=True, gradient_checkpointing=True),
         ],
-        3: [*(ask(llama, 3, zero_stage=stage) for stage in range(4)), ask(llama, 3, zero_stage=0, precision="bf16")],
+        3: [*(ask(llama, 3, zero_stage=stage) for stage in (0, 1, 3)), ask(llama, 3, zero_stage=0, precision="bf16")],
         4: [ask(llama, 4, zero_stage=3), ask(llama, 4, zero_stage=2, sequence_parallel=2)],
     }  # fmt: skip
     expected = {}  # by policy: a step of all trainings has the same pairs
