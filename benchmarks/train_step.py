@@ -17,6 +17,8 @@ The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed aga
 their mean is one GEMM, each by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one
 of 512 does not (recompute).
 
+As in the trainer, large tensors of all variants are on huge pages where the system gives them.
+
 `tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 (3 rounds) for
 two variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes
 to a temporary folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import re
 import shutil
 import statistics
@@ -35,6 +38,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: as the trainer does
 
 import matplotlib
 import numpy as np
