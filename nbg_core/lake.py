@@ -206,8 +206,9 @@ class Lake:
 
     @contextmanager
     def joins(self, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection for joins of all rows of large tables with some, given last: in JOIN_MEMORY, beyond it in the
-        folder `spill`, which goes with it; rows come in any order where none is asked for."""
+        """A connection for joins of large tables that stay within JOIN_MEMORY: what does not fit goes to the folder
+        `spill`, which is removed at the end. A query names the smaller table last; without ORDER BY its rows come in
+        any order."""
         con = self._attach(True, snapshot)
         try:
             con.execute("USE lake")

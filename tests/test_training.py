@@ -418,53 +418,53 @@ def test_the_check_of_rows_is_that_of_a_loop(data):
                 unfit.append((f"p{at}", side))
                 repeated += [unfit[-1]] if more else []
     assert check.n_unfit == len(unfit)
-    assert (check.first and (check.first["pair_id"], check.first["side"])) == next(iter(repeated + unfit), {})
+    worst = check.worst()
+    assert (worst and (worst["pair_id"], worst["side"])) == next(iter(repeated + unfit), None)
+
+
+@contextmanager
+def changed_by(lake: Lake, change: tuple[str, list], undo: tuple[str, list]):
+    """The lake after a statement that its contracts would refuse."""
+
+    def execute(statement: str, params: list) -> None:
+        with lake.connect(read_only=False) as con:
+            con.execute(statement, params)
+
+    execute(*change)
+    try:
+        yield
+    finally:
+        execute(*undo)
 
 
 def test_a_second_row_of_a_response_is_refused(profile):
     lake = Lake.of(profile)
     pair, sample = lake.sql("SELECT pair_id, rejected_id FROM pairs ORDER BY pair_id LIMIT 1 OFFSET 3").row(0)
-    with lake.connect(read_only=False) as con:
-        con.execute(
-            "INSERT INTO teacher_logits BY NAME SELECT * REPLACE ('again' AS materialisation_id) FROM teacher_logits "
-            "WHERE sample_id = ?",
-            [sample],
-        )
-    try:
-        message = f"pair {pair} .*rejected response, sample {sample}, has more than one teacher_logits row"
+    copied = "SELECT * REPLACE ('again' AS materialisation_id) FROM teacher_logits WHERE sample_id = ?"
+    again = (f"INSERT INTO teacher_logits BY NAME {copied}", [sample])
+    message = f"pair {pair} .*rejected response, sample {sample}, has more than one teacher_logits row"
+    with changed_by(lake, again, ("DELETE FROM teacher_logits WHERE materialisation_id = ?", ["again"])):
         with pytest.raises(TrainingError, match=message):
             request_of(profile, "a second row")
-    finally:
-        with lake.connect(read_only=False) as con:
-            con.execute("DELETE FROM teacher_logits WHERE materialisation_id = 'again'")
 
 
 def test_a_pair_in_two_slices_is_refused(profile):
     lake = Lake.of(profile)
     pair = lake.sql("SELECT pair_id FROM pairs WHERE slice = 'alpha' ORDER BY pair_id LIMIT 1").item()
-    with lake.connect(read_only=False) as con:
-        con.execute("INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?", [pair])
-    try:
+    again = "INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?"
+    with changed_by(lake, (again, [pair]), ("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])):
         with pytest.raises(TrainingError, match=f"pair {pair} is there twice.*'alpha' and 'beta'.*filtered_pairs"):
             pairing.read_pairs(lake, lake.snapshot(), ["alpha", "beta"])
-    finally:
-        with lake.connect(read_only=False) as con:
-            con.execute("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])
 
 
 def test_a_pair_with_two_prompts_is_refused(profile):
     lake = Lake.of(profile)
-    pair = lake.sql("SELECT pair_id, slice, rejected_id FROM pairs ORDER BY pair_id LIMIT 1").row(0, named=True)
-    change = "UPDATE samples SET prompt_token_ids = list_transform(prompt_token_ids, x -> {}) WHERE sample_id = ?"
-    with lake.connect(read_only=False) as con:
-        con.execute(change.format("x + 1"), [pair["rejected_id"]])
-    try:
-        message = f"pair {pair['pair_id']} of slice '{pair['slice']}'.*other prompt_token_ids.*another sampling.seed"
+    pair, slice, sample = lake.sql("SELECT pair_id, slice, rejected_id FROM pairs ORDER BY pair_id LIMIT 1").row(0)
+    shift = "UPDATE samples SET prompt_token_ids = list_transform(prompt_token_ids, x -> x {} 1) WHERE sample_id = ?"
+    message = f"pair {pair} of slice '{slice}'.*other prompt_token_ids.*another sampling.seed"
+    with changed_by(lake, (shift.format("+"), [sample]), (shift.format("-"), [sample])):
         with pytest.raises(TrainingError, match=message):
             request_of(profile, "two prompts")
-    finally:
-        with lake.connect(read_only=False) as con:
-            con.execute(change.format("x - 1"), [pair["rejected_id"]])
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile):

@@ -50,7 +50,7 @@ class Check:
     def __init__(self, n_responses: int):
         self.seen = {table: np.zeros(n_responses, np.uint16) for table in NOTES}
         self.notes = {table: np.zeros(n_responses, np.uint32) for table in NOTES}
-        self.n_unfit, self.first = 0, {}
+        self.n_unfit, self.first = 0, {}  # what is known of the first repeated response, and of the first unfit one
 
     def rows(self, table: str, numbers: np.ndarray, notes: np.ndarray) -> None:
         """Rows of the responses `numbers`, in any order, with what NOTES says of them."""
@@ -73,20 +73,26 @@ class Check:
         unfit |= (n["prompt"] <= 0) | (n["response"] <= 0)
         unfit |= (n["teacher"] != n["response"]) | (n["reference"] != n["response"])
         self.n_unfit += int(unfit.sum())
-        for which in (facts["repeated"], unfit):  # the worse first
-            if which.any() and not (self.first and (self.first["repeated"] or which is unfit)):
+        for kind, which in {"repeated": facts["repeated"], "unfit": unfit}.items():
+            if which.any() and kind not in self.first:
                 at = tuple(np.argwhere(which)[0])
-                found = {name: values[at].item() for name, values in (facts | lengths).items()}
-                self.first = found | {"pair_id": ids[at[0]], "side": ("chosen", "rejected")[at[1]]}
-                self.first["missing"] = [table for table, m in missing.items() if m[at]]
-                self.first["surplus"] = [table for table, s in seen.items() if s[at] > 1]
+                self.first[kind] = {
+                    "pair_id": ids[at[0]], "side": ("chosen", "rejected")[at[1]],
+                    "missing": [table for table, m in missing.items() if m[at]],
+                    "surplus": [table for table, s in seen.items() if s[at] > 1],
+                    **{name: values[at].item() for name, values in (facts | lengths).items()},
+                }  # fmt: skip
+
+    def worst(self) -> dict | None:
+        """The first repeated response, else the first that does not fit."""
+        return self.first.get("repeated") or self.first.get("unfit")
 
     def end(self, con: duckdb.DuckDBPyConnection, request: Request) -> None:
         """Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length, or
         with two prompts."""
-        if not self.first:
+        r = self.worst()
+        if r is None:
             return
-        r = self.first
         slice, sample = con.execute(
             f"SELECT slice, {r['side']}_id FROM pairs WHERE pair_id = ?", [r["pair_id"]]
         ).fetchone()

@@ -136,10 +136,11 @@ def _write_pairs(batches: pa.RecordBatchReader, folder: Path, index: np.memmap, 
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "pairs.bin", "wb") as pairs:
         for i, batch in enumerate(batches):
             _release(index, i)
-            ids.write("".join(batch.column(0).to_pylist()).encode())
+            pair_ids = batch.column(0).to_pylist()
+            ids.write("".join(pair_ids).encode())
             both = np.stack([batch.column(1).to_numpy(), batch.column(2).to_numpy()], 1)  # [n, 2]
             lengths = {name: index[both, INDEXED.index(c), 1] for name, c in columns.items()}
-            check.pairs(batch.column(0).to_pylist(), both, lengths)
+            check.pairs(pair_ids, both, lengths)
             pairs.write(np.concatenate([both, lengths["prompt"], lengths["response"]], 1).astype(np.int32).tobytes())
             n += batch.num_rows
     return n
