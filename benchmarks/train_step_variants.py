@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from nbg_core.config import TeacherSettings
 from nbg_core.forward import output_matrix
-from nbg_core.head import head_joint_loss
+from nbg_core.head import head_joint_loss, head_logps, logit_tiles
 from nbg_core.losses import (
     Denominators,
     LossSettings,
@@ -43,7 +43,6 @@ from nbg_core.losses import (
     joint_loss,
     pair_loss,
     token_divergence,
-    token_logps,
 )
 from nbg_core.models import Padded, pad, padded_hidden
 from nbg_core.packing import Pack, pack, packed_hidden
@@ -112,33 +111,32 @@ def make_models(shape: dict) -> Models:
 
 def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[list[int]]]) -> Pairs:
     """Scores `prompts` and their two responses each with reference and teacher, and lays them out."""
-    n = len(prompts)
+    n, device = len(prompts), models.student.device
     flat = [r for both in responses for r in both]
     repeated = [p for p in prompts for _ in range(2)]
     lengths = [len(r) for r in flat]
-    padded = pad(repeated, flat, 0)
-    token_ids = torch.from_numpy(np.concatenate(flat))
+    padded = pad(repeated, flat, 0).to(device)
+    token_ids = torch.from_numpy(np.concatenate(flat)).to(device)
     labels = torch.full_like(padded.ids, IGNORED)
     labels.view(-1)[padded.rows + 1] = token_ids  # row t predicts the next position
+    vocab = models.student.config.vocab_size
     with torch.no_grad():
-        reference_logps = token_logps(_row_logits(models.reference, padded), token_ids)
-        teacher_logits = _row_logits(models.teacher, padded)
-        rows = compress([teacher_logits], token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
+        hidden, weight = padded_hidden(models.reference, padded), output_matrix(models.reference)
+        reference_logps = head_logps(hidden, weight, token_ids, vocab=vocab)
+        tiles = logit_tiles(padded_hidden(models.teacher, padded), output_matrix(models.teacher), vocab=vocab)
+        rows = compress(tiles, token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
     sums = [float(part.double().sum()) for part in reference_logps.split(lengths)]
     examples = [
         {"prompt_ids": list(p), "chosen_ids": list(c), "rejected_ids": list(r), "ref_chosen_logps": sums[2 * i],
          "ref_rejected_logps": sums[2 * i + 1]}
         for i, (p, (c, r)) in enumerate(zip(prompts, responses, strict=True))
     ]  # fmt: skip
-    side = torch.arange(2 * n).repeat_interleave(torch.tensor(lengths))  # [T]
+    side = torch.arange(2 * n).repeat_interleave(torch.tensor(lengths)).to(device)  # [T]
+    stored = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(targets(rows)).items()})
     return Pairs(
-        padded, labels, pack(repeated, [[r] for r in flat]), pack(prompts, responses), token_ids, side // 2,
-        side % 2 == 0, reference_logps, targets(rows), examples, sum(map(len, prompts)) + sum(lengths),
+        padded, labels, pack(repeated, [[r] for r in flat]).to(device), pack(prompts, responses).to(device), token_ids,
+        side // 2, side % 2 == 0, reference_logps, stored, examples, sum(map(len, prompts)) + sum(lengths),
     )  # fmt: skip
-
-
-def _row_logits(model: PreTrainedModel, padded: Padded) -> Tensor:
-    return padded_hidden(model, padded) @ output_matrix(model).T
 
 
 def steps(models: Models, pairs: Pairs, only: Sequence[str] = ()) -> dict[str, Step | str]:
@@ -254,8 +252,9 @@ def trl_composed(models: Models, pairs: Pairs) -> Step:
 def liger_composed(models: Models, pairs: Pairs) -> Step:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
 
-    dpo_loss = LigerFusedLinearDPOLoss(beta=SETTINGS.beta, compiled=False)
-    jsd_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    compiled = models.student.device.type == "cuda"
+    dpo_loss = LigerFusedLinearDPOLoss(beta=SETTINGS.beta, compiled=compiled)
+    jsd_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
     weight, reference_weight, teacher_weight = map(output_matrix, (models.student, models.reference, models.teacher))
     padded = pairs.padded
     order = torch.arange(2 * pairs.n).view(-1, 2).T.flatten()  # first all that are chosen
@@ -291,11 +290,12 @@ def dpo_trainer(models: Models, pairs: Pairs) -> Step:
     # The trainer wants a tokenizer and texts. The pairs, token ids already, go to its collator and its training step.
     words = Tokenizer(tokenizer_models.WordLevel({"<pad>": 0, "</s>": 1, "x": 2}, unk_token="x"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    on_cpu = models.student.device.type == "cpu"
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             models.student, args=DPOConfig(
-                folder, beta=SETTINGS.beta, precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False,
-                max_length=None, use_cpu=True, report_to="none", disable_tqdm=True,
+                folder, beta=SETTINGS.beta, precompute_ref_log_probs=True, max_length=None, report_to="none", disable_tqdm=True,
+                gradient_checkpointing=models.student.is_gradient_checkpointing, use_cpu=on_cpu, bf16=not on_cpu,
             ),
             train_dataset=Dataset.from_list([{"prompt": "x", "chosen": "x", "rejected": "x"}]),
             processing_class=tokenizer,

@@ -16,7 +16,8 @@ backward multiplies them by the incoming gradient: it needs neither the weight n
 
 Shapes: T response tokens, H hidden, V vocabulary, K stored entries, c rows of a tile. Tiles, reductions and the sum of
 the weight's gradient are float32, float64 for float64 hidden states. bf16 and fp16: on a CPU the weight is upcast block
-by block; on CUDA the GEMMs take low-precision operands (the logits' gradient is rounded to them) and sum in float32.
+by block; on CUDA the GEMMs take low-precision operands (the logits' gradient is rounded to them) and sum in float32,
+and where Triton is, the passes over a tile are its kernels (`head_kernels`).
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ from nbg_core.losses import (
     weighted,
 )
 
-TILE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-"""On a GPU a tile must be long enough that adding to the weight's gradient costs less than the GEMM. Not yet measured
-there."""
+try:
+    from nbg_core import head_kernels
+except ImportError:  # builds of torch for CPUs come without Triton
+    head_kernels = None
+
+TILE_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
+"""On a GPU every tile adds to the weight's gradient in its memory, which must cost less than the GEMM."""
 MIN_ROWS, MIN_COLUMNS = 16, 64
 """Rows of a GEMM and columns of its result, at least: oneDNN sums every entry in the same order whatever is beside it,
 but for a row or column alone."""
@@ -79,7 +84,7 @@ def head_joint_loss(
     With a group, the rows of all its ranks together are those of whole pairs, and every rank of it calls this: loss and
     sums are then its share, which add up over ranks, and rows are projected twice.
     Memory besides inputs and gradients: the tile (at most `tile_bytes`, else TILE_BYTES, or 16 rows), a block of it
-    (8 MiB or 16 rows; on CUDA as much again, and a copy of the tile in low precision), and O(T K).
+    (8 MiB or 16 rows; on CUDA its gradient in the dtype of hidden, or without Triton the tile twice more), and O(T K).
     Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     n, bucket = len(hidden), settings.estimator == "bucket"
@@ -120,8 +125,9 @@ def head_joint_loss(
                 if tile is not tiles[-1]:
                     z = head.logits(tile)
                 part = slice(tile.start - chunk.start, tile.stop - chunk.start)
-                seen.write_gradient(z, tile, token_ids, g[part], a[part], b[part], head.scratch)
-                head.add_gradients(z, tile, d_hidden, d_weight, first)
+                dz = seen.write_gradient(z, tile, token_ids, g[part], a[part], b[part], head.scratch, hidden.dtype)
+                head.add_gradients(dz, tile, d_hidden, d_weight, first)
+                del dz  # the next one takes its place
                 first = False
         loss, sums = loss_of(slice(0, n), seen.logps, seen.entries(), seen.tail())
         if group is not None:  # sums over whole pairs are the same on all ranks
@@ -179,6 +185,7 @@ class _Head:
         self.hidden, self.weight, self.on_cpu = hidden, weight[:vocab], hidden.device.type == "cpu"
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.by_onednn = ONEDNN and self.on_cpu and self.dtype == torch.float32
+        self.by_kernels = _has_kernels(hidden) and self.dtype == torch.float32
         if tile_bytes is None:
             tile_bytes = TILE_BYTES["cpu" if self.on_cpu else "cuda"]
         self.rows = max(MIN_ROWS, tile_bytes // (vocab * self.dtype.itemsize))
@@ -189,6 +196,9 @@ class _Head:
         longest = max((t.stop - t.start for some in tiles for t in some), default=0)
         vocab = len(self.weight)
         self.tile = self.hidden.new_empty(max(MIN_ROWS, longest), vocab, dtype=self.dtype)
+        if self.by_kernels:
+            self.scratch = None
+            return tiles
         in_scratch = max(MIN_ROWS, CACHE_BYTES // (vocab * self.dtype.itemsize)) if self.on_cpu else len(self.tile)
         self.scratch = self.tile.new_empty(min(in_scratch, len(self.tile)), vocab)
         return tiles
@@ -209,8 +219,7 @@ class _Head:
     def add_gradients(
         self, dz: Tensor, rows: slice, d_hidden: Tensor | None, d_weight: Tensor | None, first: bool
     ) -> None:
-        """Add dz W to rows of d_hidden and dz^T h to d_weight, or with `first` set it; dz [c, V] as `logits` returned
-        it."""
+        """Add dz W to rows of d_hidden and dz^T h to d_weight, or with `first` set it; dz [at least c, V]."""
         h = self._operand(rows)
         dz = dz[: len(h)].to(h.dtype)
         if d_hidden is not None:
@@ -257,11 +266,14 @@ class _Seen:
         """log of the mass [.] outside the head, at the temperature; without meaning unless bucket."""
         return self.log_out[rows] - self.log_hot[rows]
 
-    def read(self, z: Tensor, rows: slice, token_ids: Tensor, scratch: Tensor) -> None:
+    def read(self, z: Tensor, rows: slice, token_ids: Tensor, scratch: Tensor | None) -> None:
         """Read logits z [c, V]; with bucket, head entries of z are lost."""
         n = rows.stop - rows.start
-        self.log_z[rows] = _log_z(z, scratch)[:n]
-        self.log_hot[rows] = self.log_z[rows] if self.temperature == 1 else _log_z(z, scratch, self.temperature)[:n]
+        if scratch is None:
+            self.log_z[rows], self.log_hot[rows] = head_kernels.log_z(z[:n], self.temperature)
+        else:
+            self.log_z[rows] = _log_z(z, scratch)[:n]
+            self.log_hot[rows] = self.log_z[rows] if self.temperature == 1 else _log_z(z, scratch, self.temperature)[:n]
         self.logps[rows] = z[:n].gather(1, token_ids[rows, None])[:, 0] - self.log_z[rows]
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
@@ -271,9 +283,11 @@ class _Seen:
             self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n]
 
     def write_gradient(
-        self, z: Tensor, rows: slice, token_ids: Tensor, g: Tensor, a: Tensor, b: Tensor, scratch: Tensor
-    ) -> None:
-        """Turn logits z [c, V] (as projected, or as `read` left them) into the loss's gradient by them, in place.
+        self, z: Tensor, rows: slice, token_ids: Tensor, g: Tensor, a: Tensor, b: Tensor, scratch: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """The loss's gradient [c, V] by logits z (as projected, or as `read` left them), whose values are lost: z itself,
+        or by kernels in `dtype`.
 
         g [c], a [c, K], b [c]: derivatives by the token's, the entries' and the tail's log-probs."""
         n, temperature = rows.stop - rows.start, self.temperature
@@ -285,15 +299,25 @@ class _Seen:
         if temperature == 1:
             scale = scale + cold * (base - log_z).exp()
         scale = scale / temperature
-        for start in range(0, n, len(scratch)):
-            block = slice(start, min(start + len(scratch), n))
-            part = z[block]
-            if temperature != 1:
-                plain = torch.sub(part, log_z[block], out=scratch[: len(part)]).exp_().mul_(cold[block])
-                part.div_(temperature)
-            part.sub_(base[block]).exp_().mul_(scale[block])
-            if temperature != 1:
-                part.add_(plain)
+        dz = z
+        if scratch is None:
+            touched = torch.cat([ids, token_ids[rows, None]], 1)  # entries that more is added to, in float32: in z
+            logits = z.gather(1, touched)
+            dz = z if dtype == z.dtype else z.new_empty(z.shape, dtype=dtype)
+            head_kernels.gradient(z, *(x[:, 0].contiguous() for x in (base, scale, log_z, cold)), temperature, dz)
+            if dz is not z:
+                plain = 0 if temperature == 1 else cold * (logits - log_z).exp()
+                z.scatter_(1, touched, scale * (logits / temperature - base).exp() + plain)
+        else:
+            for start in range(0, n, len(scratch)):
+                block = slice(start, min(start + len(scratch), n))
+                part = z[block]
+                if temperature != 1:
+                    plain = torch.sub(part, log_z[block], out=scratch[: len(part)]).exp_().mul_(cold[block])
+                    part.div_(temperature)
+                part.sub_(base[block]).exp_().mul_(scale[block])
+                if temperature != 1:
+                    part.add_(plain)
         if self.bucket:  # head entries have no part in the tail: written anew
             at_ids = self.at_ids[rows]
             values = (a + hot * (at_ids / temperature - log_hot).exp()) / temperature + cold * (at_ids - log_z).exp()
@@ -302,6 +326,9 @@ class _Seen:
         else:
             z.scatter_add_(1, ids, a / temperature)
         z.scatter_add_(1, token_ids[rows, None], g[:, None])
+        if dz is not z:
+            dz.scatter_(1, touched, z.gather(1, touched).to(dtype))
+        return dz
 
 
 class _WithGradients(torch.autograd.Function):
@@ -319,10 +346,12 @@ class _WithGradients(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("the head's gradients were used by an earlier backward; call head_joint_loss again")
         d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
-        if incoming.is_cuda or incoming != 1:  # a pass over the weight's gradient is worth a look, not a GPU's wait
-            d_hidden, d_weight = (None if d is None else d.mul_(incoming) for d in (d_hidden, d_weight))
-        d_hidden, d_weight = (None if d is None else d.to(ctx.dtype) for d in (d_hidden, d_weight))
-        return None, d_hidden, d_weight, None
+        found = []
+        for d in (d_hidden, d_weight):
+            if d is not None and (d.is_cuda or incoming != 1):  # a pass over it is worth a look, not a GPU's wait
+                d = torch.mul(d, incoming, out=d if d.dtype == ctx.dtype else torch.empty_like(d, dtype=ctx.dtype))
+            found.append(None if d is None else d.to(ctx.dtype))
+        return None, *found, None
 
 
 def _derivatives(loss_of, rows: slice, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,10 +391,17 @@ def _parts(whole: slice, size: int) -> list[slice]:
     return [slice(whole.start + n * i // parts, whole.start + n * (i + 1) // parts) for i in range(parts)]
 
 
-def _log_z(z: Tensor, scratch: Tensor, temperature: float = 1.0) -> Tensor:
-    """log sum exp [c] of z / temperature [c, V], by blocks of rows that fit `scratch`; z stays as it is.
+def _has_kernels(hidden: Tensor) -> bool:
+    return hidden.is_cuda and head_kernels is not None
+
+
+def _log_z(z: Tensor, scratch: Tensor | None, temperature: float = 1.0) -> Tensor:
+    """log sum exp [c] of z / temperature [c, V], by blocks of rows that fit `scratch`, or without one by kernels; z
+    stays as it is.
 
     Blocks have several rows: torch sums a single one in another order."""
+    if scratch is None:
+        return head_kernels.log_z(z, temperature)[1]
     out = []
     for part in z.tensor_split(-(-len(z) // len(scratch))):
         space = scratch[: len(part)]

@@ -189,6 +189,7 @@ def _has_varlen(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)  # flash attention has no float32
 
 
+@torch.compiler.disable  # a compiled layer is two graphs around it
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,

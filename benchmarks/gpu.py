@@ -1,0 +1,545 @@
+"""The head, the training step, the trainer and teacher scoring on one CUDA GPU: `make bench-gpu` (some 10 minutes).
+
+bf16, random weights, Llama-shaped models (`SHAPES`; the 3B student has Nanbeige4-3B's), variants in turn within one
+process, medians of 5 by CUDA events. A variant that runs out of memory is a row that says so.
+
+head      TRL issue 7244's shape: 8,192 response tokens, hidden 4,096, vocabulary 151,936, all three losses forward and
+          backward; beside it the three bare products. `peak` is all that the GPU holds at once, inputs included.
+step      forward and backward of one micro-batch of pairs of 2k to 16k tokens, without an optimizer; the variants of
+          `train_step_variants.py`, padded ones without an attention mask, so that they get flash attention. The 7B
+          teacher and the reference of TRL's and Liger's kernels are live.
+trainer   the DeepSpeed engine as training runs it: ZeRO 1, bf16 with float32 master weights and gradients, AdamW;
+          optimizer steps of 4 micro-batches.
+scoring   the teacher's rows of responses, four a prompt, ready to be stored, against a padded batch with the logits of
+          every position, log-softmax, top 64.
+
+`tokens/s` counts unique tokens: a pair's prompt once, and both responses. MFU: for every variant the products that D
+needs (6 a weight of the body and input token, 6 a weight of the head and response token, 12 a layer, attention width
+and pair of query and key that sees it), none twice, no embedding, over the vendor's dense bf16 rate. Peak memory of a
+step: beyond the weights of all models and the student's gradients. Results: `results/gpu.json`, a section of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import numpy as np
+import polars as pl
+import report
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from train_step_variants import Models, Pairs, Step, make_pairs, steps
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nbg_core.head import head_joint_loss
+from nbg_core.losses import Denominators, LossSettings, TeacherTargets
+
+HERE = Path(__file__).parent
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 operations a second, by the vendor's data sheets."""
+V = 166_144
+
+
+def llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int = V) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=intermediate, vocab_size=vocab, head_dim=128, max_position_embeddings=1 << 15,
+        tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+
+
+SHAPES = {
+    "1B": llama(2048, 16, 16, 8, 8192),
+    "3B": llama(2560, 32, 20, 4, 10496),
+    "7B": llama(4096, 32, 32, 8, 11008),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    student: str
+    tokens: int
+    """Of the longest pair: a quarter prompt, the rest two responses, each of half to all of its part."""
+    pairs: int
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        more = ", gradient checkpointing" if self.checkpointing else ""
+        return f"{self.student}, {self.pairs} of {self.tokens // 1024}k{more}"
+
+
+CASES = [
+    Case("1B", 2048, 4), Case("1B", 8192, 1), Case("3B", 2048, 4), Case("3B", 4096, 2), Case("3B", 8192, 1),
+    Case("3B", 16384, 1, True),
+]  # fmt: skip
+VARIANTS = ("D", "C", "A0 rows", "TRL", "Liger", "TRL DPO")
+
+
+def small(config: LlamaConfig) -> LlamaConfig:
+    """For a trial run, also without a GPU."""
+    return llama(128, 2, 1, 1, 256, 2048) if config.hidden_size > 128 else config
+
+
+def model(config: LlamaConfig, device: str, seed: int, train: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        made = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return made.train() if train else made.eval().requires_grad_(False)
+
+
+def timed(device: str, functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict | str]:
+    """Median seconds and peak bytes of each, in turn; or why it has none. `peak_bytes` is beyond what was there."""
+    found: dict[str, dict | str] = {}
+    seconds: dict[str, list[float]] = {}
+    for name, function in functions.items():  # warms up, too
+        try:
+            function()
+            clean(device)
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            function()
+            most = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+            found[name], seconds[name] = {"peak_bytes": most - before, "total_peak_bytes": most}, []
+        except torch.cuda.OutOfMemoryError:
+            found[name] = "out of memory"
+        except Exception as e:
+            traceback.print_exc()
+            found[name] = f"{type(e).__name__}: {e}"[:200]
+        clean(device)
+    for _ in range(repeats):
+        for name in seconds:
+            gc.collect()
+            seconds[name].append(elapsed(device, functions[name]))
+    for name, times in seconds.items():
+        found[name] |= {"median_s": statistics.median(times)}
+    return found
+
+
+def clean(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def elapsed(device: str, function: Callable[[], None]) -> float:
+    if device == "cpu":
+        function()
+        return 1.0
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    function()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+# --- head ------------------------------------------------------------------------------------------------------
+
+
+def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
+    n, width, vocab, k = (64, 32, 512, 8) if quick else (8192, 4096, 151_936, 64)
+    torch.manual_seed(0)
+    options = {"device": device, "dtype": torch.bfloat16}
+    hidden = torch.randn(n, width, **options).requires_grad_()
+    weight = (0.02 * torch.randn(vocab, width, **options)).requires_grad_()
+    ids = torch.randint(vocab, (n,), device=device)
+    entries = torch.randint(vocab, (n, k), device=device)
+    is_head = (torch.arange(k, device=device) < k // 2).expand(n, k)
+    stored = TeacherTargets(
+        entries, torch.full((n, k), -4.5, device=device), is_head, ~is_head, torch.full((n,), -1.0, device=device)
+    )
+    reference = torch.full((n,), -9.0, device=device)
+    teacher = torch.randn(n, width, **options)
+    teacher_weight = 0.02 * torch.randn(vocab, width, **options)
+
+    def ours(pairs: int, **kwargs) -> None:
+        per_pair = n // pairs
+        row = torch.arange(n, device=device)
+        loss, _, _ = head_joint_loss(
+            hidden, weight, ids, row // per_pair, row % per_pair < per_pair // 2, reference, stored, pairs,
+            vocab=vocab, settings=LossSettings(**kwargs), denominators=Denominators(pairs, n // 2, n // 2),
+        )  # fmt: skip
+        backward(loss)
+
+    def backward(loss: Tensor) -> None:
+        hidden.grad = weight.grad = None
+        loss.backward()
+
+    def trl() -> None:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+        logps = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, CHUNK, None, 1.0, ("log_probs",))[0]
+        kl, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 0.0)
+        margin = (logps - reference).view(8, 2, -1).sum(-1) @ torch.tensor([1.0, -1.0], device=device)
+        backward(-torch.nn.functional.logsigmoid(0.1 * margin).mean() + 2 * kl.mean())
+
+    def liger() -> None:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
+
+        dpo, _ = LigerFusedLinearDPOLoss(beta=0.1)(
+            weight, hidden.view(16, -1, width), ids.view(16, -1), ref_input=hidden.detach().view(16, -1, width),
+            ref_weight=weight.detach(),
+        )  # fmt: skip
+        kl = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)(
+            hidden, weight, teacher, teacher_weight, ids
+        )
+        backward(dpo + 2 * kl)
+
+    h, w, z = hidden.detach(), weight.detach(), torch.randn(n, vocab, **options)
+
+    def products() -> None:
+        z.copy_(h @ w.t()), z @ w, z.t() @ h
+
+    def bare() -> None:
+        h @ w.t()
+        z @ w
+        z.t() @ h
+
+    found = timed(device, {"three bare products": bare}, repeats)
+    del z
+    found |= timed(device, {
+        "D, pairs of 2,048 response tokens": lambda: ours(n // (16 if quick else 2048)),
+        "D, pairs of 2,048, bucket": lambda: ours(n // (16 if quick else 2048), estimator="bucket"),
+        "D, pairs of 2,048, temperature 2": lambda: ours(n // (16 if quick else 2048), temperature=2.0),
+        "D, a pair of 8,192 (recompute)": lambda: ours(1),
+        "TRL's kernels": trl,
+        "Liger's kernels": liger,
+    }, repeats)  # fmt: skip
+    return rows_of("head", {"case": f"{n} tokens, hidden {width}, vocabulary {vocab}"}, found)
+
+
+def rows_of(part: str, about: dict, found: dict[str, dict | str]) -> list[dict]:
+    rows = []
+    for variant, values in found.items():
+        values = {"error": values} if isinstance(values, str) else values
+        rows.append({"part": part, **about, "variant": variant, **values})
+        print(rows[-1], flush=True)
+    return rows
+
+
+# --- step ------------------------------------------------------------------------------------------------------
+
+
+def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
+    rows = []
+    shapes = {name: small(c) if quick else c for name, c in SHAPES.items()}
+    teacher = model(shapes["7B"], device, 2)
+    models: Models | None = None
+    for case in CASES:
+        if cases and case.name not in cases:
+            continue
+        if quick:
+            case = replace(case, tokens=case.tokens // 32)
+        if models is None or models.student.config is not shapes[case.student]:
+            models = None
+            clean(device)
+            config = shapes[case.student]
+            models = Models(model(config, device, 0, train=True), model(config, device, 1), teacher)
+        student = models.student
+        pairs = make(case, models)
+        if case.checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        found = {n: s for n, s in steps(models, pairs, VARIANTS).items() if callable(s)}
+        found = {"D compiled": lambda one=found["D"]: compiled(student, one)} | found
+        done = timed(device, {name: (lambda s=s: take(s, student)) for name, s in found.items()}, repeats)
+        gradients = sum(p.numel() * p.element_size() for p in student.parameters())
+        needed = flops(student.config, pairs)
+        for values in done.values():
+            if isinstance(values, dict):
+                seconds = values["median_s"]
+                values |= {"peak_bytes": values["peak_bytes"] - gradients, "mfu": needed / seconds / peak_flops(),
+                           "tokens_per_s": pairs.unique_tokens / seconds}  # fmt: skip
+        about = {"case": case.name, "unique_tokens": pairs.unique_tokens, "flops": needed}
+        rows += rows_of("step", about, done)
+        if device == "cuda" and not case.checkpointing and case.tokens == 8192:
+            rows += rows_of("profile", about, {"D": {"kernels": kernels(found["D"], student)}})
+        student.gradient_checkpointing_disable()
+        student.zero_grad(set_to_none=True)
+        del pairs, found
+    return rows
+
+
+def make(case: Case, models: Models) -> Pairs:
+    rng = np.random.default_rng(0)
+    vocab = models.student.config.vocab_size
+
+    def text(most: int) -> list[int]:
+        return rng.integers(vocab, size=rng.integers(most // 2, most, endpoint=True)).tolist()
+
+    prompts = [text(case.tokens // 4) for _ in range(case.pairs)]
+    pairs = make_pairs(models, prompts, [[text(3 * case.tokens // 8) for _ in range(2)] for _ in prompts])
+    return replace(pairs, padded=replace(pairs.padded, mask=None))  # padding is on the right: nothing sees it
+
+
+def take(one: Step, student: LlamaForCausalLM) -> None:
+    student.zero_grad(set_to_none=True)
+    loss = one()["loss"]
+    if loss.requires_grad:  # the trainer's own step went backward already
+        loss.backward()
+
+
+def compiled(student: LlamaForCausalLM, one: Step) -> dict[str, Tensor]:
+    layers = [m for m in student.modules() if type(m).__name__ in student._no_split_modules]
+    for layer in layers:
+        if (known := vars(layer).get("known")) is None:
+            layer.compile(dynamic=True)
+            layer.known = layer._compiled_call_impl
+        else:
+            layer._compiled_call_impl = known
+    try:
+        return one()
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def flops(config: LlamaConfig, pairs: Pairs) -> int:
+    """Of D's step, forward and backward (see the module's docstring)."""
+    width = config.num_attention_heads * config.head_dim
+    narrow = config.num_key_value_heads * config.head_dim
+    layer = 2 * config.hidden_size * (width + narrow) + 3 * config.hidden_size * config.intermediate_size
+    seen = sum(n * (2 * m - n + 1) // 2 for n, m in pairs.shared.segments)  # keys that queries see
+    return (
+        6 * layer * config.num_hidden_layers * pairs.shared.ids.numel()
+        + 12 * width * config.num_hidden_layers * seen
+        + 6 * config.hidden_size * config.vocab_size * len(pairs.token_ids)
+    )
+
+
+def peak_flops() -> float:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for card, rate in PEAK_FLOPS.items() if card in name), float("nan"))
+
+
+def kernels(one: Step, student: LlamaForCausalLM) -> dict[str, float]:
+    """Shares of a step's time on the GPU, by kind of kernel; `idle` is the rest of the time that the step takes."""
+    kinds = {"attention": ("flash", "fmha"), "products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "sm80_xmma")}
+    took = elapsed("cuda", lambda: take(one, student)) * 1e6
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        take(one, student)
+        torch.cuda.synchronize()
+    shares: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            name = event.key.lower()
+            kind = next((k for k, words in kinds.items() if any(w in name for w in words)), event.key[:80])
+            shares[kind] = shares.get(kind, 0.0) + event.self_device_time_total / took
+    first = sorted(shares, key=shares.get, reverse=True)[:14]
+    return {**{name: shares[name] for name in first}, "idle": 1 - sum(shares.values())}
+
+
+# --- trainer ---------------------------------------------------------------------------------------------------
+
+
+def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
+    from nbg_core.config import TrainingSettings
+    from nbg_core.training.data import PairBatch
+    from nbg_core.training.engine import backward, build_engine, take_step
+    from nbg_core.training.request import Request
+    from nbg_core.training.train import init_distributed
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    init_distributed()
+    rows = []
+    for case in (Case("1B", 8192, 1), Case("3B", 8192, 1)):
+        if cases and case.name not in cases:
+            continue
+        if quick:
+            case = replace(case, tokens=case.tokens // 32)
+        shape = small(SHAPES[case.student]) if quick else SHAPES[case.student]
+        with saved(shape, device) as folder:
+            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6)
+            engine, _ = build_engine(Request(
+                training_id="", catalog="", data_path="", snapshot=0, slices=[], policy_id="", policy_path=folder,
+                teacher_id="", storage_id="", scoring_id="", temperature=1.0, training=settings, work=folder,
+            ))  # fmt: skip
+        policy = engine.module.policy
+        pairs = make(case, Models(policy, policy, policy))
+        batch = PairBatch(
+            pairs.shared, pairs.token_ids, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.targets, pairs.n
+        )
+        counts = pairs.denominators
+        counts = Denominators(4 * counts.pairs, 4 * counts.chosen_tokens, 4 * counts.rejected_tokens)
+
+        def optimizer_step(engine=engine, batch=batch, counts=counts, settings=settings) -> None:
+            for _ in range(4):
+                backward(engine, engine(batch, counts)[0])
+            take_step(engine, settings, 1e-6)
+
+        done = timed(device, {"trainer": optimizer_step}, repeats)
+        for values in done.values():
+            if isinstance(values, dict):
+                seconds = values["median_s"]
+                values |= {"mfu": 4 * flops(shape, pairs) / seconds / peak_flops(),
+                           "tokens_per_s": 4 * pairs.unique_tokens / seconds}  # fmt: skip
+        rows += rows_of("trainer", {"case": case.name, "unique_tokens": pairs.unique_tokens}, done)
+        engine.destroy()
+        del engine, policy, pairs, batch, optimizer_step
+        clean(device)
+    return rows
+
+
+class saved:
+    """A temporary folder with a model of random weights and a tokenizer of as many ids, in memory if there is such a
+    place."""
+
+    def __init__(self, config: LlamaConfig, device: str):
+        self.config, self.device = config, device
+
+    def __enter__(self) -> Path:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        model(self.config, self.device, 0).save_pretrained(self.folder.name)
+        words = {"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, self.config.vocab_size)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", chat_template="{{ messages }}"
+        ).save_pretrained(self.folder.name)
+        clean(self.device)
+        return Path(self.folder.name)
+
+    def __exit__(self, *_) -> None:
+        self.folder.cleanup()
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------
+
+
+def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
+    from nbg_core.config import Profile
+    from nbg_core.teacher.forward import Scorer
+    from nbg_core.teacher.store import compress
+
+    config = small(SHAPES["7B"]) if quick else SHAPES["7B"]
+    shrink = 32 if quick else 1
+    rows = []
+    with saved(config, device) as folder:
+        paths = {"work": folder, "queries": folder, "checkpoints": folder}
+        profile = Profile(name="bench", models={"student": folder, "teacher": folder, "dtype": "bfloat16"}, paths=paths,
+                          training={"precision": "bf16"})  # fmt: skip
+        scorer = Scorer(profile, folder)
+    for prompt, response, n_prompts in ((256, 512, 16), (2048, 512, 8), (256, 4096, 2)):
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(2, config.vocab_size, (n_prompts, prompt // shrink)).tolist()
+        responses = rng.integers(2, config.vocab_size, (4 * n_prompts, response // shrink)).tolist()
+        samples = pl.DataFrame({
+            "sample_id": [f"{i:032}" for i in range(len(responses))], "token_ids": responses,
+            "prompt_token_ids": [p for p in prompts for _ in range(4)],
+        })  # fmt: skip
+
+        def project(samples=samples, **settings) -> None:
+            s = profile.teacher.model_copy(update=settings)
+            for scored in scorer.score(samples):
+                compress(scorer.logits(scored), scored.token_ids, scored.lengths, scored.samples["sample_id"].to_list(), s)
+
+        def forward(samples=samples) -> None:
+            for scored in scorer.score(samples):
+                scorer.logps(scored)
+
+        @torch.inference_mode()
+        def plain(samples=samples, per_batch=max(1, 16384 // (prompt + response))) -> None:
+            for part in samples.iter_slices(per_batch):
+                sequences = [p + r for p, r in part.select("prompt_token_ids", "token_ids").iter_rows()]
+                logp = scorer.model(torch.tensor(sequences, device=device)).logits.float().log_softmax(-1)
+                values, ids = logp.topk(64)
+                values.cpu(), ids.cpu()
+
+        done = timed(device, {
+            "project": project, "project, head 64 alone": lambda: project(m_tail=0, min_weight=0.0), "forward alone": forward,
+            "plain": plain,
+        }, min(repeats, 3))  # fmt: skip
+        tokens = 4 * n_prompts * (response // shrink)
+        layer = 2 * config.hidden_size * 128 * (config.num_attention_heads + config.num_key_value_heads)
+        layer += 3 * config.hidden_size * config.intermediate_size
+        inputs = n_prompts * (prompt // shrink) + tokens
+        least = 2 * (layer * config.num_hidden_layers * inputs + config.hidden_size * config.vocab_size * tokens)
+        for values in done.values():
+            if isinstance(values, dict):
+                seconds = values["median_s"]
+                values |= {"tokens_per_s": tokens / seconds, "mfu": least / seconds / peak_flops()}
+        rows += rows_of("scoring", {"case": f"{n_prompts} prompts of {prompt}, 4 responses of {response}"}, done)
+    return rows
+
+
+# --- what comes out --------------------------------------------------------------------------------------------
+
+PARTS = {"head": head, "step": step, "trainer": trainer, "scoring": scoring}
+
+
+def section(rows: list[dict]) -> str:
+    def of(part: str) -> Iterator[dict]:
+        return (r for r in rows if r["part"] == part)
+
+    def cells(r: dict, *extra: str) -> list[str]:
+        if "error" in r:
+            return [r["error"], *[""] * len(extra)]
+        units = {"peak_bytes": 2**30, "total_peak_bytes": 2**30, "median_s": 1e-3, "mfu": 0.01, "tokens_per_s": 1}
+        formats = {"tokens_per_s": ",.0f", "peak_bytes": ".1f", "total_peak_bytes": ".1f", "mfu": ".1f", "median_s": ".1f"}
+        return [format(r[k] / units[k], formats[k]) for k in ("median_s", *extra)]
+
+    parts = []
+    if any(of("head")):
+        parts.append(report.table(
+            ["head", "ms", "peak, GiB"], [[r["variant"], *cells(r, "total_peak_bytes")] for r in of("head")]
+        ))  # fmt: skip
+    names = {"step": "micro-batch", "trainer": "4 micro-batches and an update", "scoring": "responses scored"}
+    for part, name in names.items():
+        if any(of(part)):
+            parts.append(report.table(
+                [name, "variant", "ms", "tokens/s", "MFU, %", "peak, GiB"],
+                [[r["case"], r["variant"], *cells(r, "tokens_per_s", "mfu", "peak_bytes")] for r in of(part)],
+            ))  # fmt: skip
+    for r in of("profile"):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in r["kernels"].items())
+        parts.append(f"Where D's time goes ({r['case']}): {shares}.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", help="only these, by their names")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU if there is no GPU; writes nothing")
+    parser.add_argument("--write", type=Path, help="write the rows to this file alone")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.quick:
+        raise SystemExit("there is no GPU that torch can use; --quick is a trial run without one")
+    results = HERE / "results" / "gpu.json"
+    again = {*args.parts, *(["profile"] if "step" in args.parts else [])}
+    rows = [r for r in json.loads(results.read_text()) if r["part"] not in again] if results.exists() else []
+    about = report.machine("trl", "liger-kernel", "deepspeed", "triton")
+    for part in args.parts:
+        rows += [about | r for r in PARTS[part](device, args.quick, args.repeats, args.cases)]
+        clean(device)
+        if args.write:
+            args.write.write_text(json.dumps(rows, indent=1) + "\n")
+        elif not args.quick:
+            report.write("gpu", rows, section(rows), about)
+    print(section(rows))
+
+
+if __name__ == "__main__":
+    main()

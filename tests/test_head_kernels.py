@@ -1,0 +1,56 @@
+"""The GPU kernels of the head, run by Triton's interpreter: on a CPU, with the same arithmetic."""
+
+import pytest
+import torch
+from test_head import NARROW, SETTINGS, WIDE, fused, make_head, whole, with_gradients
+from test_losses import randn
+
+from nbg_core import head
+from nbg_core.losses import token_logps
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles them: see test_head.py")
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The head takes the kernels for tensors of a CPU, too."""
+    monkeypatch.setattr(head.head_kernels, "BLOCK", 64)  # so that a row has several
+    monkeypatch.setattr(head, "_has_kernels", lambda hidden: True)
+
+
+@pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("s", SETTINGS[:8], ids=str)
+def test_kernels_equal_float64(s, tile_bytes):
+    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.float32)
+    (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
+    double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
+    (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=2e-4)
+    torch.testing.assert_close(logps.double(), token_logps(logits, batch["token_ids"]).detach(), rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], SETTINGS[3]], ids=str)
+def test_only_the_whole_gradient_is_rounded(s):
+    """A sure token's gradient is a small difference of two numbers: rounding these to bf16 would leave nothing of it."""
+    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.bfloat16)
+    batch["hidden"] = (batch["weight"][batch["token_ids"]].double() * 2).bfloat16()  # its own token's row: logit >> 0
+    _, gradients = with_gradients(fused, batch, s)
+    double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
+    _, expected = with_gradients(whole, double, s)
+    for got, want in zip(gradients, expected, strict=True):
+        assert float((got.double() - want).norm() / want.norm()) < 2**-8
+
+
+def test_log_z_of_any_row():
+    z = torch.cat([randn(5, 300, seed=1), 1e4 + randn(1, 300, seed=2), -1e30 * torch.ones(1, 300).double()]).float()
+    z[1, ::2] = -torch.inf
+    z[2, 100:] = -torch.inf
+    z[3, :299] = -torch.inf
+    cold, hot = head.head_kernels.log_z(z, 0.7)
+    torch.testing.assert_close(cold.double(), z.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hot.double(), (z.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(head.head_kernels.log_z(z, 1.0)[1], cold)
