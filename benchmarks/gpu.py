@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -38,7 +39,6 @@ import numpy as np
 import polars as pl
 import report
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step_variants import Models, Pairs, Step, make_pairs, steps
@@ -46,6 +46,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbg_core.head import head_joint_loss
 from nbg_core.losses import Denominators, LossSettings, TeacherTargets
+from nbg_core.training.engine import compile_layers
 
 HERE = Path(__file__).parent
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -83,8 +84,8 @@ class Case:
 
 
 CASES = [
-    Case("1B", 2048, 4), Case("1B", 8192, 1), Case("3B", 2048, 4), Case("3B", 4096, 2), Case("3B", 8192, 1),
-    Case("3B", 16384, 1, True),
+    Case("3B", 2048, 4), Case("3B", 4096, 2), Case("3B", 8192, 1), Case("3B", 16384, 1, True), Case("1B", 2048, 4),
+    Case("1B", 8192, 1),
 ]  # fmt: skip
 VARIANTS = ("D", "C", "A0 rows", "TRL", "Liger", "TRL DPO")
 
@@ -166,20 +167,15 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         entries, torch.full((n, k), -4.5, device=device), is_head, ~is_head, torch.full((n,), -1.0, device=device)
     )
     reference = torch.full((n,), -9.0, device=device)
-    teacher = torch.randn(n, width, **options)
-    teacher_weight = 0.02 * torch.randn(vocab, width, **options)
 
     def ours(pairs: int, **kwargs) -> None:
         per_pair = n // pairs
+        hidden.grad = weight.grad = None
         row = torch.arange(n, device=device)
         loss, _, _ = head_joint_loss(
             hidden, weight, ids, row // per_pair, row % per_pair < per_pair // 2, reference, stored, pairs,
             vocab=vocab, settings=LossSettings(**kwargs), denominators=Denominators(pairs, n // 2, n // 2),
         )  # fmt: skip
-        backward(loss)
-
-    def backward(loss: Tensor) -> None:
-        hidden.grad = weight.grad = None
         loss.backward()
 
     def trl() -> None:
@@ -187,14 +183,16 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
+        hidden.grad = weight.grad = None
         logps = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, CHUNK, None, 1.0, ("log_probs",))[0]
         kl, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 0.0)
         margin = (logps - reference).view(8, 2, -1).sum(-1) @ torch.tensor([1.0, -1.0], device=device)
-        backward(-torch.nn.functional.logsigmoid(0.1 * margin).mean() + 2 * kl.mean())
+        (2 * kl.mean() - torch.nn.functional.logsigmoid(0.1 * margin).mean()).backward()
 
     def liger() -> None:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
 
+        hidden.grad = weight.grad = None
         dpo, _ = LigerFusedLinearDPOLoss(beta=0.1)(
             weight, hidden.view(16, -1, width), ids.view(16, -1), ref_input=hidden.detach().view(16, -1, width),
             ref_weight=weight.detach(),
@@ -202,28 +200,24 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         kl = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)(
             hidden, weight, teacher, teacher_weight, ids
         )
-        backward(dpo + 2 * kl)
-
-    h, w, z = hidden.detach(), weight.detach(), torch.randn(n, vocab, **options)
-
-    def products() -> None:
-        z.copy_(h @ w.t()), z @ w, z.t() @ h
+        (dpo + 2 * kl).backward()
 
     def bare() -> None:
-        h @ w.t()
+        z = h @ w.t()
         z @ w
         z.t() @ h
 
-    found = timed(device, {"three bare products": bare}, repeats)
-    del z
-    found |= timed(device, {
+    h, w = hidden.detach(), weight.detach()
+    found = timed(device, {
+        "three bare products": bare,
         "D, pairs of 2,048 response tokens": lambda: ours(n // (16 if quick else 2048)),
         "D, pairs of 2,048, bucket": lambda: ours(n // (16 if quick else 2048), estimator="bucket"),
         "D, pairs of 2,048, temperature 2": lambda: ours(n // (16 if quick else 2048), temperature=2.0),
         "D, a pair of 8,192 (recompute)": lambda: ours(1),
-        "TRL's kernels": trl,
-        "Liger's kernels": liger,
     }, repeats)  # fmt: skip
+    hidden.grad = weight.grad = None
+    teacher, teacher_weight = torch.randn(n, width, **options), 0.02 * torch.randn(vocab, width, **options)
+    found |= timed(device, {"TRL's kernels": trl, "Liger's kernels": liger}, repeats)
     return rows_of("head", {"case": f"{n} tokens, hidden {width}, vocabulary {vocab}"}, found)
 
 
@@ -258,9 +252,11 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         pairs = make(case, models)
         if case.checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        found = {n: s for n, s in steps(models, pairs, VARIANTS).items() if callable(s)}
-        found = {"D compiled": lambda one=found["D"]: compiled(student, one)} | found
-        done = timed(device, {name: (lambda s=s: take(s, student)) for name, s in found.items()}, repeats)
+        found = {name: lazily(name, models, pairs) for name in VARIANTS}
+        done = timed(device, found, repeats)
+        done |= timed(device, {"D compiled": lazily("D compiled", models, pairs)}, repeats)
+        for layer in student.modules():
+            layer._compiled_call_impl = None
         gradients = sum(p.numel() * p.element_size() for p in student.parameters())
         needed = flops(student.config, pairs)
         for values in done.values():
@@ -271,7 +267,7 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         about = {"case": case.name, "unique_tokens": pairs.unique_tokens, "flops": needed}
         rows += rows_of("step", about, done)
         if device == "cuda" and not case.checkpointing and case.tokens == 8192:
-            rows += rows_of("profile", about, {"D": {"kernels": kernels(found["D"], student)}})
+            rows += rows_of("profile", about, {"D": {"kernels": kernels(found["D"])}})
         student.gradient_checkpointing_disable()
         student.zero_grad(set_to_none=True)
         del pairs, found
@@ -297,19 +293,21 @@ def take(one: Step, student: LlamaForCausalLM) -> None:
         loss.backward()
 
 
-def compiled(student: LlamaForCausalLM, one: Step) -> dict[str, Tensor]:
-    layers = [m for m in student.modules() if type(m).__name__ in student._no_split_modules]
-    for layer in layers:
-        if (known := vars(layer).get("known")) is None:
-            layer.compile(dynamic=True)
-            layer.known = layer._compiled_call_impl
-        else:
-            layer._compiled_call_impl = known
-    try:
-        return one()
-    finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+def lazily(name: str, models: Models, pairs: Pairs) -> Callable[[], None]:
+    """A step of a variant that is made when it is first taken. D compiled leaves layers compiled: it comes last."""
+    made: list[Step] = []
+
+    def one() -> None:
+        if not made:
+            if name == "D compiled":
+                compile_layers(models.student)
+            (found,) = steps(models, pairs, [name.split()[0] if name == "D compiled" else name]).values()
+            if isinstance(found, str):
+                raise ImportError(found)
+            made.append(found)
+        take(made[0], models.student)
+
+    return one
 
 
 def flops(config: LlamaConfig, pairs: Pairs) -> int:
@@ -330,12 +328,12 @@ def peak_flops() -> float:
     return next((rate for card, rate in PEAK_FLOPS.items() if card in name), float("nan"))
 
 
-def kernels(one: Step, student: LlamaForCausalLM) -> dict[str, float]:
+def kernels(one: Callable[[], None]) -> dict[str, float]:
     """Shares of a step's time on the GPU, by kind of kernel; `idle` is the rest of the time that the step takes."""
     kinds = {"attention": ("flash", "fmha"), "products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "sm80_xmma")}
-    took = elapsed("cuda", lambda: take(one, student)) * 1e6
+    took = elapsed("cuda", one) * 1e6
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        take(one, student)
+        one()
         torch.cuda.synchronize()
     shares: dict[str, float] = {}
     for event in profiler.key_averages():
@@ -357,17 +355,23 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     from nbg_core.training.request import Request
     from nbg_core.training.train import init_distributed
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+    }
     init_distributed()
     rows = []
-    for case in (Case("1B", 8192, 1), Case("3B", 8192, 1)):
+    for case, compile in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
         if cases and case.name not in cases:
             continue
         if quick:
             case = replace(case, tokens=case.tokens // 32)
         shape = small(SHAPES[case.student]) if quick else SHAPES[case.student]
         with saved(shape, device) as folder:
-            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6)
+            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compile)
             engine, _ = build_engine(Request(
                 training_id="", catalog="", data_path="", snapshot=0, slices=[], policy_id="", policy_path=folder,
                 teacher_id="", storage_id="", scoring_id="", temperature=1.0, training=settings, work=folder,
@@ -375,7 +379,13 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
         policy = engine.module.policy
         pairs = make(case, Models(policy, policy, policy))
         batch = PairBatch(
-            pairs.shared, pairs.token_ids, pairs.pair_index, pairs.is_chosen, pairs.reference_logps, pairs.targets, pairs.n
+            pairs.shared,
+            pairs.token_ids,
+            pairs.pair_index,
+            pairs.is_chosen,
+            pairs.reference_logps,
+            pairs.targets,
+            pairs.n,
         )
         counts = pairs.denominators
         counts = Denominators(4 * counts.pairs, 4 * counts.chosen_tokens, 4 * counts.rejected_tokens)
@@ -385,7 +395,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
                 backward(engine, engine(batch, counts)[0])
             take_step(engine, settings, 1e-6)
 
-        done = timed(device, {"trainer": optimizer_step}, repeats)
+        done = timed(device, {"trainer, compiled" if compile else "trainer": optimizer_step}, repeats)
         for values in done.values():
             if isinstance(values, dict):
                 seconds = values["median_s"]
@@ -451,14 +461,16 @@ def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
         def project(samples=samples, **settings) -> None:
             s = profile.teacher.model_copy(update=settings)
             for scored in scorer.score(samples):
-                compress(scorer.logits(scored), scored.token_ids, scored.lengths, scored.samples["sample_id"].to_list(), s)
+                compress(
+                    scorer.logits(scored), scored.token_ids, scored.lengths, scored.samples["sample_id"].to_list(), s
+                )
 
         def forward(samples=samples) -> None:
             for scored in scorer.score(samples):
                 scorer.logps(scored)
 
         @torch.inference_mode()
-        def plain(samples=samples, per_batch=max(1, 16384 // (prompt + response))) -> None:
+        def plain(samples=samples, per_batch=16384 // (prompt + response)) -> None:
             for part in samples.iter_slices(per_batch):
                 sequences = [p + r for p, r in part.select("prompt_token_ids", "token_ids").iter_rows()]
                 logp = scorer.model(torch.tensor(sequences, device=device)).logits.float().log_softmax(-1)
@@ -466,8 +478,8 @@ def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
                 values.cpu(), ids.cpu()
 
         done = timed(device, {
-            "project": project, "project, head 64 alone": lambda: project(m_tail=0, min_weight=0.0), "forward alone": forward,
-            "plain": plain,
+            "project": project, "project, head 64 alone": lambda: project(m_tail=0, min_weight=0.0),
+            "forward alone": forward, "plain": plain,
         }, min(repeats, 3))  # fmt: skip
         tokens = 4 * n_prompts * (response // shrink)
         layer = 2 * config.hidden_size * 128 * (config.num_attention_heads + config.num_key_value_heads)
@@ -495,7 +507,13 @@ def section(rows: list[dict]) -> str:
         if "error" in r:
             return [r["error"], *[""] * len(extra)]
         units = {"peak_bytes": 2**30, "total_peak_bytes": 2**30, "median_s": 1e-3, "mfu": 0.01, "tokens_per_s": 1}
-        formats = {"tokens_per_s": ",.0f", "peak_bytes": ".1f", "total_peak_bytes": ".1f", "mfu": ".1f", "median_s": ".1f"}
+        formats = {
+            "tokens_per_s": ",.0f",
+            "peak_bytes": ".1f",
+            "total_peak_bytes": ".1f",
+            "mfu": ".1f",
+            "median_s": ".1f",
+        }
         return [format(r[k] / units[k], formats[k]) for k in ("median_s", *extra)]
 
     parts = []

@@ -294,8 +294,9 @@ def dpo_trainer(models: Models, pairs: Pairs) -> Step:
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             models.student, args=DPOConfig(
-                folder, beta=SETTINGS.beta, precompute_ref_log_probs=True, max_length=None, report_to="none", disable_tqdm=True,
-                gradient_checkpointing=models.student.is_gradient_checkpointing, use_cpu=on_cpu, bf16=not on_cpu,
+                folder, beta=SETTINGS.beta, precompute_ref_log_probs=True, max_length=None, report_to="none",
+                disable_tqdm=True, gradient_checkpointing=models.student.is_gradient_checkpointing, use_cpu=on_cpu,
+                bf16=not on_cpu,
             ),
             train_dataset=Dataset.from_list([{"prompt": "x", "chosen": "x", "rejected": "x"}]),
             processing_class=tokenizer,

@@ -277,17 +277,22 @@ class _Seen:
         self.logps[rows] = z[:n].gather(1, token_ids[rows, None])[:, 0] - self.log_z[rows]
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
-            row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
-            z[row, self.targets.ids[rows][row, k]] = -torch.inf
-            # NaN for a row that is all head: its tail is LOG_TINY instead, and all its gradient is written at head ids.
-            self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n]
+            self._hide_head(z[:n], rows)
+            # A row that is all head has no such mass, but any number here: its tail is LOG_TINY instead.
+            self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n].nan_to_num_(neginf=0.0)
+
+    def _hide_head(self, z: Tensor, rows: slice) -> None:
+        """Set head entries of z to -inf. Slots of `ids` that are no head entries may have their ids: they change
+        nothing."""
+        most = torch.where(self.targets.is_head[rows], -torch.inf, torch.inf).to(z.dtype)
+        z.scatter_reduce_(1, self.targets.ids[rows], most, "amin")
 
     def write_gradient(
         self, z: Tensor, rows: slice, token_ids: Tensor, g: Tensor, a: Tensor, b: Tensor, scratch: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """The loss's gradient [c, V] by logits z (as projected, or as `read` left them), whose values are lost: z itself,
-        or by kernels in `dtype`.
+        """The loss's gradient [c, V] by logits z (as projected, or as `read` left them), whose values are lost: in z
+        itself, or by kernels in `dtype`.
 
         g [c], a [c, K], b [c]: derivatives by the token's, the entries' and the tail's log-probs."""
         n, temperature = rows.stop - rows.start, self.temperature
@@ -300,6 +305,8 @@ class _Seen:
             scale = scale + cold * (base - log_z).exp()
         scale = scale / temperature
         dz = z
+        if self.bucket:
+            self._hide_head(z, rows)
         if scratch is None:
             touched = torch.cat([ids, token_ids[rows, None]], 1)  # entries that more is added to, in float32: in z
             logits = z.gather(1, touched)
@@ -318,13 +325,12 @@ class _Seen:
                 part.sub_(base[block]).exp_().mul_(scale[block])
                 if temperature != 1:
                     part.add_(plain)
-        if self.bucket:  # head entries have no part in the tail: written anew
+        more = a / temperature
+        if self.bucket:  # head entries have no part in the tail: there is nothing yet
             at_ids = self.at_ids[rows]
-            values = (a + hot * (at_ids / temperature - log_hot).exp()) / temperature + cold * (at_ids - log_z).exp()
-            row, k = self.targets.is_head[rows].nonzero(as_tuple=True)
-            z[row, ids[row, k]] = values[row, k]
-        else:
-            z.scatter_add_(1, ids, a / temperature)
+            more = more + hot / temperature * (at_ids / temperature - log_hot).exp() + cold * (at_ids - log_z).exp()
+            more = torch.where(self.targets.is_head[rows], more, 0.0)
+        z.scatter_add_(1, ids, more)
         z.scatter_add_(1, token_ids[rows, None], g[:, None])
         if dz is not z:
             dz.scatter_(1, touched, z.gather(1, touched).to(dtype))

@@ -6,7 +6,6 @@ A float32 tile z [c, V] is more than a GPU's cache holds: what a pass costs is i
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,8 +23,8 @@ def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 def gradient(
     z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, cold: Tensor, temperature: float, out: Tensor
 ) -> None:
-    """out [c, V] = scale exp(z / temperature - base) + cold exp(z - log_z), with vectors [c]; summed in float32, rounded
-    to the dtype of `out`, which may be z. The second term is left out at temperature 1."""
+    """out [c, V] = scale exp(z / temperature - base) + cold exp(z - log_z), with vectors [c]; in float32, then in
+    the dtype of `out`, which may be z. The second term is left out at temperature 1."""
     rows, vocab = z.shape
     _gradient[(rows, triton.cdiv(vocab, BLOCK))](
         z, out, base, scale, log_z, cold, vocab, z.stride(0), out.stride(0), temperature, IS_COLD=temperature == 1,

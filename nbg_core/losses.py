@@ -272,7 +272,7 @@ def pair_loss(
         "nll": -policy[:, 0].sum(), "margin": margin.sum(),
         "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).sum(),
         "chosen_reward": dpo.chosen_reward.sum(), "rejected_reward": dpo.rejected_reward.sum(),
-        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": here.new_tensor(n_pairs),
+        "chosen_logp": policy[:, 0].sum(), "rejected_logp": policy[:, 1].sum(), "pairs": here.new_full((), n_pairs),
         "chosen_tokens": lengths[:, 0].sum(), "rejected_tokens": lengths[:, 1].sum(),
     }  # fmt: skip
     loss = weighted(sums, s, denominators)

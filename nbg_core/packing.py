@@ -217,8 +217,7 @@ def _by_segment(
 ) -> Tensor:
     """[L, heads, D] of queries [L, heads, D], keys and values [K, key heads, D]."""
     if _has_varlen(q):
-        # Not yet run on a GPU: there was none when it was written. `test_cuda_equals_cpu` is waiting for one; until
-        # then only its arguments are tested. Flash attention aligns the ends of queries and keys (pytorch PR 193630).
+        # Flash attention aligns the ends of queries and keys (pytorch PR 193630).
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         return varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=window, enable_gqa=gqa)
     n_queries, n_keys = zip(*layout.segments, strict=True)

@@ -168,7 +168,7 @@ def test_a_training_is_the_same_however_its_sums_are_shared_out():
     base = load_profile("embedded").training
     shared_out = dict(
         n_processes=8, zero_stage=3, offload_optimizer=True, micro_batch_tokens=7, gradient_checkpointing=True,
-        sequence_parallel=2, hostfile="hosts", save_every=1,
+        sequence_parallel=2, hostfile="hosts", save_every=1, compile=True,
     )  # fmt: skip
     assert base.model_copy(update=shared_out).deciding() == base.deciding()
     decide = base.deciding().keys()
@@ -176,6 +176,11 @@ def test_a_training_is_the_same_however_its_sums_are_shared_out():
     assert {"loss", "global_batch_pairs", "precision", "lora", "seed"} <= decide
     for change in (dict(precision="bf16"), dict(lora={"rank": 2}), dict(global_batch_pairs=3)):
         assert type(base).model_validate({**base.model_dump(), **change}).deciding() != base.deciding()
+
+
+def test_compiled_layers_are_not_taken_apart():
+    with pytest.raises(ValueError, match="compile needs zero_stage 0, 1 or 2"):
+        load_profile("embedded").training.model_validate({"compile": True, "zero_stage": 3})
 
 
 def test_ranks_that_share_sequences_are_whole_groups():

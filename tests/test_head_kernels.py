@@ -8,7 +8,6 @@ from test_losses import randn
 from nbg_core import head
 from nbg_core.losses import token_logps
 
-pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles them: see test_head.py")
 
 
@@ -35,7 +34,7 @@ def test_kernels_equal_float64(s, tile_bytes):
 
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], SETTINGS[3]], ids=str)
 def test_only_the_whole_gradient_is_rounded(s):
-    """A sure token's gradient is a small difference of two numbers: rounding these to bf16 would leave nothing of it."""
+    """A sure token's gradient is a small difference of two numbers: rounded to bf16 each, they would leave nothing."""
     batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.bfloat16)
     batch["hidden"] = (batch["weight"][batch["token_ids"]].double() * 2).bfloat16()  # its own token's row: logit >> 0
     _, gradients = with_gradients(fused, batch, s)

@@ -264,18 +264,20 @@ def test_the_trajectory_is_the_pinned_one(profile):
 PINNED = [1.94521, 1.81903, 1.45929, 1.3943, 1.2067, 1.28143]
 
 
-def test_the_token_budget_and_checkpointing_change_nothing(profile):
+def test_the_token_budget_checkpointing_and_compilation_change_nothing(profile):
     whole = request_of(profile, "whole")
     expected = run(whole)
     for name, changed in {
         "one by one": dict(micro_batch_tokens=1),
         "uneven": dict(micro_batch_tokens=50),
         "recomputed": dict(gradient_checkpointing=True),
+        "compiled": dict(compile=True, micro_batch_tokens=50),
     }.items():
         other = request_of(profile, name, **changed)
         close(run(other), expected, 2e-5)
         for (n, a), b in zip(weights(other.final).items(), weights(whole.final).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=n, name=name: f"{name} {n}: {m}")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled
 
 
 @pytest.mark.parametrize("term", ["dpo", "kl_chosen", "kl_rejected", "nll"])

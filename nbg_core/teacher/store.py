@@ -42,7 +42,7 @@ from nbg_core.schemas import GAP_ZERO
 COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
 """Columns of teacher_logits that hold the distribution."""
 
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Logits handled at once, so that memory does not grow with T x V; on a CPU such that they stay in the cache."""
 MIN_ROWS = 16
 """Rows handled at once, at least: torch reduces few long rows 20 times slower than 8 or more."""

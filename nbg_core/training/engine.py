@@ -108,7 +108,16 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
         add_adapters(model, settings.lora, settings.seed)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        compile_layers(model)
     return model.train()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every layer of its own, in place: they share one program for all lengths, made at the first batches."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(dynamic=True)
 
 
 def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], float]:
@@ -143,7 +152,7 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | Non
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
-        optimizer=lambda p: AdamW(p, lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay),
+        optimizer=lambda p: AdamW(p, lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay, fused=True),
         config=_config(s, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())),
     )
     return engine, None if supports_packing(policy.config) else padding_id(tokenizer)

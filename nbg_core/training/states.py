@@ -127,7 +127,9 @@ def _make_moments(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     else:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
     for p in trained:
-        state = {"step": torch.tensor(float(step))} | {moment: torch.zeros_like(p) for moment in MOMENTS}
+        state = {"step": torch.tensor(float(step), device=p.device)} | {
+            moment: torch.zeros_like(p) for moment in MOMENTS
+        }
         optimizer.state[p] = {key: tensor.detach() for key, tensor in state.items()}
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # makes the setters see what is in `optimizer.state`
