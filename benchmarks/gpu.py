@@ -1,15 +1,18 @@
-"""The head, the training step, the trainer and teacher scoring on one CUDA GPU: `make bench-gpu` (some 10 minutes).
+"""The head, the training step, the trainer and teacher scoring on one CUDA GPU: `make bench-gpu` (some 20 minutes).
 
 bf16, random weights, Llama-shaped models (`SHAPES`; the 3B student has Nanbeige4-3B's), variants in turn within one
-process, medians of 5 by CUDA events. A variant that runs out of memory is a row that says so.
+process (D compiled after the others, and so TRL's and Liger's heads, which need a teacher), medians of `--repeats` by
+CUDA events, of 3 for scoring. A variant that runs out of memory is a row that says so. `--parts` and `--cases` replace
+what they measure and keep the rest.
 
 head      TRL issue 7244's shape: 8,192 response tokens, hidden 4,096, vocabulary 151,936, all three losses forward and
           backward; beside it the three bare products. `peak` is all that the GPU holds at once, inputs included.
 step      forward and backward of one micro-batch of pairs of 2k to 16k tokens, without an optimizer; the variants of
-          `train_step_variants.py`, padded ones without an attention mask, so that they get flash attention. The 7B
-          teacher and the reference of TRL's and Liger's kernels are live.
-trainer   the DeepSpeed engine as training runs it: ZeRO 1, bf16 with float32 master weights and gradients, AdamW;
-          optimizer steps of 4 micro-batches.
+          `train_step_variants.py`, padded ones without an attention mask, so that they get flash attention (TRL DPO
+          is TRL's trainer as it is, mask and all). The 7B teacher and the reference of TRL's and Liger's kernels are
+          live. D compiled: `training.compile`.
+trainer   the DeepSpeed engine as training runs it: ZeRO 1, bf16 with float32 master weights and gradients, AdamW,
+          deterministic operators; optimizer steps of 4 micro-batches.
 scoring   the teacher's rows of responses, four a prompt, ready to be stored, against a padded batch with the logits of
           every position, log-softmax, top 64.
 
@@ -254,9 +257,10 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         found = {name: lazily(name, models, pairs) for name in VARIANTS}
         done = timed(device, found, repeats)
-        done |= timed(device, {"D compiled": lazily("D compiled", models, pairs)}, repeats)
+        student.gradient_checkpointing_disable()
+        done |= timed(device, {"D compiled": lazily("D compiled", models, pairs, case.checkpointing)}, repeats)
         for layer in student.modules():
-            layer._compiled_call_impl = None
+            vars(layer).pop("forward", None)
         needed = flops(student.config, pairs)
         for values in done.values():
             if isinstance(values, dict):
@@ -266,7 +270,6 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         rows += rows_of("step", about, done)
         if device == "cuda" and not case.checkpointing and case.tokens == 8192:
             rows += rows_of("profile", about, {"D": {"kernels": kernels(found["D"])}})
-        student.gradient_checkpointing_disable()
         student.zero_grad(set_to_none=True)
         del pairs, found
     return rows
@@ -291,14 +294,14 @@ def take(one: Step, student: LlamaForCausalLM) -> None:
         loss.backward()
 
 
-def lazily(name: str, models: Models, pairs: Pairs) -> Callable[[], None]:
+def lazily(name: str, models: Models, pairs: Pairs, checkpointing: bool = False) -> Callable[[], None]:
     """A step of a variant that is made when it is first taken. D compiled leaves layers compiled: it comes last."""
     made: list[Step] = []
 
     def one() -> None:
         if not made:
             if name == "D compiled":
-                compile_layers(models.student)
+                compile_layers(models.student, checkpointing)
             (found,) = steps(models, pairs, [name.split()[0] if name == "D compiled" else name]).values()
             if isinstance(found, str):
                 raise ImportError(found)
@@ -350,7 +353,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     from nbg_core.training.data import PairBatch
     from nbg_core.training.engine import backward, build_engine, take_step
     from nbg_core.training.request import Request
-    from nbg_core.training.train import init_distributed
+    from nbg_core.training.train import be_deterministic, init_distributed
 
     os.environ |= {
         "RANK": "0",
@@ -360,6 +363,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
         "MASTER_PORT": "29517",
     }
     init_distributed()
+    be_deterministic()
     rows = []
     for case, compile in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
         if cases and case.name not in cases:
@@ -514,17 +518,16 @@ def section(rows: list[dict]) -> str:
         return [format(r[k] / units[k], formats[k]) for k in ("median_s", *extra)]
 
     parts = []
-    if any(of("head")):
-        parts.append(report.table(
-            ["head", "ms", "peak, GiB"], [[r["variant"], *cells(r, "total_peak_bytes")] for r in of("head")]
-        ))  # fmt: skip
-    names = {"step": "micro-batch", "trainer": "4 micro-batches and an update", "scoring": "responses scored"}
-    for part, name in names.items():
+    for part, (name, peak, *extra) in {
+        "head": ("the head alone", "total_peak_bytes"),
+        "step": ("micro-batch, forward and backward", "peak_bytes", "tokens_per_s", "mfu"),
+        "trainer": ("4 micro-batches and an update", "total_peak_bytes", "tokens_per_s", "mfu"),
+        "scoring": ("responses scored", "peak_bytes", "tokens_per_s", "mfu"),
+    }.items():
+        memory = {"total_peak_bytes": "GPU holds at most, GiB", "peak_bytes": "beyond weights and gradients, GiB"}[peak]
+        header = [name, "variant", "ms", *(["tokens/s", "MFU, %"] if extra else []), memory]
         if any(of(part)):
-            parts.append(report.table(
-                [name, "variant", "ms", "tokens/s", "MFU, %", "peak, GiB"],
-                [[r["case"], r["variant"], *cells(r, "tokens_per_s", "mfu", "peak_bytes")] for r in of(part)],
-            ))  # fmt: skip
+            parts.append(report.table(header, [[r["case"], r["variant"], *cells(r, *extra, peak)] for r in of(part)]))
     for r in of("profile"):
         shares = ", ".join(f"{name} {share:.1%}" for name, share in r["kernels"].items())
         parts.append(f"Where D's time goes ({r['case']}): {shares}.")
@@ -543,11 +546,12 @@ def main() -> None:
     if device == "cpu" and not args.quick:
         raise SystemExit("there is no GPU that torch can use; --quick is a trial run without one")
     results = HERE / "results" / "gpu.json"
-    again = {*args.parts, *(["profile"] if "step" in args.parts else [])}
-    rows = [r for r in json.loads(results.read_text()) if r["part"] not in again] if results.exists() else []
+    rows = json.loads(results.read_text()) if results.exists() and not args.quick else []
     about = report.machine("trl", "liger-kernel", "deepspeed", "triton")
     for part in args.parts:
-        rows += [about | r for r in PARTS[part](device, args.quick, args.repeats, args.cases)]
+        new = [about | r for r in PARTS[part](device, args.quick, args.repeats, args.cases)]
+        again = {(r["part"], r["case"], r["variant"]) for r in new}
+        rows = [r for r in rows if (r["part"], r["case"], r["variant"]) not in again] + new
         clean(device)
         if args.write:
             args.write.write_text(json.dumps(rows, indent=1) + "\n")

@@ -253,8 +253,8 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: bool = False
-    """Compile the model's layers (`torch.compile`), which fuses what lies between matrix products: faster on a GPU
-    after a minute at the start. Not with zero_stage 3."""
+    """Compile the model's layers (`torch.compile`), which fuses what lies between matrix products: faster on a GPU,
+    after a slower start, and other rounding than that of the reference. Not with zero_stage 3; needs a C compiler."""
     lora: LoraSettings | None = None
     """Train low-rank adapters alone, merged into the weights at the end; none trains all weights."""
     save_every: Annotated[int, Field(ge=1)] = 20

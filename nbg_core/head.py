@@ -22,8 +22,10 @@ and where Triton is, the passes over a tile are its kernels (`head_kernels`).
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -278,8 +280,10 @@ class _Seen:
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
             self._hide_head(z[:n], rows)
-            # A row that is all head has no such mass, but any number here: its tail is LOG_TINY instead.
-            self.log_out[rows] = _log_z(z, scratch, self.temperature)[:n].nan_to_num_(neginf=0.0)
+            # A row that is all head has no such mass, but a number here: its tail is LOG_TINY instead.
+            all_head = self.targets.is_head[rows].sum(-1) == z.shape[1]
+            log_out = _log_z(z, scratch, self.temperature)[:n]
+            self.log_out[rows] = torch.where(all_head, self.log_hot[rows], log_out)
 
     def _hide_head(self, z: Tensor, rows: slice) -> None:
         """Set head entries of z to -inf. Slots of `ids` that are no head entries may have their ids: they change
@@ -352,12 +356,15 @@ class _WithGradients(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("the head's gradients were used by an earlier backward; call head_joint_loss again")
         d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
-        found = []
-        for d in (d_hidden, d_weight):
-            if d is not None and (d.is_cuda or incoming != 1):  # a pass over it is worth a look, not a GPU's wait
-                d = torch.mul(d, incoming, out=d if d.dtype == ctx.dtype else torch.empty_like(d, dtype=ctx.dtype))
-            found.append(None if d is None else d.to(ctx.dtype))
-        return None, *found, None
+        if incoming.is_cuda:  # rounded in the same pass
+            out = [None if d is None else torch.empty_like(d, dtype=ctx.dtype) for d in (d_hidden, d_weight)]
+            d_hidden, d_weight = (
+                None if d is None else torch.mul(d, incoming, out=o)
+                for d, o in zip((d_hidden, d_weight), out, strict=True)
+            )
+        elif incoming != 1:  # a pass over the weight's gradient is worth a look
+            d_hidden, d_weight = (None if d is None else d.mul_(incoming) for d in (d_hidden, d_weight))
+        return None, *(None if d is None else d.to(ctx.dtype) for d in (d_hidden, d_weight)), None
 
 
 def _derivatives(loss_of, rows: slice, seen: _Seen) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,7 +405,21 @@ def _parts(whole: slice, size: int) -> list[slice]:
 
 
 def _has_kernels(hidden: Tensor) -> bool:
-    return hidden.is_cuda and head_kernels is not None
+    return hidden.is_cuda and head_kernels is not None and _can_build(hidden.device)
+
+
+@cache
+def _can_build(device: torch.device) -> bool:
+    try:
+        head_kernels.log_z(torch.zeros(1, 1, device=device), 1.0)
+    except Exception as error:  # of Triton, the C compiler or the driver
+        warnings.warn(
+            "Triton cannot build its kernels here, so torch's operators pass over the logits, which is slower; install "
+            f"a C compiler and Python's headers ({error})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _log_z(z: Tensor, scratch: Tensor | None, temperature: float = 1.0) -> Tensor:

@@ -189,7 +189,7 @@ def _has_varlen(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)  # flash attention has no float32
 
 
-@torch.compiler.disable  # a compiled layer is two graphs around it
+@torch.compiler.disable  # of a compiled layer, what is before and after is
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
@@ -217,7 +217,8 @@ def _by_segment(
 ) -> Tensor:
     """[L, heads, D] of queries [L, heads, D], keys and values [K, key heads, D]."""
     if _has_varlen(q):
-        # Flash attention aligns the ends of queries and keys (pytorch PR 193630).
+        # Flash attention aligns the ends of queries and keys (pytorch PR 193630). Run on a GPU with torch 2.11, where
+        # grouped queries need no argument; with 2.13's the arguments alone are tested.
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         return varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=window, enable_gqa=gqa)
     n_queries, n_keys = zip(*layout.segments, strict=True)

@@ -16,7 +16,8 @@ from nbg_core.config import Profile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if shutil.which("nvidia-smi") is None:  # before anything imports Triton: its kernels are then interpreted on the CPU
+if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()):
+    # Before anything imports Triton: its kernels are then interpreted on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

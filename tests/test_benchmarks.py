@@ -50,6 +50,17 @@ def test_serving(tmp_path, tiny_models):
     assert all(s["tokens_per_s"] > 0 for s in scored.values())
 
 
+def test_gpu():
+    """Without one; packages that only benchmarks have may be missing, then their variants say so."""
+    import gpu
+
+    rows = gpu.head("cpu", True, 1, None) + gpu.step("cpu", True, 1, ["3B, 1 of 16k, gradient checkpointing"])
+    done = {(r["part"], r["variant"]) for r in rows if "median_s" in r}
+    assert {("head", "D, a pair of 8,192 (recompute)"), ("step", "D"), ("step", "D compiled")} <= done
+    assert all("No module named" in r["error"] for r in rows if "median_s" not in r)
+    assert gpu.section(rows).count("| D compiled |") == 1
+
+
 def test_train_step():
     import train_step
 

@@ -280,6 +280,17 @@ def test_ties_one_hot_teachers_and_mass_that_underflows(s, tile_bytes, k, scale)
 
 
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("s", SETTINGS[3:8], ids=range(5))
+def test_a_head_of_the_whole_vocabulary_may_have_logits_of_any_level(s, tile_bytes):
+    batch = make_head(vocab=7, hidden=7, padded=7, k=7, temperature=s.temperature, dtype=torch.float32)
+    batch["weight"] = torch.eye(7)  # logits as hidden states
+    (loss, _, _), (expected, _) = with_gradients(fused, batch, s, tile_bytes)
+    (shifted, _, _), (got, _) = with_gradients(fused, batch | {"hidden": batch["hidden"] - 1024}, s, tile_bytes)
+    torch.testing.assert_close(shifted, loss, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_the_gradient_of_a_tail_too_small_for_float32_keeps_its_shape(tile_bytes):
     """The student's tail is e^-200 in all; forward KL still moves each tail logit by its share of the teacher's."""
     weight = torch.tensor([[200.0], [0.0], [1.0]]).requires_grad_(True)
@@ -325,10 +336,10 @@ def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[4]], ids=["sampled_tail", "bucket"])
+@pytest.mark.parametrize("s", SETTINGS[:8], ids=str)
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_cuda_equals_float64(s, tile_bytes, dtype, bound):
-    batch = make_head(hidden=24, vocab=150, padded=158, dtype=dtype)
+    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=dtype)
     there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     there["targets"] = TeacherTargets(**{name: value.cuda() for name, value in vars(batch["targets"]).items()})
     (loss, _, logps), gradients = with_gradients(fused, there, s, tile_bytes)

@@ -226,24 +226,30 @@ OTHERS = {
     "qwen3, untied": dict(architecture="qwen3", tied=False),
     "gemma3, sliding window": dict(architecture="gemma3_text"),
     "gpt2, padded": dict(architecture="gpt2"),
+    "gemma3, compiled": dict(architecture="gemma3_text"),
 }
 
 
-@pytest.mark.parametrize("model", [None, *OTHERS.values()], ids=["llama", *OTHERS])
-def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_path, model):
+@pytest.mark.parametrize("name", ["llama", *OTHERS])
+def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_path, name):
+    model, compiled = OTHERS.get(name), name == "gemma3, compiled"
     profile = make_profile(tmp_path, n_pairs=12, model=model, **BASE) if model else profile
     loss = {"w_dpo": 1.3, "w_pos": 0.7, "w_neg": 0.4, "nll_coef": 0.2, "beta": 0.3}
-    request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50)
+    more = dict(compile=compiled, gradient_checkpointing=compiled)
+    request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50, **more)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     step = plans.plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
     padded = pad_id is not None
-    assert padded == (model == OTHERS["gpt2, padded"])
+    assert padded == (name == "gpt2, padded")
     batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1, padded=padded)
     assert len(batches) >= 3
     for pairs in batches:
         value, _, _ = engine(data.batch(pairs), data.denominators(step.pairs))
         engines.backward(engine, value)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
     got = {name: p.grad for name, p in engine.module.policy.named_parameters()}
 
     for name, expected in naive_gradients(request, step.pairs).items():
@@ -274,10 +280,12 @@ def test_the_token_budget_checkpointing_and_compilation_change_nothing(profile):
         "compiled": dict(compile=True, micro_batch_tokens=50),
     }.items():
         other = request_of(profile, name, **changed)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         close(run(other), expected, 2e-5)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (name == "compiled")
         for (n, a), b in zip(weights(other.final).items(), weights(whole.final).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=n, name=name: f"{name} {n}: {m}")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled
 
 
 @pytest.mark.parametrize("term", ["dpo", "kl_chosen", "kl_rejected", "nll"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -92,7 +94,7 @@ class _Head(nn.Module):
 def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model to train, in training mode, without dropout: the policy is compared with a reference without it.
 
-    Raises ValueError for adapters on layers that cannot have them."""
+    Raises ValueError for adapters on layers that cannot have them, and for a model that cannot be compiled."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
@@ -106,18 +108,27 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
     del in_slices
     if settings.lora is not None:
         add_adapters(model, settings.lora, settings.seed)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
-        compile_layers(model)
+        compile_layers(model, settings.gradient_checkpointing)
+    elif settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every layer of its own, in place: they share one program for all lengths, made at the first batches."""
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            module.compile(dynamic=True)
+def compile_layers(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    """Compile every layer of its own, in place: they share one program for all lengths, made at the first batches.
+
+    Recomputation is around what is compiled; transformers' own would be inside, and leave all of a layer uncompiled.
+    Raises ValueError for a model that does not say what its layers are."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"training.compile: model type {model.config.model_type!r} names no layers; switch it off")
+    for layer in layers:
+        forward = torch.compile(layer.forward, dynamic=True)
+        if gradient_checkpointing:  # without dropout there is no random state to keep
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = forward
 
 
 def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], float]:

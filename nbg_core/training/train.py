@@ -62,13 +62,18 @@ def init_distributed() -> None:
     deepspeed.init_distributed()
 
 
+def be_deterministic() -> None:
+    """Same numbers for the same work; on GPUs as far as torch can."""
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def train(request: Request) -> None:
     """Train to the end and write `request.final`; every rank of the process group calls it.
 
     Raises TrainingError for data that does not fit, a policy that is not the reference, or a loss that is not finite;
     states saved before stay."""
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    be_deterministic()
     if request.threads:
         torch.set_num_threads(max(1, request.threads // request.training.n_processes))
     init_distributed()
