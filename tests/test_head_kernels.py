@@ -51,11 +51,11 @@ def test_the_gradient_of_a_sure_token_is_not_lost_in_rounding():
     """By DPO alone it is g (1 - p) at the token, a small difference of two numbers that bf16 has as the same one."""
     s = LossSettings(w_pos=0.0, w_neg=0.0)
     batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
-    batch["hidden"] = batch["weight"][batch["token_ids"]] / 2  # its own token's row: p of 0.99 to 1
+    batch["hidden"] = batch["weight"][batch["token_ids"]]  # its own token's row: p from 0.9 to almost 1
     _, gradients = with_gradients(fused, batch, s)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (_, _, logits), expected = with_gradients(whole, double, s)
-    assert token_logps(logits, batch["token_ids"]).detach().median() > -0.01
+    assert token_logps(logits, batch["token_ids"]).detach().median() > -0.001
     for got, want in zip(gradients, expected, strict=True):
         assert float((got.double() - want).norm() / want.norm()) < 2**-7
 
