@@ -254,7 +254,8 @@ class TrainingSettings(Section):
     """Recompute activations in the backward pass."""
     compile: bool = False
     """Compile the model's layers (`torch.compile`), which fuses what lies between matrix products: faster on a GPU,
-    after a slower start, and other rounding than that of the reference. Not with zero_stage 3; needs a C compiler."""
+    after a slower start; sums round otherwise. Not with zero_stage 3; needs a C and a C++ compiler. Like the settings
+    above, it makes no other training of one that is done."""
     lora: LoraSettings | None = None
     """Train low-rank adapters alone, merged into the weights at the end; none trains all weights."""
     save_every: Annotated[int, Field(ge=1)] = 20

@@ -94,18 +94,27 @@ class Finished(Generic[T]):
 
 
 class Progress:
-    """Says `what: done/total, rate, time left` at most once a second, and always at the end."""
+    """Says `what: done/total, rate, time left` at most once a second, and always at the end.
+
+    How long the first advance takes is no measure of the rest: models load, layers compile."""
 
     def __init__(self, what: str, total: int, log: Callable[[str], None]):
         self.what, self.total, self.done, self._log = what, total, 0, log
         self._start = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None
 
     def advance(self, n: int, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
+        since, before = self._first or (self._start, 0)
+        is_measured = self._first is not None or self.done >= self.total
+        self._first = self._first or (now, self.done)
         if now - self._last < 1 and self.done < self.total:
             return
         self._last = now
-        rate = self.done / max(now - self._start, 1e-9)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
-        self._log(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s{left}{', ' + note if note else ''}")
+        speed = ""
+        if is_measured and self.done > before:
+            rate = (self.done - before) / max(now - since, 1e-9)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.done < self.total else ""
+            speed = f", {rate:.1f}/s{left}"
+        self._log(f"{self.what}: {self.done}/{self.total}{speed}{', ' + note if note else ''}")

@@ -288,6 +288,15 @@ def test_the_token_budget_checkpointing_and_compilation_change_nothing(profile):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=n, name=name: f"{name} {n}: {m}")
 
 
+def test_where_nothing_can_be_compiled_the_setting_is_refused(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._dynamo.reset()
+    request = request_of(profile, "no compiler", compile=True)
+    with pytest.raises(ValueError, match="training.compile: .* install a C and C\\+\\+ compiler"):
+        engines.build_engine(request)
+
+
 @pytest.mark.parametrize("term", ["dpo", "kl_chosen", "kl_rejected", "nll"])
 def test_each_term_alone_trains_and_the_others_are_reported(profile, term):
     w = {"dpo": "w_dpo", "kl_chosen": "w_pos", "kl_rejected": "w_neg", "nll": "nll_coef"}

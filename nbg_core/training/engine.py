@@ -119,7 +119,14 @@ def compile_layers(model: PreTrainedModel, gradient_checkpointing: bool) -> None
     """Compile every layer of its own, in place: they share one program for all lengths, made at the first batches.
 
     Recomputation is around what is compiled; transformers' own would be inside, and leave all of a layer uncompiled.
-    Raises ValueError for a model that does not say what its layers are."""
+    Raises ValueError for a model that does not say what its layers are, and where nothing can be compiled."""
+    try:
+        torch.compile(torch.exp)(torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as error:
+        raise ValueError(
+            "training.compile: nothing can be compiled here; install a C and C++ compiler (gcc, g++) and Python's "
+            f"headers, or switch it off ({str(error).strip().splitlines()[0]})"
+        ) from error
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:

@@ -105,7 +105,9 @@ def _train(run: Run, request: Request) -> None:
     file = work / "request.json"
     file.touch(mode=0o600)  # a catalog's connection string may hold a password
     file.write_text(request.model_dump_json(indent=2))
-    run.log(f"{ASSET}: starting {request.training.n_processes} rank(s); full log in {work / 'train.log'}")
+    run.log(
+        f"{ASSET}: starting {request.training.n_processes} rank(s); full log, until it succeeds: {work / 'train.log'}"
+    )
     process = subprocess.Popen(
         _command(request, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", env=_environment(request),

@@ -88,6 +88,8 @@ def train(request: Request) -> None:
             _truncate(request.steps_file, start)
             if start:
                 print(f"{ASSET}: continuing after step {start} of {len(steps)}", flush=True)
+            if request.training.compile:
+                print(f"{ASSET}: the first steps compile the model's layers, which can take a minute", flush=True)
             if pad_id is not None:
                 print(f"{ASSET}: {no_packing(engine.module.policy.config)}", flush=True)
         progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
