@@ -44,6 +44,7 @@ import report
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from train_step import take
 from train_step_variants import Models, Pairs, Step, make_pairs, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -287,13 +288,6 @@ def make(case: Case, models: Models) -> Pairs:
     return replace(pairs, padded=replace(pairs.padded, mask=None))  # padding is on the right: nothing sees it
 
 
-def take(one: Step, student: LlamaForCausalLM) -> None:
-    student.zero_grad(set_to_none=True)
-    loss = one()["loss"]
-    if loss.requires_grad:  # the trainer's own step went backward already
-        loss.backward()
-
-
 def lazily(name: str, models: Models, pairs: Pairs, checkpointing: bool = False) -> Callable[[], None]:
     """A step of a variant that is made when it is first taken. D compiled leaves layers compiled: it comes last."""
     made: list[Step] = []
@@ -306,7 +300,7 @@ def lazily(name: str, models: Models, pairs: Pairs, checkpointing: bool = False)
             if isinstance(found, str):
                 raise ImportError(found)
             made.append(found)
-        take(made[0], models.student)
+        take(made[0], models)
 
     return one
 

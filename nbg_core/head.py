@@ -312,11 +312,11 @@ class _Seen:
         if self.bucket:
             self._hide_head(z, rows)
         if scratch is None:
-            touched = torch.cat([ids, token_ids[rows, None]], 1)  # entries that more is added to, in float32: in z
-            logits = z.gather(1, touched)
             dz = z if dtype == z.dtype else z.new_empty(z.shape, dtype=dtype)
             head_kernels.gradient(z, *(x[:, 0].contiguous() for x in (base, scale, log_z, cold)), temperature, dz)
-            if dz is not z:
+            if dz is not z:  # z still has the logits; entries that more is added to become gradients there, in float32
+                touched = torch.cat([ids, token_ids[rows, None]], 1)
+                logits = z.gather(1, touched)
                 plain = 0 if temperature == 1 else cold * (logits - log_z).exp()
                 z.scatter_(1, touched, scale * (logits / temperature - base).exp() + plain)
         else:

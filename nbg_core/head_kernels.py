@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
+"""Entries of a row that are handled at once."""
 
 
 def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -50,11 +51,12 @@ def _log_z(z, cold, hot, stride, temperature, VOCAB: tl.constexpr, IS_COLD: tl.c
             sum_hot = sum_hot * tl.exp((top - least) / temperature) + tl.exp((x - least) / temperature)
         top = new
     best = tl.max(top, 0)
-    tl.store(cold + row, best + tl.log(tl.sum(sum_cold * tl.exp(top - best), 0)))
-    if IS_COLD:
-        tl.store(hot + row, best + tl.log(tl.sum(sum_cold * tl.exp(top - best), 0)))
-    else:
-        tl.store(hot + row, best / temperature + tl.log(tl.sum(sum_hot * tl.exp((top - best) / temperature), 0)))
+    log_cold = best + tl.log(tl.sum(sum_cold * tl.exp(top - best), 0))
+    log_hot = log_cold
+    if not IS_COLD:
+        log_hot = best / temperature + tl.log(tl.sum(sum_hot * tl.exp((top - best) / temperature), 0))
+    tl.store(cold + row, log_cold)
+    tl.store(hot + row, log_hot)
 
 
 @triton.jit
