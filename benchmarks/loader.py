@@ -71,7 +71,7 @@ def lake_at(folder: Path):
 
 def write(folder: Path) -> dict:
     from nbg_core.config import TrainingSettings
-    from nbg_core.training.pairs import read_pairs
+    from nbg_core.training.pairs import survey
     from nbg_core.training.request import Request
     from nbg_core.training.rows import write_rows
 
@@ -82,9 +82,8 @@ def write(folder: Path) -> dict:
         temperature=1.0, training=TrainingSettings(), work=folder,
     )  # fmt: skip
     began = time.monotonic()
-    pairs = read_pairs(lake, request.snapshot, request.slices)  # the worker keeps their ids for the commit
+    survey(lake, request.snapshot, request.slices, folder / "survey")
     write_rows(lake, request, log=lambda line: None)
-    assert pairs.height
     return {"write_s": time.monotonic() - began}
 
 
@@ -112,7 +111,7 @@ def measured(stage: str, folder: Path, *args: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000, 4_000_000])
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
     parser.add_argument("--stage", choices=["make", "write", "read"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -38,8 +38,8 @@ CODE_VERSION = "1"
 
 RETRY_SECONDS = 120
 
-JOIN_MEMORY = "400MB"
-"""What DuckDB may use to join tables that do not fit into memory."""
+JOIN_MEMORY = 200 << 20
+"""Bytes that DuckDB may use to join tables that do not fit into memory."""
 
 VIEWS = {
     "teacher_entries": """
@@ -212,7 +212,9 @@ class Lake:
         con = self._attach(True, snapshot)
         try:
             con.execute("USE lake")
-            con.execute("SET memory_limit = ?", [JOIN_MEMORY])
+            con.execute(f"SET memory_limit = '{JOIN_MEMORY}B'")
+            con.execute("SET allocator_flush_threshold = '8MB'")  # give back to the system what was freed
+            con.execute("SET allocator_bulk_deallocation_flush_threshold = '8MB'")
             con.execute("SET temp_directory = ?", [str(spill)])
             con.execute("SET threads = 2")  # each needs its share of the memory
             con.execute("SET preserve_insertion_order = false")

@@ -76,7 +76,9 @@ def test_which_pair_was_used_when_is_written_a_part_at_a_time_in_one_commit(tmp_
     launch.materialise(run)
     assert [n for table, n in parts if table == "checkpoint_pairs"] == [4, 4, 4, 4, 2]
     used = run.lake.sql("SELECT step, epoch, pair_id FROM checkpoint_pairs ORDER BY ALL")
-    assert used["step"].to_list() == sorted([*range(9)] * 2)
+    pair_ids = run.lake.sql("SELECT pair_id FROM pairs")["pair_id"].sort()
+    expected = [(step.index, step.epoch, pair_ids[int(i)]) for step in plan(6, profile.training) for i in step.pairs]
+    assert used.rows() == sorted(expected) and len(expected) == 18
     assert used.group_by("epoch").agg(pl.col("pair_id").n_unique())["pair_id"].to_list() == [6] * 3
     assert run.lake.sql("SELECT DISTINCT materialisation_id FROM checkpoint_pairs").height == 1
 

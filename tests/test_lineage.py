@@ -4,10 +4,12 @@ from datetime import UTC, datetime
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbg_core import accuracy, lineage
 from nbg_core.config import Profile
-from nbg_core.ids import content_version
+from nbg_core.ids import content_version, digest
 from nbg_core.lake import Lake, Record, Write
 from nbg_core.run import Run
 
@@ -280,3 +282,9 @@ def test_an_unknown_id_is_said_to_be_unknown(run):
 
 def test_content_versions_ignore_order():
     assert content_version(["x", "y"]) == content_version(["y", "x"]) != content_version(["x"])
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_a_content_version_is_the_same_without_holding_the_ids(found):
+    expected = digest("content", sorted(found))
+    assert content_version(found) == content_version(iter(sorted(found)), in_order=True) == expected

@@ -27,6 +27,7 @@ from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
 from nbg_core.training import pairs as pairing
 from nbg_core.training import plan as plans
+from nbg_core.training import rows as training_rows
 from nbg_core.training import train as training
 from nbg_core.training.data import TrainingSet, prefetch
 from nbg_core.training.request import TrainingError
@@ -411,6 +412,15 @@ def test_other_rows_that_do_not_fit_are_named_with_a_remedy(profile, table, chan
 LISTS = ("token_logprobs", "tail_logmass", "head_counts", "tail_counts", "entry_gaps", "entry_logprobs")
 
 
+def test_rows_too_long_for_the_memory_of_a_join_are_read_with_more(profile, monkeypatch):
+    enough = TrainingSet(request_of(profile, "enough").rows)
+    monkeypatch.setattr(training_rows, "JOIN_MEMORY", 1_000_000)
+    little = TrainingSet(request_of(profile, "little").rows)
+    for number, other in zip(enough.rows.numbers.ravel(), little.rows.numbers.ravel(), strict=True):
+        expected, found = enough.rows.read(number), little.rows.read(other)
+        assert all(np.array_equal(found[name], values) and len(values) for name, values in expected.items())
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_check_of_rows_is_that_of_a_loop(data):
@@ -418,14 +428,16 @@ def test_the_check_of_rows_is_that_of_a_loop(data):
     tables = {table: data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)) for table in pairing.NOTES}
     tables = {table: [*range(n), *more] if data.draw(st.booleans()) else more for table, more in tables.items()}
     notes = {table: data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for table in tables}
-    check = pairing.Check(n)
+    check = pairing.Check(np.zeros((n, len(tables)), pairing.RECORD))
     for table, numbers in tables.items():
         check.rows(table, np.array(numbers, int), np.array([notes[table][i] for i in numbers], np.uint32))
     both = np.array(data.draw(st.lists(st.tuples(*[st.integers(0, n - 1)] * 2), min_size=k, max_size=k)))
     names = ("prompt", "response", "teacher", "reference")
     lengths = {name: np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))) for name in names}
     for at in range(k):  # batches of one
-        check.pairs([f"p{at}"], both[at : at + 1], {name: x[both[at : at + 1]] for name, x in lengths.items()})
+        check.pairs(
+            lambda _, at=at: f"p{at}", both[at : at + 1], {name: x[both[at : at + 1]] for name, x in lengths.items()}
+        )
     unfit, repeated = [], []
     for at, pair in enumerate(both.tolist()):
         here = [all(i in tables[t] for t in tables) for i in pair]
@@ -467,13 +479,13 @@ def test_a_second_row_of_a_response_is_refused(profile):
             request_of(profile, "a second row")
 
 
-def test_a_pair_in_two_slices_is_refused(profile):
+def test_a_pair_in_two_slices_is_refused(profile, tmp_path):
     lake = Lake.of(profile)
     pair = lake.sql("SELECT pair_id FROM pairs WHERE slice = 'alpha' ORDER BY pair_id LIMIT 1").item()
     again = "INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?"
     with changed_by(lake, (again, [pair]), ("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])):
         with pytest.raises(TrainingError, match=f"pair {pair} is there twice.*'alpha' and 'beta'.*filtered_pairs"):
-            pairing.read_pairs(lake, lake.snapshot(), ["alpha", "beta"])
+            pairing.survey(lake, lake.snapshot(), ["alpha", "beta"], tmp_path / "spill")
 
 
 def test_a_pair_with_two_prompts_is_refused(profile):

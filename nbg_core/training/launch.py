@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import psutil
 
@@ -27,10 +28,10 @@ from nbg_core import ids, lineage
 from nbg_core.files import link_folder
 from nbg_core.lake import CODE_VERSION, Write
 from nbg_core.run import Run
-from nbg_core.training.pairs import read_pairs
+from nbg_core.training.pairs import survey
 from nbg_core.training.plan import Step, plan
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
-from nbg_core.training.rows import write_rows
+from nbg_core.training.rows import Rows, write_rows
 
 UPSTREAM = lineage.UPSTREAM[ASSET]
 LOG_TAIL = 20
@@ -50,15 +51,16 @@ def materialise(run: Run, slice: None = None) -> dict:
     slices = lineage.slices(profile)
     inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
-    pairs = read_pairs(lake, snapshot, slices)
-    steps = plan(pairs.height, profile.training)
+    trainings = profile.resolve(profile.paths.work) / "training"
+    n_pairs, pairs = survey(lake, snapshot, slices, trainings / f"survey-{run.run_id}")
+    steps = plan(n_pairs, profile.training)
     training_id = ids.digest(
-        "training", lineage.settings_id(run.settings(ASSET, None)), ids.content_version(pairs["pair_id"].to_list()),
+        "training", lineage.settings_id(run.settings(ASSET, None)), pairs,
         sorted([i.asset, i.slice, i.data_version] for i in inputs), CODE_VERSION,
     )  # fmt: skip
     checkpoints = profile.resolve(profile.paths.checkpoints)
-    report = {"asset": ASSET, "slice": None, "training_id": training_id, "n_pairs": pairs.height, "n_steps": len(steps)}
-    work = profile.resolve(profile.paths.work) / "training" / training_id
+    report = {"asset": ASSET, "slice": None, "training_id": training_id, "n_pairs": n_pairs, "n_steps": len(steps)}
+    work = trainings / training_id
     if (made := _made_before(run, training_id, checkpoints)) is not None:
         run.log(f"{ASSET}: checkpoint {made} is of exactly this training; nothing to do")
         commit = run.commit(ASSET, None, inputs=inputs, data_version=made)
@@ -85,7 +87,7 @@ def materialise(run: Run, slice: None = None) -> dict:
             "materialise student_checkpoint again"
         )
     checkpoint = _place(request, checkpoints)
-    writes = _writes(run, request, checkpoint, pairs, steps, metrics)
+    writes = _writes(run, request, checkpoint, steps, metrics)
     commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=checkpoint)
     shutil.rmtree(request.work)
     return report | _result(run, training_id, checkpoint, checkpoints, commit.snapshot, 1) | {"seconds": seconds}
@@ -182,13 +184,12 @@ def _place(request: Request, checkpoints: Path) -> str:
     return checkpoint
 
 
-def _writes(
-    run: Run, request: Request, checkpoint: str, pairs: pl.DataFrame, steps: list[Step], metrics: pl.DataFrame
-) -> list[Write]:
+def _writes(run: Run, request: Request, checkpoint: str, steps: list[Step], metrics: pl.DataFrame) -> list[Write]:
+    rows = Rows(request.rows)
     row = {
         "checkpoint_id": checkpoint, "training_id": request.training_id, "path": checkpoint,
         "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
-        "input_snapshot": request.snapshot, "n_pairs": pairs.height, "n_steps": len(steps),
+        "input_snapshot": request.snapshot, "n_pairs": rows.n_pairs, "n_steps": len(steps),
         "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
     }  # fmt: skip
     training = pl.lit(request.training_id).alias("training_id")
@@ -196,11 +197,14 @@ def _writes(
 
     def used() -> Iterator[pl.DataFrame]:
         for i in range(0, len(steps), at_once):
-            rows = pl.concat(
-                pairs[step.pairs].with_columns(step=pl.lit(step.index, pl.Int64), epoch=pl.lit(step.epoch, pl.Int32))
-                for step in steps[i : i + at_once]
+            some = steps[i : i + at_once]
+            n = [len(step.pairs) for step in some]
+            yield rows.names(np.concatenate([step.pairs for step in some])).with_columns(
+                training,
+                pl.lit(checkpoint).alias("checkpoint_id"),
+                pl.Series("step", np.repeat([step.index for step in some], n), pl.Int64),
+                pl.Series("epoch", np.repeat([step.epoch for step in some], n), pl.Int32),
             )
-            yield rows.with_columns(training, pl.lit(checkpoint).alias("checkpoint_id"))
 
     return [
         Write("checkpoints", pl.DataFrame([row])),

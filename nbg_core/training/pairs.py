@@ -7,12 +7,13 @@ prompt, token by token. `rows.write_rows` looks at the rows as it writes them: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import duckdb
 import numpy as np
-import polars as pl
 
+from nbg_core.ids import content_version
 from nbg_core.lake import Lake
 from nbg_core.training.request import Request, TrainingError
 
@@ -24,42 +25,68 @@ NOTES = {
     "reference_logprobs": "token_logprobs IS NOT NULL",
 }
 """SQL of the number that is noted of a row besides the lengths of its lists: of its prompt, or whether it is whole."""
+PAIRS_AT_ONCE = 16_384
+"""Pairs in memory at once while all of them are looked at."""
 
 
-def read_pairs(lake: Lake, snapshot: int, slices: Sequence[str]) -> pl.DataFrame:
-    """The pairs in order of pair_id: pair_id, slice. Raises TrainingError for a pair that is there twice."""
-    pairs = lake.sql(
-        "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id, slice",
-        [list(slices)],
-        snapshot=snapshot,
-    )
-    twice = (pairs["pair_id"] == pairs["pair_id"].shift(-1)).arg_true()
-    if len(twice):
-        (pair, one), (_, other) = pairs.row(twice[0]), pairs.row(twice[0] + 1)
+def survey(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
+    """How many pairs the slices have, and the content version of their ids. What does not fit into memory goes to the
+    folder `spill`, which is removed at the end. Raises TrainingError for a pair that is there twice."""
+    n, n_twice, twice = 0, 0, ()
+
+    def once() -> Iterator[str]:
+        nonlocal n, n_twice, twice
+        last = (None, None)
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            for here in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if here[0] == last[0]:
+                    n_twice, twice = n_twice + 1, twice or (*last, here[1])
+                last = here
+                n += 1
+                yield here[0]
+
+    with lake.joins(snapshot, spill) as con:
+        con.execute(
+            "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id, slice",
+            [list(slices)],
+        )
+        version = content_version(once(), in_order=True)
+    if twice:
+        pair, one, other = twice
         raise TrainingError(
-            f"pair {pair} is there twice at snapshot {snapshot}, in slices {one!r} and {other!r} ({len(twice)} such "
+            f"pair {pair} is there twice at snapshot {snapshot}, in slices {one!r} and {other!r} ({n_twice} such "
             "pairs); a query that has moved from one slice to another is still in both: materialise filtered_pairs of "
             "both again"
         )
-    return pairs
+    return n, version
+
+
+RECORD = np.dtype([("seen", np.uint16), ("note", np.uint32)])
+"""What is kept of a response in a table: its rows there, and the note of one of them."""
 
 
 class Check:
-    """Sees the rows of all responses, which are numbered from 0, then the pairs; 18 bytes a response."""
+    """Sees the rows of all responses, which are numbered from 0, then the pairs."""
 
-    def __init__(self, n_responses: int):
-        self.seen = {table: np.zeros(n_responses, np.uint16) for table in NOTES}
-        self.notes = {table: np.zeros(n_responses, np.uint32) for table in NOTES}
+    def __init__(self, records: np.ndarray):
+        """records [responses, tables of NOTES] of RECORD, zeros: what it has seen."""
+        self.seen, self.notes = (
+            {table: records[:, i][name] for i, table in enumerate(NOTES)} for name in ("seen", "note")
+        )
         self.n_unfit, self.first = 0, {}  # what is known of the first repeated response, and of the first unfit one
+
+    def begin(self, table: str) -> None:
+        """The rows of a table come now; what was seen of it before does not count."""
+        self.seen[table][:] = 0
 
     def rows(self, table: str, numbers: np.ndarray, notes: np.ndarray) -> None:
         """Rows of the responses `numbers`, in any order, with what NOTES says of them."""
         np.add.at(self.seen[table], numbers, 1)
         self.notes[table][numbers] = notes
 
-    def pairs(self, ids: Sequence[str], both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
-        """The next pairs: their ids, response numbers [n, 2] of chosen and rejected, and as many list lengths of their
-        prompt, response, teacher and reference."""
+    def pairs(self, id_of: Callable[[int], str], both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+        """The next pairs: the id of the i-th of them, response numbers [n, 2] of chosen and rejected, and as many list
+        lengths of their prompt, response, teacher and reference."""
         seen = {table: s[both] for table, s in self.seen.items()}
         missing = {table: s == 0 for table, s in seen.items()}
         prompts, n = self.notes["samples"][both], lengths
@@ -77,7 +104,7 @@ class Check:
             if which.any() and kind not in self.first:
                 at = tuple(np.argwhere(which)[0])
                 self.first[kind] = {
-                    "pair_id": ids[at[0]], "side": ("chosen", "rejected")[at[1]],
+                    "pair_id": id_of(at[0]), "side": ("chosen", "rejected")[at[1]],
                     "missing": [table for table, m in missing.items() if m[at]],
                     "surplus": [table for table, s in seen.items() if s[at] > 1],
                     **{name: values[at].item() for name, values in (facts | lengths).items()},

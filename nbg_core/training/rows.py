@@ -3,8 +3,9 @@
 `write_rows` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
 training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
 and an index of where each response begins. `Rows` reads a pair by position with a few preads, in any order; what was
-read before is in the system's page cache, which is given back when memory is short. Work files of one machine:
-little-endian, no header, whole if and only if `complete.json` is there.
+read before is in the system's page cache, which is given back when memory is short. Neither holds anything of every
+pair: what is noted on the way is in files, too, and DuckDB's joins go to disk beyond `lake.JOIN_MEMORY`. Work files of
+one machine: little-endian, no header, whole if and only if `complete.json` is there.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import polars as pl
+import psutil
 import pyarrow as pa
 
 from nbg_core.files import write_json
-from nbg_core.lake import Lake
-from nbg_core.training.pairs import NOTES, Check
+from nbg_core.lake import JOIN_MEMORY, Lake
+from nbg_core.training.pairs import NOTES, PAIRS_AT_ONCE, RECORD, Check
 from nbg_core.training.request import ASSET, Request, TrainingError
 
 TABLES = {
@@ -41,11 +45,12 @@ _LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_log
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
-ID_BYTES = 32
 BATCH_ROWS = 256
 """Responses that come out of the join at once; long ones are 0.3 MB each."""
 RELEASED = 64
-"""Batches after which the index's pages are given back to the system."""
+"""Batches after which the pages of files that are written in any order are given back to the system."""
+PAIR_COLUMNS = 6
+"""Of `pairs.bin`, int32: response numbers, prompt tokens and response tokens, of chosen and rejected each."""
 
 
 def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
@@ -62,49 +67,112 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
     with lake.joins(request.snapshot, folder / "spill") as con:
+        # Ids are joined as 128-bit hashes: a third of the memory of their text.
         con.execute(
-            "CREATE TEMP TABLE members AS SELECT pair_id, chosen_id, rejected_id FROM pairs "
-            "WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
-            [request.slices],
+            "CREATE TEMP TABLE members AS SELECT (row_number() OVER (ORDER BY pair_id) - 1)::INTEGER AS position, "
+            "rowid AS place, pair_id, list_position(?::VARCHAR[], slice)::INTEGER - 1 AS slice, "
+            "md5_number(chosen_id) AS chosen, md5_number(rejected_id) AS rejected "
+            "FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
+            [request.slices, request.slices],
         )
         con.execute(
-            "CREATE TEMP TABLE responses AS SELECT sample_id, row_number() OVER (ORDER BY sample_id) - 1 AS "
-            "number FROM (SELECT chosen_id AS sample_id FROM members UNION SELECT rejected_id FROM members)"
+            # Numbered as their pairs lie in the lake, which is about how their rows lie: the index is filled in order.
+            "CREATE TEMP TABLE responses AS SELECT response, (row_number() OVER (ORDER BY min(place)) - 1)::INTEGER AS "
+            "number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place FROM members) "
+            "GROUP BY response"
         )
+        pairs = _write_pairs(con, folder)
         n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
-        index = np.memmap(folder / "index.bin", np.int64, "w+", shape=(n_responses, len(INDEXED), 2))
-        check = Check(n_responses)
+        con.execute("DROP TABLE members")
+        index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
+        notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
+        check = Check(notes.values)
         for table, columns in TABLES.items():
             condition, params = where[table]
-            con.execute(
-                f"SELECT number, coalesce(({NOTES[table]})::UINTEGER, 0), {', '.join(columns)} FROM {table} "
-                f"JOIN responses USING (sample_id) WHERE {condition}",
-                params,
-            )
-            _write_columns(con.to_arrow_reader(BATCH_ROWS), folder, table, index, check)
+            query = f"SELECT number, coalesce(({NOTES[table]})::UINTEGER, 0), {', '.join(columns)} FROM {table} "
+            query += f"JOIN responses ON response = md5_number(sample_id) WHERE {condition}"
+
+            def write(table=table, query=query, params=params) -> None:
+                check.begin(table)
+                batches = con.execute(query, params).to_arrow_reader(BATCH_ROWS)
+                _write_columns(batches, folder, table, index, notes, check)
+
+            _with_room(con, write)
             log(f"{ASSET}: {table} of {n_responses} responses ready")
-        con.execute(
-            "SELECT pair_id, c.number, r.number FROM members JOIN responses c ON c.sample_id = chosen_id "
-            "JOIN responses r ON r.sample_id = rejected_id ORDER BY pair_id"
-        )
-        n_pairs = _write_pairs(con.to_arrow_reader(BATCH_ROWS), folder, index, check)
+        _add_lengths(pairs, folder, index, notes, check)
         try:
             check.end(con, request)
         except TrainingError:
             shutil.rmtree(folder)  # what mends it makes another training
             raise
-    index.flush()
-    write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses})
+    index.values.flush()
+    pairs.values.flush()
+    for name in ("notes", "order"):
+        (folder / f"{name}.bin").unlink()
+    n_pairs = len(pairs.values)
+    write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses, "slices": request.slices})
 
 
-def _write_columns(batches: pa.RecordBatchReader, folder: Path, table: str, index: np.memmap, check: Check) -> None:
+class _File:
+    """An array in a file, of which little is in memory, whatever the order in which it is written or read."""
+
+    def __init__(self, path: Path, dtype: np.dtype | type, shape: tuple[int, ...]):
+        self.values = np.memmap(path, dtype, "w+", shape=shape)
+        """Zeros at first."""
+
+    def release(self, n_batches: int) -> None:
+        """Every RELEASED batches, give the pages back. The mapping is shared: what was written is in the file."""
+        if n_batches % RELEASED == 0:
+            self.values._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], None]) -> None:
+    """An attempt within JOIN_MEMORY, else again with more: DuckDB reads 2,048 rows at once, however long they are."""
+    memory = JOIN_MEMORY
+    while True:
+        con.execute(f"SET memory_limit = '{memory}B'")
+        try:
+            return attempt()
+        except (duckdb.OutOfMemoryException, OSError) as e:  # Arrow makes the latter of the former
+            memory *= 4
+            if "Out of Memory" not in str(e) or memory > psutil.virtual_memory().total:
+                raise
+
+
+def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path) -> _File:
+    """Ids, slices and response numbers of the pairs, in order of pair_id, and `order.bin`: of the lake. `pairs.bin` is
+    without lengths yet."""
+    n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
+    con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
+    with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as slices:
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
+            slices.write(batch.column(1).to_numpy())
+    con.execute("SELECT position FROM members ORDER BY place")
+    with open(folder / "order.bin", "wb") as order:
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            order.write(batch.column(0).to_numpy())
+    pairs = _File(folder / "pairs.bin", np.int32, (n_pairs, PAIR_COLUMNS))
+    for side, name in enumerate(("chosen", "rejected")):
+        con.execute(f"SELECT position, number FROM members JOIN responses ON response = {name}")
+        for i, batch in enumerate(con.to_arrow_reader(PAIRS_AT_ONCE)):
+            pairs.release(i)
+            pairs.values[batch.column(0).to_numpy(), side] = batch.column(1).to_numpy()
+    pairs.release(0)
+    return pairs
+
+
+def _write_columns(
+    batches: pa.RecordBatchReader, folder: Path, table: str, index: _File, notes: _File, check: Check
+) -> None:
     """Append every batch's values to the columns' files and note where each response begins and how long it is."""
     columns = TABLES[table]
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
     ends = dict.fromkeys(columns, 0)
     try:
         for n, batch in enumerate(batches):
-            _release(index, n)
+            index.release(n)
+            notes.release(n)
             numbers = batch.column(0).to_numpy()
             check.rows(table, numbers, batch.column(1).to_numpy())
             for i, c in enumerate(columns, 2):
@@ -114,36 +182,34 @@ def _write_columns(batches: pa.RecordBatchReader, folder: Path, table: str, inde
                 files[c].write(np.ascontiguousarray(values))
                 if c in INDEXED:
                     at = INDEXED.index(c)
-                    index[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
-                    index[numbers, at, 1] = lengths
+                    index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
+                    index.values[numbers, at, 1] = lengths
                 ends[c] += int(lengths.sum())
     finally:
         for file in files.values():
             file.close()
 
 
-def _release(index: np.memmap, n: int) -> None:
-    """Every RELEASED batches, give the index's pages back. Its mapping is shared: what was written is in the file."""
-    if n % RELEASED == 0:
-        index._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-def _write_pairs(batches: pa.RecordBatchReader, folder: Path, index: np.memmap, check: Check) -> int:
-    """Ids, response numbers and lengths of the pairs, in order of pair_id."""
+def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
+    """Look at every pair, and note how long its prompts and responses are."""
     columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
                "reference": "token_logprobs"}  # fmt: skip
-    n = 0
-    with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "pairs.bin", "wb") as pairs:
-        for i, batch in enumerate(batches):
-            _release(index, i)
-            pair_ids = batch.column(0).to_pylist()
-            ids.write("".join(pair_ids).encode())
-            both = np.stack([batch.column(1).to_numpy(), batch.column(2).to_numpy()], 1)  # [n, 2]
-            lengths = {name: index[both, INDEXED.index(c), 1] for name, c in columns.items()}
-            check.pairs(pair_ids, both, lengths)
-            pairs.write(np.concatenate([both, lengths["prompt"], lengths["response"]], 1).astype(np.int32).tobytes())
-            n += batch.num_rows
-    return n
+    order = np.memmap(folder / "order.bin", np.int32, "r")  # in which neighbours' rows are neighbours in the index
+    pair_ids = _pair_ids(folder, len(order))
+    for start in range(0, len(order), PAIRS_AT_ONCE):
+        for file in (pairs, index, notes):
+            file.release(0)
+        at = order[start : start + PAIRS_AT_ONCE]
+        both = pairs.values[at, :2]
+        lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
+        check.pairs(lambda i, at=at: pair_ids[at[i]].decode(), both, lengths)
+        pairs.values[at, 2:] = np.concatenate([lengths["prompt"], lengths["response"]], 1)
+
+
+def _pair_ids(folder: Path, n_pairs: int) -> np.ndarray:
+    """UTF-8 [n_pairs], as wide as the longest."""
+    file = folder / "pair_ids.bin"
+    return np.memmap(file, f"S{file.stat().st_size // n_pairs}", "r")
 
 
 class Rows:
@@ -153,18 +219,26 @@ class Rows:
         """Raises FileNotFoundError if `folder` holds no whole training set."""
         if not (folder / "complete.json").exists():
             raise FileNotFoundError(f"no training set at {folder}; materialise student_checkpoint again to write it")
-        self.n_pairs = json.loads((folder / "complete.json").read_text())["n_pairs"]
-        pairs = np.memmap(folder / "pairs.bin", np.int32, "r", shape=(self.n_pairs, 6))
+        written = json.loads((folder / "complete.json").read_text())
+        self.n_pairs, self.slices = written["n_pairs"], written["slices"]
+        self._ids = _pair_ids(folder, self.n_pairs)
+        self._slices = np.memmap(folder / "slices.bin", np.int32, "r")
+        pairs = np.memmap(folder / "pairs.bin", np.int32, "r", shape=(self.n_pairs, PAIR_COLUMNS))
         self.numbers = pairs[:, :2]
         """[pairs, 2] int32: response numbers of chosen and rejected."""
         self.n_prompt = pairs[:, 2:4]
         """[pairs, 2] int32: prompt tokens."""
         self.n_tokens = pairs[:, 4:]
         """[pairs, 2] int32: response tokens."""
-        self._files = {c: os.open(folder / f"{c}.bin", os.O_RDONLY) for c in (*COLUMNS, "pair_ids", "index")}
+        self._files = {c: os.open(folder / f"{c}.bin", os.O_RDONLY) for c in (*COLUMNS, "index")}
 
     def pair_id(self, pair: int) -> str:
-        return os.pread(self._files["pair_ids"], ID_BYTES, ID_BYTES * int(pair)).decode()
+        return self._ids[pair].decode()
+
+    def names(self, pairs: np.ndarray) -> pl.DataFrame:
+        """pair_id and slice of `pairs`."""
+        slices = np.array(self.slices)[self._slices[pairs]]
+        return pl.DataFrame({"pair_id": [id.decode() for id in self._ids[pairs]], "slice": slices.tolist()})
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """The values of a response, by column."""
