@@ -68,7 +68,10 @@ def run(slice: Slices = None) -> None:
             soft_wrap=True,
         )
     made = sum(r.ran and r.success for r in results)
-    console.print(f"{made} materialised, {len(results) - made - len(failed)} already up to date, {len(failed)} failed")
+    count = f"{made} materialised, {len(results) - made - len(failed)} already up to date, {len(failed)} failed"
+    if checks_failed := sum(r.checks_failed for r in results):
+        count += f"; checks that did not pass (above): {checks_failed}"
+    console.print(count)
     if failed:
         raise typer.Exit(1)
 
@@ -89,10 +92,16 @@ def demo() -> None:
 
 
 @app.command()
-def report() -> None:
+def report(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint id, or its beginning; else the newest of this profile.")
+    ] = None,
+) -> None:
     """Held-out accuracy per slice: before, after, teacher, with 95% intervals."""
     profile, lake = _open()
-    checkpoint, summary = accuracy.latest_summary(lake)
+    if checkpoint is not None:
+        checkpoint = accuracy.checkpoint_row(lake, checkpoint)["checkpoint_id"]
+    checkpoint, summary = accuracy.latest_summary(lake, checkpoint, profile=None if checkpoint else profile.name)
     table = Table("slice", "queries", "before", "after", "teacher", "after - before")
     for r in summary.iter_rows(named=True):
         cell = {k: f"{r[k]:.1%} [{r[k + '_low']:.1%}, {r[k + '_high']:.1%}]" for k in ("before", "after", "teacher")}
@@ -249,7 +258,7 @@ def promote(
     """Make a checkpoint the policy that the next round samples from."""
     profile, lake = _open()
     if not force and checkpoint != lineage.SFT and (why := accuracy.objection(lake, checkpoint)):
-        raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report`, or use --force")
+        raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report {checkpoint}`, or use --force")
     accuracy.promote(lake, profile, checkpoint, reason)
     console.print(f"policy is now {lineage.current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")
 

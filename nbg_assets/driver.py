@@ -45,6 +45,8 @@ class Result:
     ran: bool
     success: bool = True
     message: str = ""
+    checks_failed: int = 0
+    """Checks of what it made that did not pass; a blocking one makes it a failure."""
 
     @property
     def name(self) -> str:
@@ -147,17 +149,18 @@ def _run(
         raise KeyboardInterrupt
     made = {e.asset_key.path[-1]: e.materialization.metadata for e in outcome.get_asset_materialization_events()}
     failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
+    refused = [check for check in outcome.get_asset_check_evaluations() if not check.passed]
     results = []
     for asset in assets:
         if asset in failures:
             results.append(Result(asset, slice, ran=True, success=False, message=failures[asset]))
         elif asset in made:
-            results.append(Result(asset, slice, ran=not made[asset]["unchanged"].value))
+            n = sum(check.asset_key.path[-1] == asset for check in refused)
+            results.append(Result(asset, slice, ran=not made[asset]["unchanged"].value, checks_failed=n))
         else:
             on_line(f"{asset}{where} not started: what it reads failed")
-    for check in outcome.get_asset_check_evaluations():
-        if not check.passed:
-            on_line(f"check {check.asset_key.path[-1]}:{check.check_name} {where} {check.description}")
+    for check in refused:
+        on_line(f"check {check.asset_key.path[-1]}:{check.check_name} {where} {check.description}")
     if not outcome.success and not failures:
         raise RuntimeError(f"run {outcome.run_id} of {job}{where} failed outside its steps; see it in the Dagster UI")
     return results

@@ -21,23 +21,32 @@ from nbg_core.preference.verifiers import scorer_ids
 Z = 1.959964
 
 
-def latest_summary(lake: Lake, checkpoint: str | None = None) -> tuple[str, pl.DataFrame]:
-    """The newest evaluated checkpoint's id (or the one given), and its summary over the queries and with the settings
-    of its newest evaluation.
+def latest_summary(
+    lake: Lake, checkpoint: str | None = None, *, profile: str | None = None
+) -> tuple[str, pl.DataFrame]:
+    """The newest evaluated checkpoint's id (of the profile of this name, or the one given), and its summary over the
+    queries and with the settings of its newest evaluation.
 
-    Raises LookupError before the first evaluation."""
+    Raises LookupError before the first evaluation, naming what others have evaluated."""
     rows = lake.sql(
-        "SELECT inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
+        "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
         "ORDER BY snapshot_id DESC"
     )
-    for inputs, settings in rows.iter_rows():
+    others = {}
+    for made_by, inputs, settings in rows.iter_rows():
         read = next(i for i in json.loads(inputs) if i["asset"] == "student_checkpoint")
-        if checkpoint in (None, read["data_version"]):
+        if checkpoint in (None, read["data_version"]) and profile in (None, made_by):
             checkpoint, made_with = read["data_version"], json.loads(settings)
             break
+        others[read["data_version"]] = made_by
     else:
         what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
-        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
+        by = f" with profile {profile}" if profile else ""
+        there = ", ".join(f"{c} (profile {made_by})" for c, made_by in others.items())
+        raise LookupError(
+            f"{what} evaluated yet{by}; materialise student_eval first (nbg run, or the UI)"
+            f"{'; evaluated are: ' + there if there else ''}"
+        )
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
     return checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"])

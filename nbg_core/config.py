@@ -492,6 +492,18 @@ class Profile(Section):
         return (self.root / path).resolve()
 
 
+class _EveryKeyOnce(yaml.SafeLoader):
+    """YAML in which the second of two equal keys is an error; else it would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_profile(which: str | Path | None = None) -> Profile:
     """The profile named or at the path `which`, else `NBG_PROFILE`, else `embedded`.
 
@@ -502,7 +514,7 @@ def load_profile(which: str | Path | None = None) -> Profile:
         known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ProfileError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):

@@ -230,6 +230,8 @@ def test_a_warning_does_not_stop_the_run(instance, profile, fake):
     assert result.success
     (failed,) = [c for c in result.get_asset_check_evaluations() if not c.passed]
     assert (failed.check_name, failed.severity) == ("few_truncated", dg.AssetCheckSeverity.WARN)
+    results = materialise_stale(instance, profile, slices=["b"], on_line=lambda _: None)
+    assert Result("student_samples", "b", ran=True, checks_failed=1) in results
     pairs = run_slice(instance, "a", ["filtered_pairs"])
     assert [c.check_name for c in pairs.get_asset_check_evaluations() if not c.passed] == ["no_truncated_positive"]
 

@@ -86,5 +86,6 @@ def test_a_killed_command_goes_on_a_second_one_does_nothing_and_another_project_
     assert "7 materialised, 0 already up to date, 0 failed" in whole
     warned = [line for line in whole.splitlines() if line.startswith("check ")]
     assert [line for line in warned if "better_than_before" not in line] == []
+    assert (f"checks that did not pass (above): {len(warned)}" in whole) == bool(warned)
     (made,) = checkpoint(env)
     assert checkpoint(other) == [made]

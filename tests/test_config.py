@@ -80,6 +80,7 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {precision: bf16}", "models.dtype 'float32' .*set training.precision to 'fp32'"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
+        (MODELS + "training: {epochs: 1, seed: 2, epochs: 1}", "key 'epochs' is there twice"),
     ],
 )
 def test_a_wrong_profile_names_file_key_and_remedy(tmp_path, text, expected):
