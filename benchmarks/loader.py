@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import report
@@ -90,12 +91,12 @@ def write(folder: Path) -> dict:
 def read(folder: Path, n_batches: int) -> dict:
     from nbg_core.config import TrainingSettings
     from nbg_core.training.data import TrainingSet, prefetch
-    from nbg_core.training.plan import plan
+    from nbg_core.training.plan import Plan
 
     data = TrainingSet(folder / "rows")
-    steps = plan(len(data), TrainingSettings(global_batch_pairs=64))
+    steps = Plan(len(data), TrainingSettings(global_batch_pairs=64))
     began, tokens = time.monotonic(), 0
-    for batch in prefetch([lambda s=s: data.batch(s.pairs) for s in steps[:n_batches]]):
+    for batch in prefetch([lambda s=s: data.batch(s.pairs) for s in islice(steps, n_batches)]):
         tokens += batch.inputs.ids.numel()
     return {"read_tokens_per_s": tokens / (time.monotonic() - began)}
 

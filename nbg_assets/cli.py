@@ -101,7 +101,7 @@ def report(
     profile, lake = _open()
     if checkpoint is not None:
         checkpoint = accuracy.checkpoint_row(lake, checkpoint)["checkpoint_id"]
-    checkpoint, summary = accuracy.latest_summary(lake, checkpoint, profile=None if checkpoint else profile.name)
+    checkpoint, summary, made_by = accuracy.latest_summary(lake, checkpoint, profile=profile.name)
     table = Table("slice", "queries", "before", "after", "teacher", "after - before")
     for r in summary.iter_rows(named=True):
         cell = {k: f"{r[k]:.1%} [{r[k + '_low']:.1%}, {r[k + '_high']:.1%}]" for k in ("before", "after", "teacher")}
@@ -109,7 +109,7 @@ def report(
             f"{100 * r['difference']:+.1f} [{100 * r['difference_low']:+.1f}, {100 * r['difference_high']:+.1f}] points"
         )
         table.add_row(r["slice"], str(r["n"]), *cell.values(), gain, style="bold" if r["slice"] == "overall" else None)
-    console.print(f"\ncheckpoint {checkpoint}")
+    console.print(f"\ncheckpoint {checkpoint}" + (f", of profile {made_by}" if made_by != profile.name else ""))
     console.print(table)
 
 

@@ -152,10 +152,10 @@ def _run(
     refused = [check for check in outcome.get_asset_check_evaluations() if not check.passed]
     results = []
     for asset in assets:
+        n = sum(check.asset_key.path[-1] == asset for check in refused)
         if asset in failures:
-            results.append(Result(asset, slice, ran=True, success=False, message=failures[asset]))
+            results.append(Result(asset, slice, ran=True, success=False, message=failures[asset], checks_failed=n))
         elif asset in made:
-            n = sum(check.asset_key.path[-1] == asset for check in refused)
             results.append(Result(asset, slice, ran=not made[asset]["unchanged"].value, checks_failed=n))
         else:
             on_line(f"{asset}{where} not started: what it reads failed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import polars as pl
 
@@ -21,35 +22,35 @@ from nbg_core.preference.verifiers import scorer_ids
 Z = 1.959964
 
 
-def latest_summary(
-    lake: Lake, checkpoint: str | None = None, *, profile: str | None = None
-) -> tuple[str, pl.DataFrame]:
-    """The newest evaluated checkpoint's id (of the profile of this name, or the one given), and its summary over the
-    queries and with the settings of its newest evaluation.
+class Evaluated(NamedTuple):
+    """A checkpoint's newest evaluation: see `summarise`, and the name of the profile that it was made with."""
 
-    Raises LookupError before the first evaluation, naming what others have evaluated."""
+    checkpoint: str
+    summary: pl.DataFrame
+    profile: str
+
+
+def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | None = None) -> Evaluated:
+    """Of the checkpoint given, else of the newest that the profile of this name has evaluated, else of the newest of
+    all: its summary over the queries and with the settings of its newest evaluation.
+
+    Raises LookupError before the first evaluation."""
     rows = lake.sql(
         "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
-        "ORDER BY snapshot_id DESC"
+        "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
+        [profile],
     )
-    others = {}
-    for made_by, inputs, settings in rows.iter_rows():
+    for made_by, inputs, settings in rows.iter_rows():  # noqa: B007  (used after the loop)
         read = next(i for i in json.loads(inputs) if i["asset"] == "student_checkpoint")
-        if checkpoint in (None, read["data_version"]) and profile in (None, made_by):
+        if checkpoint in (None, read["data_version"]):
             checkpoint, made_with = read["data_version"], json.loads(settings)
             break
-        others[read["data_version"]] = made_by
     else:
         what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
-        by = f" with profile {profile}" if profile else ""
-        there = ", ".join(f"{c} (profile {made_by})" for c, made_by in others.items())
-        raise LookupError(
-            f"{what} evaluated yet{by}; materialise student_eval first (nbg run, or the UI)"
-            f"{'; evaluated are: ' + there if there else ''}"
-        )
+        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
-    return checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"])
+    return Evaluated(checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"]), made_by)
 
 
 def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: int | None = None) -> pl.DataFrame:
@@ -118,10 +119,9 @@ def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
 def objection(lake: Lake, checkpoint: str) -> str | None:
     """Why its last evaluation speaks against promoting a checkpoint; None if it does not, or there is none."""
     try:
-        _, summary = latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"])
+        return gate(latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"]).summary)
     except LookupError:
         return None
-    return gate(summary)
 
 
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:

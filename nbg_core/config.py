@@ -495,13 +495,13 @@ class Profile(Section):
 class _EveryKeyOnce(yaml.SafeLoader):
     """YAML in which the second of two equal keys is an error; else it would silently replace the first."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def load_profile(which: str | Path | None = None) -> Profile:

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import polars as pl
+import psutil
 from duckdb_extensions import import_extension
 from filelock import FileLock
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -32,6 +34,8 @@ from nbg_core.config import Profile
 from nbg_core.files import write_parquet
 from nbg_core.ids import digest
 from nbg_core.processes import redact
+
+T = TypeVar("T")
 
 CODE_VERSION = "1"
 """Raised when the same settings and inputs would give other rows: everything made before is then stale."""
@@ -208,7 +212,9 @@ class Lake:
     def joins(self, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection for joins of large tables that stay within JOIN_MEMORY: what does not fit goes to the folder
         `spill`, which is removed at the end. A query names the smaller table last; without ORDER BY its rows come in
-        any order."""
+        any order. `with_room` is for those that need more."""
+        shutil.rmtree(spill, ignore_errors=True)  # of one that was killed
+        spill.parent.mkdir(parents=True, exist_ok=True)  # DuckDB makes the folder alone
         con = self._attach(True, snapshot)
         try:
             con.execute("USE lake")
@@ -402,6 +408,26 @@ class Lake:
             con.execute("COMMIT")
             # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
             con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")
+
+
+def with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: int = JOIN_MEMORY) -> T:
+    """`attempt()` within `memory` bytes of DuckDB's, else again with more: it reads 2,048 rows of a file at once,
+    however long they are, and not all that it does can go to disk.
+
+    Raises LakeError when the machine has no more."""
+    while True:
+        try:
+            con.execute(f"SET memory_limit = '{memory}B'")
+            return attempt()
+        except (duckdb.OutOfMemoryException, OSError) as e:  # Arrow makes the latter of the former
+            if "Out of Memory" not in str(e):
+                raise
+            if 4 * memory > (free := psutil.virtual_memory().available):
+                raise LakeError(
+                    f"joining the lake's tables needs more than {memory >> 20} MiB of memory, and {free >> 20} MiB are "
+                    "free; end other programs, or train on fewer slices"
+                ) from e
+            memory *= 4
 
 
 Frames = Callable[[], Iterable[pl.DataFrame]]

@@ -272,6 +272,6 @@ def training_set_lost(s: Subject) -> pl.DataFrame:
 
 
 def gate_refuses(s: Subject) -> pl.DataFrame:
-    checkpoint, summary = accuracy.latest_summary(s.lake, profile=s.profile.name)
+    checkpoint, summary, _ = accuracy.latest_summary(s.lake, profile=s.profile.name)
     refusal = accuracy.gate(summary)
     return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)

@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 from nbg_core.training import engine as engines
 from nbg_core.training.data import TrainingSet
-from nbg_core.training.plan import micro_batches, plan
+from nbg_core.training.plan import Plan, micro_batches
 from nbg_core.training.request import Request
 from nbg_core.training.train import init_distributed, train_step
 
@@ -26,7 +26,7 @@ def gradients(request: Request) -> dict[str, torch.Tensor]:
     """Of optimizer step STEP, taken first, by parameter; on rank 0."""
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
-    step = plan(len(data), request.training)[STEP]
+    step = Plan(len(data), request.training)[STEP]
     before = engines.full_weights(engine)
     shares = micro_batches(step.pairs, data.n_inputs, request.training, dist.get_rank(), dist.get_world_size())
     train_step(engine, data, step, request.training, 1.0, iter([data.batch(pairs) for pairs in shares]))

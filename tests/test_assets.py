@@ -162,6 +162,9 @@ def test_training_that_is_due_and_cannot_start_is_a_failure(instance, profile, f
     results = materialise_stale(instance, profile, on_line=lambda _: None)
     why = "not started: these slices are not fresh: a, b"
     assert Result("student_checkpoint", None, False, False, why) in results
+    assert {r.name: r.checks_failed for r in results if r.checks_failed} == dict.fromkeys(
+        ("filtered_pairs[a]", "filtered_pairs[b]"), 1
+    )
 
 
 def test_a_profile_that_needs_vllm_where_there_is_none_is_refused_before_the_first_stage(

@@ -20,10 +20,12 @@ def importable(monkeypatch):
 
 
 def test_loader():
-    command = [sys.executable, str(BENCHMARKS / "loader.py"), "--sizes", "200", "--dry"]
+    command = [sys.executable, str(BENCHMARKS / "loader.py"), "--sizes", "200", "200000", "--dry"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
-    assert row["pairs"] == 200 and row["read_tokens_per_s"] > 0 and 50 < row["write_peak_mb"] < 4000
+    few, many = (json.loads(line.replace("'", '"')) for line in done.stdout.splitlines()[-2:])
+    assert (few["pairs"], many["pairs"]) == (200, 200_000) and few["read_tokens_per_s"] > 0
+    assert many["write_peak_mb"] - few["write_peak_mb"] < 120, "nothing of every pair is held"
+    assert many["read_peak_mb"] - few["read_peak_mb"] < 40
 
 
 def test_teacher_store():

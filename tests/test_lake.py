@@ -18,7 +18,7 @@ import pytest
 
 from nbg_core import lake as lake_module
 from nbg_core import schemas
-from nbg_core.lake import Lake, LakeError, Record, Write
+from nbg_core.lake import Lake, LakeError, Record, Write, with_room
 from nbg_core.schemas import GAP_ZERO
 
 
@@ -190,6 +190,31 @@ def test_a_reader_sees_what_others_commit_after_it_opened(lake):
 def test_sql_for_people_cannot_write(lake):
     with pytest.raises(duckdb.Error, match="read-only"):
         lake.sql("DELETE FROM scores")
+
+
+def test_a_join_goes_to_disk_in_a_folder_that_is_made_and_removed(lake, tmp_path):
+    spill = tmp_path / "work" / "training" / "spill"
+    with lake.joins(lake.snapshot(), spill) as con:
+        con.execute("SET memory_limit = '30MB'")
+        batches = con.execute("SELECT i FROM range(2_000_000) t(i) ORDER BY hash(i)").to_arrow_reader(65536)
+        assert next(iter(batches)).num_rows and list(spill.iterdir())
+    assert not spill.exists() and spill.parent.exists()
+
+
+def test_a_query_gets_more_memory_until_there_is_no_more(lake, tmp_path):
+    limits = []
+
+    def attempt() -> str:
+        limits.append(con.execute("SELECT current_setting('memory_limit')").fetchone()[0])
+        return con.execute("SELECT len(list(i)) FROM range(3_000_000) t(i)").fetchone()[0]
+
+    with lake.joins(lake.snapshot(), tmp_path / "spill") as con:
+        assert with_room(con, attempt, 8 << 20) == 3_000_000
+        assert limits[0] == "8.0 MiB" and limits[-1] in ("32.0 MiB", "128.0 MiB")
+        with pytest.raises(ZeroDivisionError):
+            with_room(con, lambda: 1 / 0)
+        with pytest.raises(LakeError, match="more than .* MiB of memory, and .* are free; end other programs"):
+            with_room(con, lambda: con.execute("SELECT len(list(i)) FROM range(100_000_000_000) t(i)"), 1 << 30)
 
 
 def test_a_reader_is_not_blocked_by_an_open_write_transaction(lake):

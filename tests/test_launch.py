@@ -17,7 +17,7 @@ from nbg_core.lake import Lake
 from nbg_core.run import Run
 from nbg_core.schemas import TrainingSteps
 from nbg_core.training import launch
-from nbg_core.training.plan import plan
+from nbg_core.training.plan import Plan
 
 METRICS = set(TrainingSteps.column_names()) - {"training_id", "step", "materialisation_id"}
 
@@ -29,7 +29,7 @@ def trainings(monkeypatch) -> list[str]:
 
     def train(run, request):
         ran.append(request.training_id)
-        steps = plan(run.lake.sql("SELECT count(*) FROM pairs").item(), request.training)
+        steps = Plan(run.lake.sql("SELECT count(*) FROM pairs").item(), request.training)
         request.work.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"step": s.index} | dict.fromkeys(METRICS, 1.0)) for s in steps]
         request.steps_file.write_text("\n".join(lines))
@@ -70,14 +70,14 @@ def test_a_training_that_ended_is_not_repeated(tmp_path, trainings, monkeypatch,
 def test_which_pair_was_used_when_is_written_a_part_at_a_time_in_one_commit(tmp_path, trainings, monkeypatch):
     profile = make_profile(tmp_path, n_pairs=6, global_batch_pairs=2, epochs=3)
     run = Run(profile, Lake.of(profile), log=lambda line: None)
-    monkeypatch.setattr(launch, "PAIRS_AT_ONCE", 4)
+    monkeypatch.setattr(launch, "USES_AT_ONCE", 4)
     parts, validate = [], schemas.validate
     monkeypatch.setattr(schemas, "validate", lambda table, df: parts.append((table, df.height)) or validate(table, df))
     launch.materialise(run)
     assert [n for table, n in parts if table == "checkpoint_pairs"] == [4, 4, 4, 4, 2]
-    used = run.lake.sql("SELECT step, epoch, pair_id FROM checkpoint_pairs ORDER BY ALL")
-    pair_ids = run.lake.sql("SELECT pair_id FROM pairs")["pair_id"].sort()
-    expected = [(step.index, step.epoch, pair_ids[int(i)]) for step in plan(6, profile.training) for i in step.pairs]
+    used = run.lake.sql("SELECT step, epoch, pair_id, slice FROM checkpoint_pairs ORDER BY ALL")
+    pairs = run.lake.sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id").rows()
+    expected = [(step.index, step.epoch, *pairs[i]) for step in Plan(6, profile.training) for i in step.pairs]
     assert used.rows() == sorted(expected) and len(expected) == 18
     assert used.group_by("epoch").agg(pl.col("pair_id").n_unique())["pair_id"].to_list() == [6] * 3
     assert run.lake.sql("SELECT DISTINCT materialisation_id FROM checkpoint_pairs").height == 1

@@ -80,7 +80,8 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
             else:
                 before, lost = lost, (full[id] + lost) * np.expm1(within)
                 assert abs(np.exp(logprob) - full[id]) <= before + lost + 1e-4 * full[id]
-                if before > full[id] / 2:  # it keeps half of its mass, and passes on what it cannot give
+                assert np.exp(logprob) >= full[id] / 2 * np.exp(-within) * (1 - 1e-4), "half of its mass is kept"
+                if before > full[id] / 2:  # it passes on what it cannot give
                     lost += before
         head = sum(map(np.exp, p["head"].values()))
         assert head == pytest.approx(full[list(p["head"])].sum(), abs=3e-4)

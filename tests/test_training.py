@@ -1,5 +1,6 @@
 """Training in one process: plan, batches, gradient, trajectory, resume, refusals, and the model that comes out."""
 
+import itertools
 import json
 import os
 import socket
@@ -83,7 +84,7 @@ def close(a: list[dict], b: list[dict], tolerance: float) -> None:
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
 def test_every_pair_is_used_once_an_epoch(n, size, epochs):
-    steps = plans.plan(n, TrainingSettings(global_batch_pairs=size, epochs=epochs))
+    steps = plans.Plan(n, TrainingSettings(global_batch_pairs=size, epochs=epochs))
     assert [step.index for step in steps] == list(range(epochs * -(-n // size)))
     for epoch in range(epochs):
         assert sorted(np.concatenate([t.pairs for t in steps if t.epoch == epoch])) == list(range(n))
@@ -147,14 +148,14 @@ def test_an_architecture_that_cannot_be_packed_is_trained_padded_and_says_so(tmp
 
 def test_order_follows_the_seed_and_max_steps_cuts():
     def orders(**kw):
-        return [t.pairs.tolist() for t in plans.plan(20, TrainingSettings(global_batch_pairs=5, epochs=2, **kw))]
+        return [t.pairs.tolist() for t in plans.Plan(20, TrainingSettings(global_batch_pairs=5, epochs=2, **kw))]
 
     assert orders(seed=1) == orders(seed=1)
     assert orders(seed=1) != orders(seed=2)
     assert orders()[:4] != orders()[4:]  # another order each epoch
     assert orders(max_steps=3) == orders()[:3]
     with pytest.raises(ValueError, match="no pairs"):
-        plans.plan(0, TrainingSettings())
+        plans.Plan(0, TrainingSettings())
 
 
 def test_learning_rate_warms_up_then_falls_to_its_minimum():
@@ -240,7 +241,7 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_
     request = request_of(profile, "gradient", loss=loss, micro_batch_tokens=50, **more)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    step = plans.plan(12, request.training)[0]
+    step = plans.Plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows, pad_id)
     padded = pad_id is not None
@@ -412,13 +413,49 @@ def test_other_rows_that_do_not_fit_are_named_with_a_remedy(profile, table, chan
 LISTS = ("token_logprobs", "tail_logmass", "head_counts", "tail_counts", "entry_gaps", "entry_logprobs")
 
 
-def test_rows_too_long_for_the_memory_of_a_join_are_read_with_more(profile, monkeypatch):
-    enough = TrainingSet(request_of(profile, "enough").rows)
+def check_same_training_set(found: TrainingSet, expected: TrainingSet) -> None:
+    everything = np.arange(len(expected))
+    assert found.rows.names(everything).equals(expected.rows.names(everything))
+    assert np.array_equal(found.n_inputs, expected.n_inputs) and np.array_equal(found.n_tokens, expected.n_tokens)
+    for number, other in zip(found.rows.numbers.ravel(), expected.rows.numbers.ravel(), strict=True):
+        one, two = found.rows.read(number), expected.rows.read(other)
+        assert all(np.array_equal(one[name], values) and len(values) for name, values in two.items())
+
+
+def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_is_the_same(profile, monkeypatch):
+    whole = TrainingSet(request_of(profile, "whole").rows)
+    names = Lake.of(profile).sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id")
+    assert whole.rows.names(np.arange(12)).equals(names)
     monkeypatch.setattr(training_rows, "JOIN_MEMORY", 1_000_000)
-    little = TrainingSet(request_of(profile, "little").rows)
-    for number, other in zip(enough.rows.numbers.ravel(), little.rows.numbers.ravel(), strict=True):
-        expected, found = enough.rows.read(number), little.rows.read(other)
-        assert all(np.array_equal(found[name], values) and len(values) for name, values in expected.items())
+    for module in (pairing, training_rows):
+        monkeypatch.setattr(module, "PAIRS_AT_ONCE", 5)
+    for name in ("BATCH_ROWS", "RELEASED"):
+        monkeypatch.setattr(training_rows, name, 3)
+    tried, write = [], training_rows._write_columns
+
+    def fails_at_first(batches, folder, table, *rest):
+        def some():
+            yield from itertools.islice(batches, 2)
+            raise OSError("Out of Memory Error: as Arrow passes it on")
+
+        tried.append(table)
+        return write(some() if tried.count(table) == 1 else batches, folder, table, *rest)
+
+    monkeypatch.setattr(training_rows, "_write_columns", fails_at_first)
+    check_same_training_set(TrainingSet(request_of(profile, "parts").rows), whole)
+    assert [tried.count(table) for table in training_rows.TABLES] == [2, 2, 2]
+
+
+def test_a_training_set_of_another_format_or_half_written_is_written_again(profile):
+    request = request_of(profile, "format")
+    complete = request.rows / "complete.json"
+    complete.write_text(json.dumps(json.loads(complete.read_text()) | {"format": 1}))
+    (request.rows / "slices.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="no training set at"):
+        TrainingSet(request.rows)
+    check_same_training_set(
+        TrainingSet(request_of(profile, "format").rows), TrainingSet(request_of(profile, "whole").rows)
+    )
 
 
 @given(st.data())

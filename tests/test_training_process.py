@@ -26,7 +26,7 @@ from nbg_core.models import load_model
 from nbg_core.run import Run
 from nbg_core.training import launch
 from nbg_core.training.data import TrainingSet
-from nbg_core.training.plan import plan
+from nbg_core.training.plan import Plan
 from nbg_core.training.request import Request, TrainingError
 
 pytestmark = pytest.mark.slow
@@ -190,7 +190,7 @@ def test_every_gradient_at_zero_0_to_3_on_2_to_4_ranks_is_that_of_a_naive_loop_i
         start_ranks(n, requests, "rank_gradients")
         for request in requests:
             if request.policy_path not in expected:
-                pairs = plan(len(TrainingSet(request.rows)), request.training)[STEP].pairs
+                pairs = Plan(len(TrainingSet(request.rows)), request.training)[STEP].pairs
                 expected[request.policy_path] = naive_gradients(request, pairs)
             found = load_file(request.work / "gradients.safetensors")
             assert found.keys() == expected[request.policy_path].keys()

@@ -1,7 +1,7 @@
 """Batches of pairs: from the training set's files to the tensors of one forward pass, made ahead of their use.
 
 A batch is read when its turn is near, by a thread that is a few batches ahead of the training step (`prefetch`): in
-memory there are two numbers a pair (its tokens, its place in each epoch's order), whatever its length.
+memory there are three numbers a pair (its tokens, its place in two epochs' orders), whatever its length.
 
 Shapes: B pairs of a micro-batch, T response tokens of all its responses behind one another.
 """

@@ -29,13 +29,13 @@ from nbg_core.files import link_folder
 from nbg_core.lake import CODE_VERSION, Write
 from nbg_core.run import Run
 from nbg_core.training.pairs import survey
-from nbg_core.training.plan import Step, plan
+from nbg_core.training.plan import Plan
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
 from nbg_core.training.rows import Rows, write_rows
 
 UPSTREAM = lineage.UPSTREAM[ASSET]
 LOG_TAIL = 20
-PAIRS_AT_ONCE = 200_000
+USES_AT_ONCE = 200_000
 """Rows of `checkpoint_pairs` in memory at once: a training may use millions of pairs many times."""
 REMOTE_GRACE_SECONDS = 5.0
 """What a launcher with ranks on other machines gets to end them."""
@@ -52,10 +52,10 @@ def materialise(run: Run, slice: None = None) -> dict:
     inputs = [lineage.input_of(lake, asset, s, snapshot) for asset in UPSTREAM for s in slices]
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
     trainings = profile.resolve(profile.paths.work) / "training"
-    n_pairs, pairs = survey(lake, snapshot, slices, trainings / f"survey-{run.run_id}")
-    steps = plan(n_pairs, profile.training)
+    n_pairs, content = survey(lake, snapshot, slices, trainings / "survey")
+    steps = Plan(n_pairs, profile.training)
     training_id = ids.digest(
-        "training", lineage.settings_id(run.settings(ASSET, None)), pairs,
+        "training", lineage.settings_id(run.settings(ASSET, None)), content,
         sorted([i.asset, i.slice, i.data_version] for i in inputs), CODE_VERSION,
     )  # fmt: skip
     checkpoints = profile.resolve(profile.paths.checkpoints)
@@ -76,12 +76,12 @@ def materialise(run: Run, slice: None = None) -> dict:
         trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,
     )  # fmt: skip
     began = time.monotonic()
+    write_rows(lake, request, run.log)
     if not request.final.is_dir():
-        write_rows(lake, request, run.log)
         _train(run, request)
     seconds = time.monotonic() - began
     metrics = pl.read_ndjson(request.steps_file)
-    if metrics["step"].to_list() != [s.index for s in steps]:
+    if metrics["step"].to_list() != list(range(len(steps))):
         raise TrainingError(
             f"{request.steps_file} does not hold the {len(steps)} steps of this training; delete {request.work} and "
             "materialise student_checkpoint again"
@@ -184,7 +184,7 @@ def _place(request: Request, checkpoints: Path) -> str:
     return checkpoint
 
 
-def _writes(run: Run, request: Request, checkpoint: str, steps: list[Step], metrics: pl.DataFrame) -> list[Write]:
+def _writes(run: Run, request: Request, checkpoint: str, steps: Plan, metrics: pl.DataFrame) -> list[Write]:
     rows = Rows(request.rows)
     row = {
         "checkpoint_id": checkpoint, "training_id": request.training_id, "path": checkpoint,
@@ -193,11 +193,11 @@ def _writes(run: Run, request: Request, checkpoint: str, steps: list[Step], metr
         "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
     }  # fmt: skip
     training = pl.lit(request.training_id).alias("training_id")
-    at_once = max(1, PAIRS_AT_ONCE // request.training.global_batch_pairs)
+    at_once = max(1, USES_AT_ONCE // request.training.global_batch_pairs)
 
     def used() -> Iterator[pl.DataFrame]:
         for i in range(0, len(steps), at_once):
-            some = steps[i : i + at_once]
+            some = [steps[j] for j in range(i, min(i + at_once, len(steps)))]
             n = [len(step.pairs) for step in some]
             yield rows.names(np.concatenate([step.pairs for step in some])).with_columns(
                 training,

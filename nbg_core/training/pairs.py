@@ -14,7 +14,7 @@ import duckdb
 import numpy as np
 
 from nbg_core.ids import content_version
-from nbg_core.lake import Lake
+from nbg_core.lake import Lake, with_room
 from nbg_core.training.request import Request, TrainingError
 
 NOTES = {
@@ -25,6 +25,7 @@ NOTES = {
     "reference_logprobs": "token_logprobs IS NOT NULL",
 }
 """SQL of the number that is noted of a row besides the lengths of its lists: of its prompt, or whether it is whole."""
+IN_SLICES = "slice IN (SELECT unnest(?::VARCHAR[]))"
 PAIRS_AT_ONCE = 16_384
 """Pairs in memory at once while all of them are looked at."""
 
@@ -32,25 +33,8 @@ PAIRS_AT_ONCE = 16_384
 def survey(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
     """How many pairs the slices have, and the content version of their ids. What does not fit into memory goes to the
     folder `spill`, which is removed at the end. Raises TrainingError for a pair that is there twice."""
-    n, n_twice, twice = 0, 0, ()
-
-    def once() -> Iterator[str]:
-        nonlocal n, n_twice, twice
-        last = (None, None)
-        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
-            for here in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                if here[0] == last[0]:
-                    n_twice, twice = n_twice + 1, twice or (*last, here[1])
-                last = here
-                n += 1
-                yield here[0]
-
     with lake.joins(snapshot, spill) as con:
-        con.execute(
-            "SELECT pair_id, slice FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[])) ORDER BY pair_id, slice",
-            [list(slices)],
-        )
-        version = content_version(once(), in_order=True)
+        n, version, n_twice, twice = with_room(con, lambda: _survey(con, slices))
     if twice:
         pair, one, other = twice
         raise TrainingError(
@@ -65,6 +49,25 @@ RECORD = np.dtype([("seen", np.uint16), ("note", np.uint32)])
 """What is kept of a response in a table: its rows there, and the note of one of them."""
 
 
+def _survey(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
+    """Pairs, content version, pairs that are there twice, and the first of these with its slices."""
+    n, n_twice, twice, last = 0, 0, (), (None, None)
+    con.execute(f"SELECT pair_id, slice FROM pairs WHERE {IN_SLICES} ORDER BY pair_id, slice", [list(slices)])
+
+    def pair_ids() -> Iterator[str]:
+        nonlocal n, n_twice, twice, last
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            for here in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if here[0] == last[0]:
+                    n_twice, twice = n_twice + 1, twice or (*last, here[1])
+                last = here
+                n += 1
+                yield here[0]
+
+    version = content_version(pair_ids(), in_order=True)
+    return n, version, n_twice, twice
+
+
 class Check:
     """Sees the rows of all responses, which are numbered from 0, then the pairs."""
 
@@ -75,8 +78,8 @@ class Check:
         )
         self.n_unfit, self.first = 0, {}  # what is known of the first repeated response, and of the first unfit one
 
-    def begin(self, table: str) -> None:
-        """The rows of a table come now; what was seen of it before does not count."""
+    def forget(self, table: str) -> None:
+        """The rows of a table come again from the first."""
         self.seen[table][:] = 0
 
     def rows(self, table: str, numbers: np.ndarray, notes: np.ndarray) -> None:
@@ -121,7 +124,8 @@ class Check:
         if r is None:
             return
         slice, sample = con.execute(
-            f"SELECT slice, {r['side']}_id FROM pairs WHERE pair_id = ?", [r["pair_id"]]
+            f"SELECT slice, {r['side']}_id FROM pairs WHERE {IN_SLICES} AND pair_id = ?",
+            [request.slices, r["pair_id"]],
         ).fetchone()
         what, remedy = _problem(r, request.teacher_id, request.policy_id)
         raise TrainingError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,21 +25,34 @@ class Step:
     pairs: np.ndarray
 
 
-def plan(n_pairs: int, settings: TrainingSettings) -> list[Step]:
+class Plan:
     """The optimizer steps of a training. Each epoch is a new order of all pairs; its last batch may be smaller.
 
-    Raises ValueError without pairs."""
-    if n_pairs == 0:
-        raise ValueError("there are no pairs to train on; lower preference.min_margin, or sample more responses")
-    steps: list[Step] = []
-    for epoch in range(settings.epochs):
-        generator = np.random.Generator(np.random.Philox(key=seed_from("order", settings.seed, epoch)))
-        order = generator.permutation(n_pairs)
-        for start in range(0, n_pairs, settings.global_batch_pairs):
-            if settings.max_steps is not None and len(steps) == settings.max_steps:
-                return steps
-            steps.append(Step(len(steps), epoch, order[start : start + settings.global_batch_pairs]))
-    return steps
+    It holds the order of two epochs at most, whichever were asked for last: 16 bytes a pair. Safe to ask from several
+    threads."""
+
+    def __init__(self, n_pairs: int, settings: TrainingSettings):
+        """Raises ValueError without pairs."""
+        if n_pairs == 0:
+            raise ValueError("there are no pairs to train on; lower preference.min_margin, or sample more responses")
+        self._n_pairs, self._seed, self._batch = n_pairs, settings.seed, settings.global_batch_pairs
+        self._per_epoch = -(-n_pairs // self._batch)
+        n = settings.epochs * self._per_epoch
+        self._n_steps = n if settings.max_steps is None else min(n, settings.max_steps)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(key=seed_from("order", self._seed, epoch)))
+        return generator.permutation(self._n_pairs)
+
+    def __len__(self) -> int:
+        return self._n_steps
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < self._n_steps:
+            raise IndexError(f"step {index} of {self._n_steps}")
+        epoch, place = divmod(index, self._per_epoch)
+        return Step(index, epoch, self._order(epoch)[place * self._batch : (place + 1) * self._batch])
 
 
 def micro_batches(

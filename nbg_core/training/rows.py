@@ -3,9 +3,9 @@
 `write_rows` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
 training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
 and an index of where each response begins. `Rows` reads a pair by position with a few preads, in any order; what was
-read before is in the system's page cache, which is given back when memory is short. Neither holds anything of every
-pair: what is noted on the way is in files, too, and DuckDB's joins go to disk beyond `lake.JOIN_MEMORY`. Work files of
-one machine: little-endian, no header, whole if and only if `complete.json` is there.
+read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
+responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
+little-endian, no header, whole if and only if `complete.json` is there.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-import psutil
 import pyarrow as pa
 
 from nbg_core.files import write_json
-from nbg_core.lake import JOIN_MEMORY, Lake
-from nbg_core.training.pairs import NOTES, PAIRS_AT_ONCE, RECORD, Check
+from nbg_core.lake import JOIN_MEMORY, Lake, with_room
+from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, Check
 from nbg_core.training.request import ASSET, Request, TrainingError
 
 TABLES = {
@@ -45,8 +44,12 @@ _LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_log
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
-BATCH_ROWS = 256
-"""Responses that come out of the join at once; long ones are 0.3 MB each."""
+FORMAT = 2
+"""Of the files; those of another one are written again."""
+BATCH_ROWS, BATCH_BYTES, TOKEN_BYTES = 256, 32 << 20, 144
+"""Responses that come out of a join at once, and their bytes; a position has so many with 16 entries."""
+JOINED_BYTES = 64
+"""What a join holds of a response. With less DuckDB would put all rows that it reads to disk, to join them there."""
 RELEASED = 64
 """Batches after which the pages of files that are written in any order are given back to the system."""
 PAIR_COLUMNS = 6
@@ -58,46 +61,37 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
 
     Raises TrainingError when the lake's rows do not fit together (`pairs`)."""
     folder = request.rows
-    if (folder / "complete.json").exists():
+    if _complete(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     where = {
         "samples": ("true", []),
         "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
     with lake.joins(request.snapshot, folder / "spill") as con:
-        # Ids are joined as 128-bit hashes: a third of the memory of their text.
-        con.execute(
-            "CREATE TEMP TABLE members AS SELECT (row_number() OVER (ORDER BY pair_id) - 1)::INTEGER AS position, "
-            "rowid AS place, pair_id, list_position(?::VARCHAR[], slice)::INTEGER - 1 AS slice, "
-            "md5_number(chosen_id) AS chosen, md5_number(rejected_id) AS rejected "
-            "FROM pairs WHERE slice IN (SELECT unnest(?::VARCHAR[]))",
-            [request.slices, request.slices],
-        )
-        con.execute(
-            # Numbered as their pairs lie in the lake, which is about how their rows lie: the index is filled in order.
-            "CREATE TEMP TABLE responses AS SELECT response, (row_number() OVER (ORDER BY min(place)) - 1)::INTEGER AS "
-            "number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place FROM members) "
-            "GROUP BY response"
-        )
-        pairs = _write_pairs(con, folder)
+        n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
+        room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
+        pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
         n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
-        con.execute("DROP TABLE members")
         index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
         notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
         check = Check(notes.values)
+        longest = 0
         for table, columns in TABLES.items():
             condition, params = where[table]
             query = f"SELECT number, coalesce(({NOTES[table]})::UINTEGER, 0), {', '.join(columns)} FROM {table} "
             query += f"JOIN responses ON response = md5_number(sample_id) WHERE {condition}"
+            n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (TOKEN_BYTES * max(1, longest))))
 
-            def write(table=table, query=query, params=params) -> None:
-                check.begin(table)
-                batches = con.execute(query, params).to_arrow_reader(BATCH_ROWS)
-                _write_columns(batches, folder, table, index, notes, check)
+            def write(table=table, query=query, params=params, n_rows=n_rows) -> int:
+                if (folder / f"{TABLES[table][0]}.bin").exists():  # a try that had too little memory
+                    check.forget(table)
+                batches = con.execute(query, params).to_arrow_reader(n_rows)
+                return _write_columns(batches, folder, table, index, notes, check)
 
-            _with_room(con, write)
+            longest = max(longest, with_room(con, write, room))
             log(f"{ASSET}: {table} of {n_responses} responses ready")
         _add_lengths(pairs, folder, index, notes, check)
         try:
@@ -109,70 +103,82 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
     pairs.values.flush()
     for name in ("notes", "order"):
         (folder / f"{name}.bin").unlink()
-    n_pairs = len(pairs.values)
-    write_json(folder / "complete.json", {"n_pairs": n_pairs, "n_responses": n_responses, "slices": request.slices})
+    counts = {"n_pairs": n_pairs, "n_responses": n_responses}
+    write_json(folder / "complete.json", counts | {"slices": request.slices, "format": FORMAT})
+
+
+def _complete(folder: Path) -> dict | None:
+    """What `complete.json` says of a whole training set; None without one."""
+    file = folder / "complete.json"
+    written = json.loads(file.read_text()) if file.exists() else {}
+    return written if written.get("format") == FORMAT else None
 
 
 class _File:
     """An array in a file, of which little is in memory, whatever the order in which it is written or read."""
 
     def __init__(self, path: Path, dtype: np.dtype | type, shape: tuple[int, ...]):
-        self.values = np.memmap(path, dtype, "w+", shape=shape)
+        with open(path, "wb") as file:  # a disk that is full says so here; later it would be a bus error
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        self.values = np.memmap(path, dtype, "r+", shape=shape)
         """Zeros at first."""
 
-    def release(self, n_batches: int) -> None:
-        """Every RELEASED batches, give the pages back. The mapping is shared: what was written is in the file."""
-        if n_batches % RELEASED == 0:
-            self.values._mmap.madvise(mmap.MADV_DONTNEED)
+    def release(self) -> None:
+        """Give the pages back to the system. The mapping is shared: what was written is in the file."""
+        self.values._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-def _with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], None]) -> None:
-    """An attempt within JOIN_MEMORY, else again with more: DuckDB reads 2,048 rows at once, however long they are."""
-    memory = JOIN_MEMORY
-    while True:
-        con.execute(f"SET memory_limit = '{memory}B'")
-        try:
-            return attempt()
-        except (duckdb.OutOfMemoryException, OSError) as e:  # Arrow makes the latter of the former
-            memory *= 4
-            if "Out of Memory" not in str(e) or memory > psutil.virtual_memory().total:
-                raise
+def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
+    """Ids, slices and response numbers of the pairs, in order of pair_id, and `order.bin`: their order in the lake.
 
-
-def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path) -> _File:
-    """Ids, slices and response numbers of the pairs, in order of pair_id, and `order.bin`: of the lake. `pairs.bin` is
-    without lengths yet."""
+    `pairs.bin`, returned, is without lengths yet. Leaves the table `responses`: hashes of their ids, and numbers in the
+    order in which the pairs lie in the lake. Their rows lie in about the same, so the index is filled in order."""
+    # Ids are joined as 128-bit hashes: a third of the memory of their text.
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE members AS SELECT (row_number() OVER (ORDER BY pair_id) - 1)::INTEGER AS "
+        "position, rowid AS place, pair_id, list_position(?::VARCHAR[], slice)::INTEGER - 1 AS slice, "
+        f"md5_number(chosen_id) AS chosen, md5_number(rejected_id) AS rejected FROM pairs WHERE {IN_SLICES}",
+        [slices, slices],
+    )
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE responses AS SELECT response, (row_number() OVER (ORDER BY min(place)) - 1)"
+        "::INTEGER AS number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place "
+        "FROM members) GROUP BY response"
+    )
     n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
     con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
-    with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as slices:
+    with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as indices:
         for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
             ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
-            slices.write(batch.column(1).to_numpy())
+            indices.write(batch.column(1).to_numpy())
     con.execute("SELECT position FROM members ORDER BY place")
     with open(folder / "order.bin", "wb") as order:
         for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
             order.write(batch.column(0).to_numpy())
     pairs = _File(folder / "pairs.bin", np.int32, (n_pairs, PAIR_COLUMNS))
     for side, name in enumerate(("chosen", "rejected")):
-        con.execute(f"SELECT position, number FROM members JOIN responses ON response = {name}")
-        for i, batch in enumerate(con.to_arrow_reader(PAIRS_AT_ONCE)):
-            pairs.release(i)
+        con.execute(f"SELECT position, number FROM responses JOIN members ON response = {name}")
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
             pairs.values[batch.column(0).to_numpy(), side] = batch.column(1).to_numpy()
-    pairs.release(0)
+            pairs.release()
+    con.execute("DROP TABLE members")
     return pairs
 
 
 def _write_columns(
     batches: pa.RecordBatchReader, folder: Path, table: str, index: _File, notes: _File, check: Check
-) -> None:
-    """Append every batch's values to the columns' files and note where each response begins and how long it is."""
+) -> int:
+    """Write every batch's values to the columns' files and note where each response begins and how long it is.
+
+    Returns the tokens of the longest response, 0 where there are no token ids."""
     columns = TABLES[table]
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
-    ends = dict.fromkeys(columns, 0)
+    ends, longest = dict.fromkeys(columns, 0), 0
     try:
         for n, batch in enumerate(batches):
-            index.release(n)
-            notes.release(n)
+            if n % RELEASED == 0:
+                index.release()
+                notes.release()
             numbers = batch.column(0).to_numpy()
             check.rows(table, numbers, batch.column(1).to_numpy())
             for i, c in enumerate(columns, 2):
@@ -185,9 +191,12 @@ def _write_columns(
                     index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
                     index.values[numbers, at, 1] = lengths
                 ends[c] += int(lengths.sum())
+                if c == "token_ids":
+                    longest = max(longest, int(lengths.max(initial=0)))
     finally:
         for file in files.values():
             file.close()
+    return longest
 
 
 def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
@@ -198,7 +207,7 @@ def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: 
     pair_ids = _pair_ids(folder, len(order))
     for start in range(0, len(order), PAIRS_AT_ONCE):
         for file in (pairs, index, notes):
-            file.release(0)
+            file.release()
         at = order[start : start + PAIRS_AT_ONCE]
         both = pairs.values[at, :2]
         lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
@@ -217,9 +226,9 @@ class Rows:
 
     def __init__(self, folder: Path):
         """Raises FileNotFoundError if `folder` holds no whole training set."""
-        if not (folder / "complete.json").exists():
+        written = _complete(folder)
+        if written is None:
             raise FileNotFoundError(f"no training set at {folder}; materialise student_checkpoint again to write it")
-        written = json.loads((folder / "complete.json").read_text())
         self.n_pairs, self.slices = written["n_pairs"], written["slices"]
         self._ids = _pair_ids(folder, self.n_pairs)
         self._slices = np.memmap(folder / "slices.bin", np.int32, "r")

@@ -41,7 +41,7 @@ from nbg_core.run import Progress  # noqa: E402
 from nbg_core.training import states  # noqa: E402
 from nbg_core.training.data import PairBatch, TrainingSet, prefetch  # noqa: E402
 from nbg_core.training.engine import backward, build_engine, full_weights, learning_rate, take_step  # noqa: E402
-from nbg_core.training.plan import Step, micro_batches, plan  # noqa: E402
+from nbg_core.training.plan import Plan, Step, micro_batches  # noqa: E402
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
 from nbg_core.training.weights import write_model  # noqa: E402
 
@@ -79,7 +79,7 @@ def train(request: Request) -> None:
     init_distributed()
     engine, pad_id = build_engine(request)
     data = TrainingSet(request.rows, pad_id)
-    steps = plan(len(data), request.training)
+    steps = Plan(len(data), request.training)
     rate = learning_rate(request.training, len(steps))
     try:
         start = states.resume(engine, request.states)
@@ -93,9 +93,10 @@ def train(request: Request) -> None:
             if pad_id is not None:
                 print(f"{ASSET}: {no_packing(engine.module.policy.config)}", flush=True)
         progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
-        tasks = (partial(data.batch, pairs) for step in steps[start:] for pairs in _share(data, step, request.training))
+        todo = range(start, len(steps))
+        tasks = (partial(data.batch, pairs) for i in todo for pairs in _share(data, steps[i], request.training))
         with closing(prefetch(tasks)) as batches:
-            for step in steps[start:]:
+            for step in map(steps.__getitem__, todo):
                 metrics = train_step(engine, data, step, request.training, rate(step.index), batches)
                 if rank == 0:
                     with open(request.steps_file, "a") as f:
