@@ -446,11 +446,19 @@ def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_i
     assert [tried.count(table) for table in training_rows.TABLES] == [2, 2, 2]
 
 
-def test_a_training_set_of_another_format_or_half_written_is_written_again(profile):
-    request = request_of(profile, "format")
-    complete = request.rows / "complete.json"
+def of_an_older_format(rows) -> None:
+    complete = rows / "complete.json"
     complete.write_text(json.dumps(json.loads(complete.read_text()) | {"format": 1}))
-    (request.rows / "slices.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [of_an_older_format, lambda rows: (rows / "slices.bin").unlink(), lambda rows: os.truncate(rows / "index.bin", 99)],
+    ids=["format", "missing", "cut"],
+)
+def test_a_training_set_of_another_format_or_damaged_is_written_again(profile, damage):
+    request = request_of(profile, "format")
+    damage(request.rows)
     with pytest.raises(FileNotFoundError, match="no training set at"):
         TrainingSet(request.rows)
     check_same_training_set(

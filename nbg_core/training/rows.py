@@ -5,7 +5,7 @@ training's work folder: one file per column, responses behind one another in the
 and an index of where each response begins. `Rows` reads a pair by position with a few preads, in any order; what was
 read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
 responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
-little-endian, no header, whole if and only if `complete.json` is there.
+little-endian, no header, whole if and only if `complete.json` is there and right about their sizes.
 """
 
 from __future__ import annotations
@@ -103,15 +103,19 @@ def write_rows(lake: Lake, request: Request, log: Callable[[str], None]) -> None
     pairs.values.flush()
     for name in ("notes", "order"):
         (folder / f"{name}.bin").unlink()
-    counts = {"n_pairs": n_pairs, "n_responses": n_responses}
-    write_json(folder / "complete.json", counts | {"slices": request.slices, "format": FORMAT})
+    about = {"n_pairs": n_pairs, "n_responses": n_responses, "slices": request.slices, "format": FORMAT}
+    write_json(folder / "complete.json", about | {"bytes": _sizes(folder)})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.bin"))}
 
 
 def _complete(folder: Path) -> dict | None:
-    """What `complete.json` says of a whole training set; None without one."""
+    """What `complete.json` says of a whole training set; None without one, or when files are not as it says."""
     file = folder / "complete.json"
     written = json.loads(file.read_text()) if file.exists() else {}
-    return written if written.get("format") == FORMAT else None
+    return written if written.get("format") == FORMAT and written["bytes"] == _sizes(folder) else None
 
 
 class _File:
