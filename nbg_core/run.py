@@ -107,6 +107,8 @@ class Progress:
         self.done += n
         now = time.monotonic()
         since, before = self._first or (self._start, 0)
+        if now - since < 1:  # all came at once, after the work
+            since, before = self._start, 0
         is_measured = self._first is not None or self.done >= self.total
         self._first = self._first or (now, self.done)
         if now - self._last < 1 and self.done < self.total:

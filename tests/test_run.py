@@ -28,3 +28,13 @@ def test_all_at_once_has_a_rate(monkeypatch):
     now[0] = 2.0
     progress.advance(8)
     assert lines == ["queries: 8/8, 4.0/s"]
+
+
+def test_what_comes_at_once_after_the_work_took_all_the_time(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    progress = Progress("student_eval: before", 300, lines.append)
+    for i in range(300):
+        now[0] = 3.0 + i / 1e5
+        progress.advance(1)
+    assert lines[-1] == "student_eval: before: 300/300, 99.9/s"
