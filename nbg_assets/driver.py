@@ -191,7 +191,7 @@ def _sentence(event: dg.DagsterEvent) -> str:
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM has come: also one whose exception was lost in a callback of some library, where Python
-    cannot raise it."""
+    cannot raise it, or that a library caught and logged."""
     seen: set[int] = set()
     if threading.current_thread() is not threading.main_thread():  # where no signal comes
         yield lambda: False
@@ -210,11 +210,16 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         if not came():
             hook(lost)
 
+    def is_no_loss(record: logging.LogRecord) -> bool:
+        return not came()
+
     before, hook = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), sys.unraisablehook
     sys.unraisablehook = say_lost
+    logging.lastResort.addFilter(is_no_loss)  # what prints records of loggers that nobody has set up
     try:
         yield came
     finally:
+        logging.lastResort.removeFilter(is_no_loss)
         signal.set_wakeup_fd(before)
         sys.unraisablehook = hook
         here.close(), there.close()

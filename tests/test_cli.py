@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import logging
 import os
 import shutil
 import signal
@@ -202,6 +203,21 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
             pipes.progress.info("two")
     signal.signal(signal.SIGINT, before)
     assert said == ["one"]
+
+
+def test_an_interrupt_that_a_library_caught_and_logged_is_not_printed(capsys):
+    record = logging.LogRecord("some.pool", logging.ERROR, "", 0, "Exception closing connection", (), None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with driver._interrupts():
+        logging.lastResort.handle(record)
+        assert capsys.readouterr().err == "Exception closing connection\n"
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        logging.lastResort.handle(record)
+        assert capsys.readouterr().err == ""
+    signal.signal(signal.SIGINT, before)
+    logging.lastResort.handle(record)
+    assert capsys.readouterr().err
 
 
 def test_a_second_run_is_told_of_the_first_at_once(profile):
