@@ -40,10 +40,10 @@ def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | 
         "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
         [profile],
     )
-    for made_by, inputs, settings in rows.iter_rows():  # noqa: B007  (used after the loop)
+    for by, inputs, settings in rows.iter_rows():
         read = next(i for i in json.loads(inputs) if i["asset"] == "student_checkpoint")
         if checkpoint in (None, read["data_version"]):
-            checkpoint, made_with = read["data_version"], json.loads(settings)
+            checkpoint, made_by, made_with = read["data_version"], by, json.loads(settings)
             break
     else:
         what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
