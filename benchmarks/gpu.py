@@ -48,8 +48,10 @@ from train_step import take
 from train_step_variants import Models, Pairs, Step, make_pairs, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nbg_core.head import head_joint_loss
-from nbg_core.losses import Denominators, LossSettings, TeacherTargets
+from nbg_core.losses.joint import Denominators
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.modeling.lm_head import lm_head_joint_loss
 from nbg_core.training.engine import compile_layers
 
 HERE = Path(__file__).parent
@@ -176,7 +178,7 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
         per_pair = n // pairs
         hidden.grad = weight.grad = None
         row = torch.arange(n, device=device)
-        loss, _, _ = head_joint_loss(
+        loss, _, _ = lm_head_joint_loss(
             hidden, weight, ids, row // per_pair, row % per_pair < per_pair // 2, reference, stored, pairs,
             vocab=vocab, settings=LossSettings(**kwargs), denominators=Denominators(pairs, n // 2, n // 2),
         )  # fmt: skip
@@ -343,7 +345,7 @@ def kernels(one: Callable[[], None]) -> dict[str, float]:
 
 
 def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
-    from nbg_core.config import TrainingSettings
+    from nbg_core.config.training import TrainingSettings
     from nbg_core.training.data import PairBatch
     from nbg_core.training.engine import backward, build_engine, take_step
     from nbg_core.training.request import Request
@@ -432,7 +434,7 @@ class saved:
 
 
 def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
-    from nbg_core.config import Profile
+    from nbg_core.config.profile import Profile
     from nbg_core.teacher.forward import Scorer
     from nbg_core.teacher.store import compress
 

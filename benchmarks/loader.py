@@ -19,7 +19,7 @@ from pathlib import Path
 
 import report
 
-from nbg_core.schemas import GAP_ZERO
+from nbg_core.lake.tables import GAP_ZERO
 
 PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
@@ -65,16 +65,16 @@ def make_lake(folder: Path, n_pairs: int) -> None:
 
 
 def lake_at(folder: Path):
-    from nbg_core.lake import Lake
+    from nbg_core.lake.lake import Lake
 
     return Lake(f"sqlite:{folder}/catalog.sqlite", str(folder / "files"))
 
 
 def write(folder: Path) -> dict:
-    from nbg_core.config import TrainingSettings
-    from nbg_core.training.pairs import survey
+    from nbg_core.config.training import TrainingSettings
+    from nbg_core.training.pair_files import write_pair_files
+    from nbg_core.training.pairs import count_and_hash_pairs
     from nbg_core.training.request import Request
-    from nbg_core.training.rows import write_rows
 
     lake = lake_at(folder)
     request = Request(
@@ -83,13 +83,13 @@ def write(folder: Path) -> dict:
         temperature=1.0, training=TrainingSettings(), work=folder,
     )  # fmt: skip
     began = time.monotonic()
-    survey(lake, request.snapshot, request.slices, folder / "survey")
-    write_rows(lake, request, log=lambda line: None)
+    count_and_hash_pairs(lake, request.snapshot, request.slices, folder / "survey")
+    write_pair_files(lake, request, log=lambda line: None)
     return {"write_s": time.monotonic() - began}
 
 
 def read(folder: Path, n_batches: int) -> dict:
-    from nbg_core.config import TrainingSettings
+    from nbg_core.config.training import TrainingSettings
     from nbg_core.training.data import TrainingSet, prefetch
     from nbg_core.training.plan import Plan
 

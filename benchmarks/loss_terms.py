@@ -14,10 +14,12 @@ from pathlib import Path
 import polars as pl
 import report
 
-from nbg_core import accuracy, lineage
-from nbg_core.config import Profile, load_profile
-from nbg_core.lake import Lake
-from nbg_core.worker import materialise
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import Profile
+from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.lake.lake import Lake
+from nbg_core.lineage import staleness
+from nbg_core.runtime.worker import materialise
 
 TERMS = {
     "DPO alone": {"w_dpo": 1.0, "w_pos": 0.0, "w_neg": 0.0},
@@ -48,10 +50,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name, (terms, teacher) in RUNS.items():
                 profile = profile_for(seed, terms, teacher, Path(folder))
-                for status in lineage.status(Lake.of(profile), profile):
+                for status in staleness.status(Lake.of(profile), profile):
                     if status.state != "fresh":
-                        materialise(status.asset, status.slice, "benchmark", profile)
-                _, summary = accuracy.latest_summary(Lake.of(profile))
+                        materialise(status.asset, status.slice_name, "benchmark", profile)
+                _, summary = latest_summary(Lake.of(profile))
                 rows += [{"seed": seed, "terms": name, **row} for row in summary.to_dicts()]
                 print(pl.DataFrame(rows).filter(slice="overall").select("seed", "terms", "after"), flush=True)
     report.write("loss_terms", rows, table(pl.DataFrame(rows)), report.machine("deepspeed"))

@@ -36,13 +36,14 @@ import report
 import torch
 from teacher_store import PROMPTS, smollm2
 
-from nbg_core.config import Profile
-from nbg_core.lake import Lake
-from nbg_core.models import load_model, load_tokenizer, pad
-from nbg_core.run import Run
-from nbg_core.sampling.sample import open_sampler
+from nbg_core.config.profile import Profile
+from nbg_core.lake.lake import Lake
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import load_model, load_tokenizer
+from nbg_core.modeling.padded import pad
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.teacher.score import open_engine
+from nbg_core.sampling.stage import open_sampler
+from nbg_core.teacher.engine import open_engine
 
 N, MAX_TOKENS, LONG, TOP = 4, 64, 1024, 64
 LONG_PROMPT = 512

@@ -45,10 +45,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from nbg_core.config import Profile, TeacherSettings
-from nbg_core.files import write_parquet
-from nbg_core.losses import TeacherTargets, bucket_divergence, sampled_tail_forward_kl
-from nbg_core.schemas import BYTE_SPLIT
+from nbg_core.base.files import write_parquet
+from nbg_core.config.profile import Profile, TeacherSettings
+from nbg_core.lake.tables import BYTE_SPLIT
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.losses.token_divergence import bucket_divergence, sampled_tail_forward_kl
 from nbg_core.teacher import store
 
 PROMPTS = (
@@ -96,8 +97,8 @@ def smollm2(folder: Path) -> Path:
 @torch.no_grad()
 def responses(path: Path, temperature: float, seed: int, n_tokens: int) -> Tokens:
     """Responses of a model to PROMPTS, and both models' distributions at their tokens."""
-    from nbg_core.forward import lay_out, output_matrix, response_hidden
-    from nbg_core.models import load_model
+    from nbg_core.modeling.forward import collate, output_matrix, response_hidden
+    from nbg_core.modeling.loading import load_model
     from nbg_core.sampling.sampler import Decoding, Request
     from nbg_core.sampling.transformers_sampler import TransformersSampler
 
@@ -111,7 +112,7 @@ def responses(path: Path, temperature: float, seed: int, n_tokens: int) -> Token
     for p in student.parameters():
         if p.dim() == 2 and p is not output_matrix(student):
             p.add_(torch.randn(p.shape, generator=generator) * p.std() * WEIGHT_NOISE)
-    inputs = lay_out(prompts, drawn)
+    inputs = collate(prompts, drawn)
     hidden = [response_hidden(model, inputs) for model in (teacher, student)]
     weights = [output_matrix(model)[: sampler.vocab] for model in (teacher, student)]
 

@@ -50,8 +50,10 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from train_step_variants import Models, Pairs, Step, make_models, make_pairs, steps
 
-from nbg_core.head import head_joint_loss, linear
-from nbg_core.losses import Denominators, LossSettings, TeacherTargets
+from nbg_core.losses.joint import Denominators
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.modeling.lm_head import linear, lm_head_joint_loss
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
@@ -230,7 +232,7 @@ def operators(step: Step, models: Models) -> dict[str, float]:
 
 
 def head_gemms(repeats: int) -> dict[str, float]:
-    """What `head_joint_loss` costs, forward and backward, in GEMMs (see the module's docstring)."""
+    """What `lm_head_joint_loss` costs, forward and backward, in GEMMs (see the module's docstring)."""
     vocab, width, k = K152, 1024, 64
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(vocab, width)).requires_grad_()
@@ -249,7 +251,7 @@ def head_gemms(repeats: int) -> dict[str, float]:
 
         def whole(hidden=hidden, arguments=arguments, kwargs=kwargs):
             hidden.grad = weight.grad = None
-            head_joint_loss(hidden, weight, *arguments, **kwargs)[0].backward()
+            lm_head_joint_loss(hidden, weight, *arguments, **kwargs)[0].backward()
 
         parts = [
             lambda h=h, w=w, z=z: torch.mm(h, w.t(), out=z), lambda z=z, w=w, d=d_hidden: torch.mm(z, w, out=d),

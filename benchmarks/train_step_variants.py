@@ -33,19 +33,15 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from nbg_core.config import TeacherSettings
-from nbg_core.forward import output_matrix
-from nbg_core.head import head_joint_loss, head_logps, logit_tiles
-from nbg_core.losses import (
-    Denominators,
-    LossSettings,
-    TeacherTargets,
-    joint_loss,
-    pair_loss,
-    token_divergence,
-)
-from nbg_core.models import Padded, pad, padded_hidden
-from nbg_core.packing import Pack, pack, packed_hidden
+from nbg_core.config.profile import TeacherSettings
+from nbg_core.losses.joint import Denominators, joint_loss, pair_loss
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.losses.token_divergence import token_divergence
+from nbg_core.modeling.forward import output_matrix
+from nbg_core.modeling.lm_head import lm_head_joint_loss, lm_head_logps, logit_tiles
+from nbg_core.modeling.packing import Pack, pack, packed_hidden
+from nbg_core.modeling.padded import Padded, pad, padded_hidden
 from nbg_core.teacher.store import compress, targets
 
 SETTINGS = LossSettings()
@@ -122,7 +118,7 @@ def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[li
     vocab = models.student.config.vocab_size
     with torch.no_grad():
         hidden, weight = padded_hidden(models.reference, padded), output_matrix(models.reference)
-        reference_logps = head_logps(hidden, weight, token_ids, vocab=vocab)
+        reference_logps = lm_head_logps(hidden, weight, token_ids, vocab=vocab)
         tiles = logit_tiles(padded_hidden(models.teacher, padded), output_matrix(models.teacher), vocab=vocab)
         rows = compress(tiles, token_ids, lengths, [str(i) for i in range(2 * n)], STORED)
     sums = [float(part.double().sum()) for part in reference_logps.split(lengths)]
@@ -211,7 +207,7 @@ def response_logits_stored(student: PreTrainedModel, pairs: Pairs) -> Terms:
 
 
 def fused(student: PreTrainedModel, pairs: Pairs, hidden: Tensor) -> Terms:
-    loss, _, _ = head_joint_loss(
+    loss, _, _ = lm_head_joint_loss(
         hidden, output_matrix(student), *_stored(pairs), vocab=student.config.vocab_size, settings=SETTINGS,
         denominators=pairs.denominators,
     )  # fmt: skip

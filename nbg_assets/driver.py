@@ -1,6 +1,6 @@
 """Materialise what is stale, from the command line, as ordinary Dagster runs: the UI shows them afterwards.
 
-Runs go one after the other in this process; their steps still start workers of their own (pipes.py).
+Runs go one after the other in this process; their steps still start workers of their own (assets.py).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import dagster as dg
 import psutil
 from dagster import DagsterExecutionInterruptedError, DagsterRunStatus, RunsFilter
 
-from nbg_assets import pipes
+from nbg_assets.assets import progress as worker_lines
 from nbg_assets.definitions import build
 from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
-from nbg_core import lineage
-from nbg_core.config import PROJECT_ROOT, Profile
-from nbg_core.files import hold
-from nbg_core.lake import Lake
+from nbg_core.base.files import hold
+from nbg_core.config.profile import PROJECT_ROOT, Profile
+from nbg_core.config.slices import find_slices
+from nbg_core.lake.lake import Lake
+from nbg_core.lineage.staleness import status
 from nbg_core.vllm.environment import missing_environment
 
 PROCESS_TAG = "nbg/process"
@@ -41,7 +42,7 @@ class Result:
     did not succeed."""
 
     asset: str
-    slice: str | None
+    slice_name: str | None
     ran: bool
     success: bool = True
     message: str = ""
@@ -50,7 +51,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return self.asset + (f"[{self.slice}]" if self.slice else "")
+        return self.asset + (f"[{self.slice_name}]" if self.slice_name else "")
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def materialise_stale(
     if problem := missing_environment(profile):
         raise ValueError(problem)
     defs, lake = build(), Lake.of(profile)
-    good, refused = lineage.find_slices(profile)
+    good, refused = find_slices(profile)
     for name in slices or ():
         if name in refused:
             raise ValueError(refused[name])
@@ -109,15 +110,15 @@ def materialise_stale(
 
 def _materialise_stale(instance, profile: Profile, defs, lake: Lake, slices, good: list[str], on_line) -> list[Result]:
     chosen = list(slices or good)
-    states = lineage.status(lake, profile, chosen)
-    results = [Result(s.asset, s.slice, ran=False) for s in states if s.slice and s.state == "fresh"]
+    states = status(lake, profile, chosen)
+    results = [Result(s.asset, s.slice_name, ran=False) for s in states if s.slice_name and s.state == "fresh"]
     with _interrupts() as interrupted, _lines_to(on_line, interrupted):
-        for slice, assets in stale_slices(states).items():
-            results += _run(defs, instance, "refresh_slice", assets, slice, on_line, interrupted)
-        states = lineage.status(lake, profile)
+        for slice_name, assets in stale_slices(states).items():
+            results += _run(defs, instance, "refresh_slice", assets, slice_name, on_line, interrupted)
+        states = status(lake, profile)
         waiting = stale_slices(states)
         due = stale_student(states)
-        results += [Result(s.asset, None, ran=False) for s in states if s.slice is None and s.asset not in due]
+        results += [Result(s.asset, None, ran=False) for s in states if s.slice_name is None and s.asset not in due]
         if due and waiting:
             why = f"not started: these slices are not fresh: {', '.join(waiting)}"
             on_line(f"{', '.join(due)} {why}")
@@ -129,15 +130,15 @@ def _materialise_stale(instance, profile: Profile, defs, lake: Lake, slices, goo
 
 
 def _run(
-    defs: dg.Definitions, instance, job: str, assets: list[str], slice: str | None, on_line, interrupted
+    defs: dg.Definitions, instance, job: str, assets: list[str], slice_name: str | None, on_line, interrupted
 ) -> list[Result]:
     """One Dagster run of some assets of a job. Raises KeyboardInterrupt when it was interrupted."""
-    where = f"[{slice}]" if slice else ""
+    where = f"[{slice_name}]" if slice_name else ""
     on_line(f"run {', '.join(assets)} {where}".rstrip())
     try:
         outcome = defs.resolve_job_def(job).execute_in_process(
             instance=instance,
-            partition_key=slice,
+            partition_key=slice_name,
             asset_selection=[dg.AssetKey(a) for a in assets],
             run_config=QUIET,
             tags={PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
@@ -154,9 +155,9 @@ def _run(
     for asset in assets:
         n = sum(check.asset_key.path[-1] == asset for check in refused)
         if asset in failures:
-            results.append(Result(asset, slice, ran=True, success=False, message=failures[asset], checks_failed=n))
+            results.append(Result(asset, slice_name, ran=True, success=False, message=failures[asset], checks_failed=n))
         elif asset in made:
-            results.append(Result(asset, slice, ran=not made[asset]["unchanged"].value, checks_failed=n))
+            results.append(Result(asset, slice_name, ran=not made[asset]["unchanged"].value, checks_failed=n))
         else:
             on_line(f"{asset}{where} not started: what it reads failed")
     for check in refused:
@@ -237,11 +238,11 @@ def _lines_to(on_line: Callable[[str], None], interrupted: Callable[[], bool]) -
             on_line(record.getMessage())
 
     handler = Lines()
-    pipes.progress.addHandler(handler)
+    worker_lines.addHandler(handler)
     try:
         yield
     finally:
-        pipes.progress.removeHandler(handler)
+        worker_lines.removeHandler(handler)
 
 
 def _end_killed_runs(instance: dg.DagsterInstance) -> None:

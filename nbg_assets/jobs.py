@@ -3,12 +3,11 @@ on all slices and evaluates."""
 
 import dagster as dg
 
-from nbg_assets.stale import SLICED
-from nbg_core.lineage import UNPARTITIONED
+from nbg_core.assets import PARTITIONED, UNPARTITIONED
 
 refresh_slice = dg.define_asset_job(
     "refresh_slice",
-    selection=list(SLICED),
+    selection=list(PARTITIONED),
     description="Queries, responses, pairs, teacher and reference of one slice; finished work is not done again.",
 )
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import dagster as dg
 import polars as pl
 
-from nbg_assets.plots import Plot
-from nbg_core.config import Profile
-from nbg_core.lake import Lake
-from nbg_core.schemas import TABLES, sql_type
-
-TABLE_OF = {
-    "queries": "queries",
-    "student_samples": "samples",
-    "filtered_pairs": "pairs",
-    "teacher_logits": "teacher_logits",
-    "reference_logprobs": "reference_logprobs",
-    "student_checkpoint": "checkpoints",
-    "student_eval": "evaluations",
-}
-"""The lake table that holds an asset's rows (others hold what comes with them: scores, rejections, steps)."""
+from nbg_assets import plots
+from nbg_core.assets import Asset
+from nbg_core.config.profile import Profile
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.tables import TABLES, sql_type
 
 PREVIEW_ROWS = 5
 CELL_WIDTH = 60
@@ -32,8 +21,8 @@ CELL_WIDTH = 60
 class Made:
     """A partition that a worker has just made."""
 
-    asset: str
-    slice: str | None
+    asset: Asset
+    slice_name: str | None
     profile: Profile
     lake: Lake
     report: dict
@@ -60,15 +49,15 @@ def column_schema(table: str) -> dg.TableSchema:
     )
 
 
-def describe(made: Made, plots: Mapping[str, Callable[[Made], Plot | None]]) -> dict[str, dg.MetadataValue]:
-    """The metadata of one materialisation."""
+def describe(made: Made) -> dict[str, dg.MetadataValue]:
+    """The metadata of one materialisation: every field of the worker's report, a preview and the asset's plots."""
     report = dict(made.report)
     rows = report.pop("rows")
     result = {
         "profile": dg.MetadataValue.text(made.profile.name),
         "snapshot": dg.MetadataValue.int(report.pop("snapshot")),
         "data version": dg.MetadataValue.text(report.pop("data_version")),
-        "dagster/row_count" if made.slice is None else "dagster/partition_row_count": dg.MetadataValue.int(rows),
+        "dagster/row_count" if made.slice_name is None else "dagster/partition_row_count": dg.MetadataValue.int(rows),
         "new rows": dg.MetadataValue.int(report.pop("new_rows")),
         "wall seconds": dg.MetadataValue.float(round(made.seconds, 2)),
     }
@@ -76,9 +65,12 @@ def describe(made: Made, plots: Mapping[str, Callable[[Made], Plot | None]]) -> 
         if name not in ("asset", "slice") and value is not None:
             result[name.replace("_", " ")] = _value(value)
     result["preview"] = dg.MetadataValue.md(table(_preview(made)))
-    for name, draw in plots.items():
-        if plot := draw(made):
-            result[name] = dg.MetadataValue.md(plot.markdown())
+    for name in made.asset.plots:
+        try:
+            if plot := plots.PLOTS[name](made):
+                result[name] = dg.MetadataValue.md(plot.markdown())
+        except Exception as e:  # the partition is committed: a plot that cannot be drawn must not make it a failure
+            result[name] = dg.MetadataValue.text(f"could not be drawn: {type(e).__name__}: {e}")
     return result
 
 
@@ -91,13 +83,13 @@ def table(df: pl.DataFrame, rows: int = PREVIEW_ROWS) -> str:
 
 def _preview(made: Made) -> pl.DataFrame:
     """Rows of the partition, those of its newest commits first: a table also keeps rows of earlier policies."""
-    name = TABLE_OF[made.asset]
+    name = made.asset.tables[0]
     lists = [f"{n}[:8] AS {n}" for n, c in TABLES[name].columns().items() if c.dtype == pl.List]
     replace = f" REPLACE ({', '.join(lists)})" if lists else ""
-    where, params = ("WHERE t.slice = $1", [made.slice]) if made.slice else ("", [])
+    where, params = ("WHERE t.slice = $1", [made.slice_name]) if made.slice_name else ("", [])
     return made.sql(
-        f"SELECT t.*{replace} FROM {name} t LEFT JOIN lineage.materialisations m USING (materialisation_id) {where} "
-        f"ORDER BY m.created_at DESC, t.{TABLES[name].primary_key()[0]} LIMIT {PREVIEW_ROWS}",
+        f"SELECT t.*{replace} FROM {name} t {where} "
+        f"ORDER BY snapshot_id DESC, {TABLES[name].primary_key()[0]} LIMIT {PREVIEW_ROWS}",
         *params,
     )
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dagster as dg
 
-from nbg_core import lineage
-from nbg_core.config import Profile, load_profile
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import slice_names
 
-slices = dg.DynamicPartitionsDefinition(name="slice")
+slice_partitions = dg.DynamicPartitionsDefinition(name="slice")
 
 
 def sync_partitions(instance: dg.DagsterInstance, profile: Profile | None = None) -> list[str]:
     """Make a partition of every query file that has none; return those added."""
-    present = set(instance.get_dynamic_partitions(slices.name))
-    added = [name for name in lineage.slices(profile or load_profile()) if name not in present]
+    present = set(instance.get_dynamic_partitions(slice_partitions.name))
+    added = [name for name in slice_names(profile or load_profile()) if name not in present]
     if added:
-        instance.add_dynamic_partitions(slices.name, added)
+        instance.add_dynamic_partitions(slice_partitions.name, added)
     return added

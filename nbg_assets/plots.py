@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from nbg_core import drift, lineage
+from nbg_core.config import identity
+from nbg_core.evaluation import accuracy
+from nbg_core.lake.queries import CURRENT_SAMPLES, sampled_with
+from nbg_core.losses.metrics import METRICS
+from nbg_core.losses.metrics import PLOTS as METRIC_PLOTS
+from nbg_core.reference import drift
 
 if TYPE_CHECKING:
     from nbg_assets.metadata import Made
@@ -22,6 +27,15 @@ if TYPE_CHECKING:
 MAX_BYTES = 100_000
 BINS = 40
 CHOSEN, REJECTED, TEACHER = "#1f77b4", "#ff7f0e", "#7f7f7f"
+GREEN, RED, BLACK = "#2ca02c", "#d62728", "#000000"
+PALETTE = (CHOSEN, REJECTED, GREEN, RED, "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", TEACHER)
+COLOURS = {
+    "finished: stop": CHOSEN, "finished: length": REJECTED, "kept pairs": CHOSEN, "verifier": CHOSEN,
+    "teacher_loglik": TEACHER, "top (exact)": CHOSEN, "tail (sampled)": REJECTED, "before": REJECTED, "after": CHOSEN,
+    "teacher": TEACHER, "loss": BLACK, "dpo": CHOSEN, "kl_chosen": GREEN, "kl_rejected": RED, "chosen_logp": CHOSEN,
+    "rejected_logp": REJECTED, "margin": CHOSEN, "accuracy": GREEN, "grad_norm": TEACHER,
+}  # fmt: skip
+"""Colours of series that mean something; others take theirs from PALETTE."""
 
 
 @dataclass(frozen=True)
@@ -36,56 +50,48 @@ class Plot:
 
 def response_lengths(made: Made) -> Plot | None:
     """Tokens per response, truncated ones apart."""
-    query = f"SELECT 'finished: ' || finish_reason AS name, len(token_ids) AS value FROM samples s WHERE {_CURRENT}"
-    colours = {"finished: stop": CHOSEN, "finished: length": REJECTED}
-    return _histogram(made, query, _current(made), "response tokens", "response lengths", colours)
+    query = (
+        "SELECT 'finished: ' || finish_reason AS name, len(token_ids) AS value FROM samples "
+        f"WHERE slice = $1 AND {CURRENT_SAMPLES}"
+    )
+    return _histogram(made, query, _current(made), "response tokens", "response lengths")
 
 
 def scores(made: Made) -> Plot | None:
     """Scores of the slice's present responses by scorer."""
     query = (
-        "SELECT scorer AS name, score AS value FROM scores JOIN samples s USING (sample_id) "
-        f"JOIN lineage.materialisations m ON m.materialisation_id = scores.materialisation_id WHERE {_CURRENT} "
-        "QUALIFY row_number() OVER (PARTITION BY sample_id, scorer ORDER BY m.created_at DESC) = 1"
+        "SELECT scorer AS name, score AS value FROM scores JOIN samples USING (sample_id) "
+        f"WHERE samples.slice = $1 AND {CURRENT_SAMPLES} "
+        "QUALIFY row_number() OVER (PARTITION BY sample_id, scorer ORDER BY scores.snapshot_id DESC) = 1"
     )
-    colours = {"verifier": CHOSEN, "teacher_loglik": TEACHER}
-    return _histogram(made, query, _current(made), "score", "scores of all responses", colours)
+    return _histogram(made, query, _current(made), "score", "scores of all responses")
 
 
 def margins(made: Made) -> Plot | None:
     """Margins of the kept pairs."""
     query = "SELECT 'kept pairs' AS name, margin AS value FROM pairs WHERE slice = $1"
-    return _histogram(made, query, [made.slice], "chosen score - rejected score", "margins", {"kept pairs": CHOSEN})
+    return _histogram(made, query, [made.slice_name], "chosen score - rejected score", "margins")
 
 
 def entries_per_position(made: Made) -> Plot | None:
     """Entries stored per response position: how peaked the teacher is."""
     query = (
-        "SELECT unnest(['head (exact)', 'tail (sampled)']) AS name, unnest([head, tail]) AS value FROM (SELECT "
-        "unnest(head_counts) AS head, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
+        "SELECT unnest(['top (exact)', 'tail (sampled)']) AS name, unnest([top, tail]) AS value FROM (SELECT "
+        "unnest(head_counts) AS top, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
         "AND settings_id = $2)"
     )
-    params = [made.slice, made.profile.storage_id()]
-    colours = {"head (exact)": CHOSEN, "tail (sampled)": REJECTED}
-    return _histogram(made, query, params, "entries per position", "stored distribution", colours)
-
-
-_CURRENT = (
-    "s.slice = $1 AND s.sampling_id = $2 "
-    "AND (s.model_id = $3 AND s.sample_index < $4 OR s.model_id = $5 AND s.sample_index < $6)"
-)
-"""Leaves out responses of earlier policies and settings, which stay in the table."""
+    params = [made.slice_name, identity.storage_id(made.profile)]
+    return _histogram(made, query, params, "entries per position", "stored distribution")
 
 
 def _current(made: Made) -> list:
-    """Parameters of _CURRENT: what the slice was last sampled with."""
-    sampled = json.loads(lineage.latest(made.lake, "student_samples", made.slice)["settings"])
-    return [made.slice, *(sampled[k] for k in ("sampling_id", "student", "n_student", "teacher", "n_teacher"))]
+    """The slice, and the parameters of CURRENT_SAMPLES."""
+    return [made.slice_name, *sampled_with(made.lake, made.slice_name).params]
 
 
 def sampler_drift(made: Made) -> Plot | None:
     """Tokens by how far the sampler's log-prob is from the reference's; the line is the bound of the check."""
-    df = drift.histogram(made.lake, made.slice)
+    df = drift.histogram(made.lake, made.slice_name)
     if df.is_empty():
         return None
     figure, axes = _figure("sampler drift")
@@ -96,59 +102,62 @@ def sampler_drift(made: Made) -> Plot | None:
     return _plot(figure, "sampler drift")
 
 
-def losses(made: Made) -> Plot | None:
-    """Joint loss and its terms over the optimizer steps."""
-    return _curves(made, "losses", {"loss": "#000000", "dpo": CHOSEN, "kl_chosen": "#2ca02c", "kl_rejected": "#d62728"})
+def metric_curves(title: str) -> Callable[[Made], Plot | None]:
+    """The metrics of this title (`losses.metrics`) over the optimizer steps."""
+    names = [metric.name for metric in METRICS if metric.plot == title]
 
+    def draw(made: Made) -> Plot | None:
+        df = made.sql(
+            f"SELECT step, {', '.join(names)} FROM training_steps WHERE training_id = $1 ORDER BY step",
+            made.report["training_id"],
+        )
+        if df.is_empty():
+            return None
+        figure, axes = _figure(title)
+        for i, name in enumerate(names):
+            axes.plot(df["step"].to_list(), df[name].to_list(), label=name, color=_colour(name, i), linewidth=1.2)
+        axes.set_xlabel("optimizer step")
+        axes.legend(fontsize=8)
+        return _plot(figure, title)
 
-def log_probabilities(made: Made) -> Plot | None:
-    """Sequence log-probabilities of chosen and rejected: does the chosen fall?"""
-    return _curves(made, "log-probabilities, nats", {"chosen_logp": CHOSEN, "rejected_logp": REJECTED})
-
-
-def margin_and_accuracy(made: Made) -> Plot | None:
-    """Reward margin, and share of pairs with a positive one."""
-    return _curves(made, "reward margin and accuracy", {"margin": CHOSEN, "accuracy": "#2ca02c"})
-
-
-def gradient_norm(made: Made) -> Plot | None:
-    """Global gradient norm before clipping."""
-    return _curves(made, "gradient norm", {"grad_norm": TEACHER})
+    return draw
 
 
 def accuracies(made: Made) -> Plot | None:
     """Held-out accuracy per slice, before and after training and of the teacher, with 95% intervals."""
     rows = made.report["summary"]
     figure, axes = _figure("held-out accuracy, 95% intervals")
-    for i, (role, colour) in enumerate({"before": REJECTED, "after": CHOSEN, "teacher": TEACHER}.items()):
+    for i, role in enumerate(("before", "after", "teacher")):
         x = [j + (i - 1) * 0.27 for j in range(len(rows))]
         value = [row[role] for row in rows]
         below = [max(row[role] - row[f"{role}_low"], 0) for row in rows]
         above = [max(row[f"{role}_high"] - row[role], 0) for row in rows]
-        axes.bar(x, value, 0.25, yerr=[below, above], label=role, color=colour, capsize=3)
-    axes.set_xticks(range(len(rows)), [row["slice"] for row in rows], rotation=20 if len(rows) > 5 else 0)
+        axes.bar(x, value, 0.25, yerr=[below, above], label=role, color=_colour(role, i), capsize=3)
+    labels = [row["slice"] or accuracy.OVERALL for row in rows]
+    axes.set_xticks(range(len(rows)), labels, rotation=20 if len(rows) > 5 else 0)
     axes.set_ylim(0, 1)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _plot(figure, "held-out accuracy")
 
 
-def _curves(made: Made, title: str, columns: dict[str, str]) -> Plot | None:
-    df = made.sql(
-        f"SELECT step, {', '.join(columns)} FROM training_steps WHERE training_id = "
-        "(SELECT training_id FROM checkpoints WHERE checkpoint_id = $1 ORDER BY created_at DESC LIMIT 1) ORDER BY step",
-        made.report["data_version"],
-    )
-    if df.is_empty():
-        return None
-    figure, axes = _figure(title)
-    for name, colour in columns.items():
-        axes.plot(df["step"].to_list(), df[name].to_list(), label=name, color=colour, linewidth=1.2)
-    axes.set_xlabel("optimizer step")
-    axes.legend(fontsize=8)
-    return _plot(figure, title)
+PLOTS: dict[str, Callable[[Made], Plot | None]] = {
+    "response lengths": response_lengths,
+    "scores": scores,
+    "margins": margins,
+    "stored distribution": entries_per_position,
+    "sampler drift": sampler_drift,
+    **{title: metric_curves(title) for title in METRIC_PLOTS},
+    "accuracy": accuracies,
+}
+"""What an asset names in `Asset.plots`; the name is the metadata key in Dagster."""
 
 
-def _histogram(made: Made, query: str, params: list, label: str, title: str, colours: dict[str, str]) -> Plot | None:
+def _colour(name: str, i: int) -> str:
+    """The colour of a series: by its name where it has a meaning, else the i-th of the palette."""
+    return COLOURS.get(name) or PALETTE[i % len(PALETTE)]
+
+
+def _histogram(made: Made, query: str, params: list, label: str, title: str) -> Plot | None:
     """Bars of the `value` of a query's rows, by `name`. The lake counts: only counts come into this process."""
     whole = f"bool_and(value = floor(value)) AND max(value) - min(value) < {BINS}"  # one bar per number
     df = made.sql(
@@ -169,7 +178,7 @@ def _histogram(made: Made, query: str, params: list, label: str, title: str, col
     parts = [df.filter(pl.col("name") == name) for name in names]
     axes.hist(
         [[start + (b + 0.5) * width for b in part["bin"]] for part in parts], bins=edges,
-        weights=[part["n"].to_list() for part in parts], label=names, color=[colours[n] for n in names],
+        weights=[part["n"].to_list() for part in parts], label=names, color=[_colour(n, i) for i, n in enumerate(names)],
     )  # fmt: skip
     axes.set_xlabel(label)
     axes.legend(fontsize=8)

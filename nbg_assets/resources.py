@@ -5,8 +5,9 @@ from __future__ import annotations
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from nbg_core.config import Profile, load_profile
-from nbg_core.lake import Lake
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import Profile
+from nbg_core.lake.lake import Lake
 
 
 class NbgResource(dg.ConfigurableResource):

@@ -13,8 +13,9 @@ from dagster._core.definitions.run_request import InstigatorType  # no public wa
 from nbg_assets.jobs import refresh_slice
 from nbg_assets.resources import NbgResource
 from nbg_assets.stale import stale_slices
-from nbg_core import lineage
-from nbg_core.config import Profile
+from nbg_core.assets import UNPARTITIONED
+from nbg_core.config.profile import Profile
+from nbg_core.lineage.staleness import status
 
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
@@ -42,19 +43,19 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
     )
     def schedule(context: dg.ScheduleEvaluationContext, nbg: NbgResource):
         present = set(context.instance.get_dynamic_partitions("slice"))
-        stale = stale_slices(lineage.status(nbg.lake(), nbg.load()))
+        stale = stale_slices(status(nbg.lake(), nbg.load()))
         busy = busy_slices(context.instance)
-        due = {slice: assets for slice, assets in stale.items() if slice in present and slice not in busy}
+        due = {slice_name: assets for slice_name, assets in stale.items() if slice_name in present and slice_name not in busy}
         if not due:
             waiting = f"; already running: {', '.join(sorted(busy & set(stale)))}" if busy & set(stale) else ""
             return dg.SkipReason(f"no slice is stale{waiting}" if not stale else f"no stale slice can start{waiting}")
         return [
             dg.RunRequest(
-                run_key=f"{context.scheduled_execution_time.isoformat()}:{slice}",
-                partition_key=slice,
+                run_key=f"{context.scheduled_execution_time.isoformat()}:{slice_name}",
+                partition_key=slice_name,
                 asset_selection=[dg.AssetKey(a) for a in assets],
             )
-            for slice, assets in due.items()
+            for slice_name, assets in due.items()
         ]
 
     return schedule
@@ -74,6 +75,6 @@ def busy_slices(instance: dg.DagsterInstance) -> set[str]:
 
 def training_is_running(instance: dg.DagsterInstance) -> bool:
     """Whether a run of training or evaluation has not ended."""
-    wanted = {dg.AssetKey(a) for a in lineage.UNPARTITIONED}
+    wanted = {dg.AssetKey(a) for a in UNPARTITIONED}
     runs = instance.get_runs(RunsFilter(statuses=UNFINISHED))
     return any(r.job_name == "train" or wanted & set(r.asset_selection or ()) for r in runs)

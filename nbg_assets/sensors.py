@@ -8,11 +8,12 @@ import time
 import dagster as dg
 
 from nbg_assets.jobs import refresh_slice, train
-from nbg_assets.partitions import slices
+from nbg_assets.partitions import slice_partitions
 from nbg_assets.resources import NbgResource
 from nbg_assets.schedules import is_on, training_is_running
 from nbg_assets.stale import stale_slices, stale_student, training_key
-from nbg_core import lineage
+from nbg_core.config.slices import find_slices, query_file
+from nbg_core.lineage.staleness import status
 
 SETTLE_SECONDS = 3
 """A file younger than this may still be being copied: it waits for the next tick."""
@@ -26,18 +27,18 @@ SETTLE_SECONDS = 3
 )
 def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
     profile = nbg.load()
-    good, refused = lineage.find_slices(profile)
+    good, refused = find_slices(profile)
     for reason in refused.values():
         context.log.warning(reason)
-    present = set(context.instance.get_dynamic_partitions(slices.name))
-    files = {name: lineage.query_file(profile, name).stat().st_mtime for name in good if name not in present}
+    present = set(context.instance.get_dynamic_partitions(slice_partitions.name))
+    files = {name: query_file(profile, name).stat().st_mtime for name in good if name not in present}
     settled = [name for name, changed in files.items() if time.time() - changed >= SETTLE_SECONDS]
     if not settled:
         return dg.SkipReason("; ".join(["no new query file that is complete", *refused.values()]))
     context.log.info(f"new slices: {', '.join(settled)}")
     return dg.SensorResult(
         run_requests=[dg.RunRequest(run_key=f"{name}:{files[name]}", partition_key=name) for name in settled],
-        dynamic_partitions_requests=[slices.build_add_request(settled)],
+        dynamic_partitions_requests=[slice_partitions.build_add_request(settled)],
     )
 
 
@@ -52,11 +53,11 @@ def train_when_slices_fresh(context: dg.SensorEvaluationContext, nbg: NbgResourc
     if not is_on(context.instance):
         return dg.SkipReason("the schedule refresh_all_slices is off")
     profile, lake = nbg.load(), nbg.lake()
-    states = lineage.status(lake, profile)
+    states = status(lake, profile)
     waiting = stale_slices(states)
     if waiting:
         return dg.SkipReason(f"slices are not fresh: {', '.join(waiting)}")
-    if not any(s.slice for s in states):
+    if not any(s.slice_name for s in states):
         return dg.SkipReason(f"no query file in {profile.resolve(profile.paths.queries)}")
     due = stale_student(states)
     if not due:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbg_core.config import Profile
+from nbg_core.config.profile import Profile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,16 +15,21 @@ from pathlib import Path
 import polars as pl
 import yaml
 
-from nbg_core import accuracy, ids, lineage
-from nbg_core.config import load_profile
-from nbg_core.lake import Lake, Write
-from nbg_core.preference.verifiers import scorer_ids
-from nbg_core.processes import WorkerFailed
-from nbg_core.run import Run
-from nbg_core.schemas import GAP_ZERO
+from nbg_core.assets import upstream_partitions
+from nbg_core.base import ids
+from nbg_core.config import identity
+from nbg_core.config.load import load_profile
+from nbg_core.config.slices import slice_names
+from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.queries import input_of, latest_materialisation
+from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lineage.run import Run
+from nbg_core.runtime.run_worker import WorkerFailed
+from nbg_core.scorers.verifiers import scorer_ids
 
-QUERIES = 4
-"""Queries per slice; the last is held out."""
+TRAIN, HELD_OUT = 3, 10
+"""Queries per slice: the first TRAIN are trained on, the others held out."""
 
 
 def write_profile(folder: Path, slices: tuple[str, ...] = ("a", "b"), **sections) -> Path:
@@ -58,8 +63,8 @@ class Fake:
     calls: list[tuple[str, str | None]] = field(default_factory=list)
     lake: Lake | None = None
 
-    def __call__(self, asset: str, slice: str | None, run_id: str, *, profile: str, on_line) -> dict:
-        self.calls.append((asset, slice))
+    def __call__(self, asset: str, slice_name: str | None, run_id: str, *, profile: str, on_line) -> dict:
+        self.calls.append((asset, slice_name))
         on_line(f"{asset}: working")
         if asset in self.fail:
             raise WorkerFailed(self.fail[asset], ["last line of the log"], Path("worker.log"))
@@ -67,12 +72,9 @@ class Fake:
         self.lake = self.lake or Lake.of(loaded)
         run = Run(loaded, self.lake, run_id, log=on_line)
         snapshot = run.lake.snapshot()
-        inputs = [
-            lineage.input_of(run.lake, a, s, snapshot)
-            for a in lineage.UPSTREAM[asset]
-            for s in ([None] if a in lineage.UNPARTITIONED else [slice] if slice else lineage.slices(loaded))
-        ]
-        made = _ROWS[asset](run, slice)
+        partitions = upstream_partitions(asset, slice_name, slice_names(loaded))
+        inputs = [input_of(run.lake, *partition, snapshot) for partition in partitions]
+        made = _ROWS[asset](run, slice_name)
         if asset in self.spoil:
             made = [(made[0][0], self.spoil[asset](made[0][1])), *made[1:]]
         main = made[0][1]
@@ -80,76 +82,77 @@ class Fake:
             version = main["checkpoint_id"][0]
         else:
             version = ids.content_version([str(row) for row in main.rows()])
-        writes = [Write(t, df, "slice = ?", (slice,)) if slice else Write(t, df) for t, df in made]
-        before = lineage.latest(run.lake, asset, slice)
+        writes = [Write(t, df, "slice = ?", (slice_name,)) if slice_name else Write(t, df) for t, df in made]
+        before = latest_materialisation(run.lake, asset, slice_name)
         new_rows = 0 if before and before["data_version"] == version else main.height
-        commit = run.commit(asset, slice, writes, inputs=inputs, data_version=version)
-        summary = accuracy.latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
-        return {"asset": asset, "slice": slice, "snapshot": commit.snapshot, "data_version": version,
+        commit = run.commit(asset, slice_name, writes, inputs=inputs, data_version=version)
+        summary = latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
+        training = {"training_id": TRAINING} if asset == "student_checkpoint" else {}
+        return training | {"asset": asset, "slice": slice_name, "snapshot": commit.snapshot, "data_version": version,
                 "rows": main.height, "new_rows": new_rows, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
 
 
-def _train_queries(slice: str) -> list[str]:
-    return [f"{slice}-{i}" for i in range(QUERIES - 1)]
+def _train_queries(slice_name: str) -> list[str]:
+    return [f"{slice_name}-{i}" for i in range(TRAIN)]
 
 
-def _samples_of(slice: str) -> list[tuple[str, str]]:
-    return [(q, f"{q}-{j}") for q in _train_queries(slice) for j in range(2)]
+def _samples_of(slice_name: str) -> list[tuple[str, str]]:
+    return [(q, f"{q}-{j}") for q in _train_queries(slice_name) for j in range(2)]
 
 
-def _queries(run: Run, slice: str) -> list:
+def _queries(run: Run, slice_name: str) -> list:
     return [("queries", pl.DataFrame([
-        {"slice": slice, "query_id": f"{slice}-{i}", "split": "train" if i < QUERIES - 1 else "eval",
-         "messages": [{"role": "user", "content": f"{slice} {i}"}], "prompt": f"{slice} | {i}", "answer": "1",
-         "verifier": "exact", "verifier_args": None, "source_file": f"{slice}.jsonl", "source_line": i + 1}
-        for i in range(QUERIES)
+        {"slice": slice_name, "query_id": f"{slice_name}-{i}", "split": "train" if i < TRAIN else "eval",
+         "messages": [{"role": "user", "content": f"{slice_name} {i}"}], "prompt": f"{slice_name} | {i}", "answer": "1",
+         "verifier": "exact", "verifier_args": None, "source_file": f"{slice_name}.jsonl", "source_line": i + 1}
+        for i in range(TRAIN + HELD_OUT)
     ]))]  # fmt: skip
 
 
-def _samples(run: Run, slice: str) -> list:
+def _samples(run: Run, slice_name: str) -> list:
     return [("samples", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "query_id": q, "source": "student", "model_id": run.policy.model_id,
-         "sampling_id": run.profile.sampling_id(), "sample_index": int(s[-1]), "seed": 1,
+        {"slice": slice_name, "sample_id": s, "query_id": q, "source": "student", "model_id": run.policy.model_id,
+         "sampling_id": identity.sampling_id(run.profile), "sample_index": int(s[-1]), "seed": 1,
          "prompt_token_ids": [1, 2], "token_ids": [3, 63], "logprobs": [-0.1, -0.2], "finish_reason": "stop",
          "text": "text"}
-        for q, s in _samples_of(slice)
+        for q, s in _samples_of(slice_name)
     ]))]  # fmt: skip
 
 
-def _pairs(run: Run, slice: str) -> list:
+def _pairs(run: Run, slice_name: str) -> list:
     pairs = [
-        {"slice": slice, "pair_id": f"{q}-pair", "query_id": q, "chosen_id": f"{q}-0", "rejected_id": f"{q}-1",
+        {"slice": slice_name, "pair_id": f"{q}-pair", "query_id": q, "chosen_id": f"{q}-0", "rejected_id": f"{q}-1",
          "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0}
-        for q in _train_queries(slice)
+        for q in _train_queries(slice_name)
     ]  # fmt: skip
     scores = [
-        {"slice": slice, "sample_id": s, "scorer": "verifier", "scorer_id": "v", "score": float(s.endswith("0"))}
-        for _, s in _samples_of(slice)
+        {"slice": slice_name, "sample_id": s, "scorer": "verifier", "scorer_id": "v", "score": float(s.endswith("0"))}
+        for _, s in _samples_of(slice_name)
     ]
     return [("pairs", pl.DataFrame(pairs)), ("scores", pl.DataFrame(scores))]
 
 
-def _teacher(run: Run, slice: str) -> list:
+def _teacher(run: Run, slice_name: str) -> list:
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
     half, gaps = math.log(0.5), [GAP_ZERO + gap for gap in (3.0, 4.0, 1.0, 63.0)]
     return [("teacher_logits", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": teacher, "settings_id": run.profile.storage_id(),
+        {"slice": slice_name, "sample_id": s, "model_id": teacher, "settings_id": identity.storage_id(run.profile),
          "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
          "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [half, -2.0, -3.0, 0.0]}
-        for _, s in _samples_of(slice)
+        for _, s in _samples_of(slice_name)
     ]))]  # fmt: skip
 
 
-def _reference(run: Run, slice: str) -> list:
+def _reference(run: Run, slice_name: str) -> list:
     return [("reference_logprobs", pl.DataFrame([
-        {"slice": slice, "sample_id": s, "model_id": run.policy.model_id, "settings_id": run.profile.scoring_id(),
+        {"slice": slice_name, "sample_id": s, "model_id": run.policy.model_id, "settings_id": identity.scoring_id(run.profile),
          "token_logprobs": [-0.1, -0.2]}
-        for _, s in _samples_of(slice)
+        for _, s in _samples_of(slice_name)
     ]))]  # fmt: skip
 
 
-def _checkpoint(run: Run, slice: None) -> list:
+def _checkpoint(run: Run, slice_name: None) -> list:
     folder = run.profile.resolve(run.profile.paths.checkpoints)
     (folder / "new").mkdir(parents=True, exist_ok=True)
     (folder / "new" / "config.json").write_text('{"vocab_size": 64}')
@@ -174,13 +177,13 @@ def _checkpoint(run: Run, slice: None) -> list:
     return [("checkpoints", pl.DataFrame([row])), ("checkpoint_pairs", used), ("training_steps", steps)]
 
 
-def _evaluations(run: Run, slice: None) -> list:
+def _evaluations(run: Run, slice_name: None) -> list:
     newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
     queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": run.profile.answering_id(), "scorer_id": v, "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": identity.answering_id(run.profile), "scorer_id": v, "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
         for model, correct in right.items() for q, s, v in queries.iter_rows()
     ]))]  # fmt: skip

@@ -20,7 +20,8 @@ import psutil
 
 from nbg_assets.driver import dagster_instance
 from nbg_assets.partitions import sync_partitions
-from nbg_core.config import PROJECT_ROOT, load_profile
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import PROJECT_ROOT
 
 SELECTOR = {"repositoryLocationName": "nbg", "repositoryName": "__repository__"}
 

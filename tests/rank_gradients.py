@@ -25,7 +25,7 @@ STEP = 1
 def gradients(request: Request) -> dict[str, torch.Tensor]:
     """Of optimizer step STEP, taken first, by parameter; on rank 0."""
     engine, pad_id = engines.build_engine(request)
-    data = TrainingSet(request.rows, pad_id)
+    data = TrainingSet(request.rows_path, pad_id)
     step = Plan(len(data), request.training)[STEP]
     before = engines.full_weights(engine)
     shares = micro_batches(step.pairs, data.n_inputs, request.training, dist.get_rank(), dist.get_world_size())

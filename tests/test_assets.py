@@ -15,13 +15,13 @@ import polars as pl
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_assets import driver, metadata, pipes, plots
+from nbg_assets import assets, driver, metadata, plots
 from nbg_assets.definitions import build
 from nbg_assets.driver import Result, materialise_stale
-from nbg_core import lineage
-from nbg_core.checks import CHECKS
-from nbg_core.config import load_profile
-from nbg_core.lake import Lake, Record, Write
+from nbg_core.checks.checks import checks_of
+from nbg_core.config.load import load_profile
+from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.queries import latest_materialisation
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
 
@@ -35,7 +35,7 @@ def instance():
 @pytest.fixture
 def fake(monkeypatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(pipes, "run_worker", fake)
+    monkeypatch.setattr(assets, "run_worker", fake)
     return fake
 
 
@@ -46,10 +46,10 @@ def profile(tmp_path, monkeypatch):
     return load_profile()
 
 
-def run_slice(instance, slice: str, selection=None) -> dg.ExecuteInProcessResult:
-    instance.add_dynamic_partitions("slice", [slice])
+def run_slice(instance, slice_name: str, selection=None) -> dg.ExecuteInProcessResult:
+    instance.add_dynamic_partitions("slice", [slice_name])
     return build().resolve_job_def("refresh_slice").execute_in_process(
-        instance=instance, partition_key=slice, raise_on_error=False, run_config=driver.QUIET,
+        instance=instance, partition_key=slice_name, raise_on_error=False, run_config=driver.QUIET,
         asset_selection=[dg.AssetKey(a) for a in selection or SLICED],
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(insta
     assert result.success
     for asset in SLICED:
         (made,) = result.asset_materializations_for_node(asset)
-        shown, row = made.metadata, lineage.latest(Lake.of(profile), asset, "a")
+        shown, row = made.metadata, latest_materialisation(Lake.of(profile), asset, "a")
         assert shown["profile"].value == "test" and made.partition == "a"
         assert shown["snapshot"].value == row["snapshot_id"] and row["run_id"] == result.run_id
         assert made.tags["dagster/data_version"] == row["data_version"]
@@ -81,7 +81,7 @@ def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(insta
         assert image.startswith(f"![{'scores of all responses' if plot == 'scores' else plot}](data:image/png;base64,")
         assert len(image) < 100_000
     passed = {(c.asset_key.path[-1], c.check_name): c.passed for c in result.get_asset_check_evaluations()}
-    assert passed == {(a, c.name): True for a in SLICED for c in CHECKS[a]}
+    assert passed == {(a, c.name): True for a in SLICED for c in checks_of(a)}
 
 
 def test_plots_leave_out_responses_of_earlier_settings_and_count_in_the_lake(instance, profile, fake, monkeypatch):
@@ -139,7 +139,7 @@ def test_another_run_that_is_going_on_is_named(instance, profile, fake):
 def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(instance, profile, fake):
     lines = []
     results = materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
-    assert {r.slice for r in results} == {s for _, s in fake.calls} == {"a"}
+    assert {r.slice_name for r in results} == {s for _, s in fake.calls} == {"a"}
     assert "student_checkpoint, student_eval not started: these slices are not fresh: b" in lines
     assert all(r.success for r in results), "nothing but slice a was asked for"
     with pytest.raises(LookupError, match="no slice 'c'; slices: a, b"):
@@ -180,12 +180,12 @@ def test_a_profile_that_needs_vllm_where_there_is_none_is_refused_before_the_fir
 def test_an_interrupt_in_a_step_ends_everything(instance, profile, monkeypatch):
     calls = []
 
-    def interrupted(asset, slice, *_, **__):
-        calls.append((asset, slice))
+    def interrupted(asset, slice_name, *_, **__):
+        calls.append((asset, slice_name))
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(pipes, "run_worker", interrupted)
+    monkeypatch.setattr(assets, "run_worker", interrupted)
     with default_interrupt(), pytest.raises(KeyboardInterrupt):
         materialise_stale(instance, profile, on_line=lambda _: None)
     assert calls == [("queries", "a")]

@@ -12,7 +12,7 @@ from fake_worker import Fake, write_profile
 
 from nbg_assets import partitions, sensors
 from nbg_assets.definitions import build
-from nbg_core.config import load_profile
+from nbg_core.config.load import load_profile
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
 
@@ -32,8 +32,8 @@ def instance():
 def fill(fake: Fake, assets=(*SLICED, "student_checkpoint", "student_eval")) -> None:
     """Make every slice's partitions, and what comes after, without Dagster."""
     for asset in assets:
-        for slice in ("a", "b") if asset in SLICED else (None,):
-            fake(asset, slice, "run", profile=os.environ["NBG_PROFILE"], on_line=lambda _: None)
+        for slice_name in ("a", "b") if asset in SLICED else (None,):
+            fake(asset, slice_name, "run", profile=os.environ["NBG_PROFILE"], on_line=lambda _: None)
 
 
 def schedule_tick(instance):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nbg_core.config import PROJECT_ROOT
+from nbg_core.config.profile import PROJECT_ROOT
 
 BENCHMARKS = PROJECT_ROOT / "benchmarks"
 

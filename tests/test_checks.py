@@ -12,10 +12,11 @@ import polars as pl
 import pytest
 from fake_worker import Fake, write_profile
 
-from nbg_core import drift, lineage
-from nbg_core.checks import CHECKS, Subject, broken_upstream
-from nbg_core.config import load_profile
-from nbg_core.lake import Record, Write
+from nbg_core.assets import get
+from nbg_core.checks.checks import Subject, broken_upstream, checks_of
+from nbg_core.config.load import load_profile
+from nbg_core.lake.lake import Record, Write
+from nbg_core.reference import drift
 
 SPOILED = {
     "overlap": ("queries", "no_train_eval_overlap", pl.lit([{"role": "user", "content": "one"}]).alias("messages")),
@@ -47,38 +48,41 @@ def made(tmp_path_factory) -> tuple[str, Fake]:
     """Path of a profile whose slices are `sound` and one for each way to be spoilt."""
     path = str(write_profile(tmp_path_factory.mktemp("checks"), ("sound", *SPOILED)))
     fake = Fake()
-    for slice in ("sound", *SPOILED):
-        spoilt, _, column = SPOILED.get(slice, (None, None, None))
+    for slice_name in ("sound", *SPOILED):
+        spoilt, _, column = SPOILED.get(slice_name, (None, None, None))
         for asset in SLICED:
             fake.spoil = {asset: lambda df, c=column: df.with_columns(c.cast(df.schema[c.meta.output_name()]))}
             fake.spoil = fake.spoil if asset == spoilt else {}
-            fake(asset, slice, "run", profile=path, on_line=lambda _: None)
+            fake(asset, slice_name, "run", profile=path, on_line=lambda _: None)
             if asset == spoilt:
                 break
     return path, fake
 
 
-def failing(path: str, fake: Fake, slice: str | None, assets=SLICED) -> list[tuple[str, str]]:
-    subject = Subject(fake.lake, load_profile(path), slice)
-    return [(a, c.name) for a in assets for c in CHECKS[a] if c.violations(subject).height]
+def failing(path: str, fake: Fake, slice_name: str | None, assets=SLICED) -> list[tuple[str, str]]:
+    profile = load_profile(path)
+    return [
+        (a, c.name) for a in assets for c in checks_of(a)
+        if c.violations(Subject(fake.lake, profile, a, slice_name)).height
+    ]  # fmt: skip
 
 
 def test_a_sound_slice_fails_nothing(made):
     assert failing(*made, "sound") == []
 
 
-@pytest.mark.parametrize("slice", SPOILED)
-def test_damage_is_found_and_refuses_the_next_stage(made, slice):
+@pytest.mark.parametrize("slice_name", SPOILED)
+def test_damage_is_found_and_refuses_the_next_stage(made, slice_name):
     path, fake = made
-    asset, check, _ = SPOILED[slice]
+    asset, check, _ = SPOILED[slice_name]
     upstream = SLICED[: SLICED.index(asset)]
-    assert failing(path, fake, slice, upstream) == []
-    assert (asset, check) in failing(path, fake, slice, [asset])
-    (blocking,) = [c.blocking for c in CHECKS[asset] if c.name == check]
-    for reader in [a for a in SLICED if asset in lineage.UPSTREAM[a]]:
-        reason = broken_upstream(fake.lake, load_profile(path), reader, slice)
+    assert failing(path, fake, slice_name, upstream) == []
+    assert (asset, check) in failing(path, fake, slice_name, [asset])
+    (blocking,) = [c.blocking for c in checks_of(asset) if c.name == check]
+    for reader in [a for a in SLICED if asset in get(a).upstream]:
+        reason = broken_upstream(fake.lake, load_profile(path), reader, slice_name)
         assert (reason is not None) == blocking
-        assert reason is None or reason.startswith(f"{asset}[{slice}] fails its check ")
+        assert reason is None or reason.startswith(f"{asset}[{slice_name}] fails its check ")
 
 
 def test_responses_of_an_earlier_policy_are_not_counted(made):

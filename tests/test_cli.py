@@ -20,10 +20,12 @@ import yaml
 from fake_worker import write_profile
 from typer.testing import CliRunner
 
-from nbg_assets import cli, driver, pipes
-from nbg_core.config import PROJECT_ROOT
-from nbg_core.files import hold
-from nbg_core.lake import Lake, Record, Write
+from nbg_assets import assets, driver
+from nbg_assets.cli import sql, upkeep
+from nbg_assets.cli.main import app
+from nbg_core.base.files import hold
+from nbg_core.config.profile import PROJECT_ROOT
+from nbg_core.lake.lake import Lake, Record, Write
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_sql_cannot_write_and_names_its_mistakes(profile):
 def test_sql_writes_no_file(profile, tmp_path, capsys, before):
     file = tmp_path / "out.csv"
     with pytest.raises((ValueError, LookupError)):
-        cli.sql(f"{before}COPY (SELECT 1) TO '{file}'", "table", None, 40)
+        sql.sql(f"{before}COPY (SELECT 1) TO '{file}'", "table", None, 40)
     assert not file.exists()
 
 
@@ -82,7 +84,7 @@ def test_sql_writes_no_file(profile, tmp_path, capsys, before):
               "FROM (PIVOT pairs ON slice IN ('a') USING count(*))", "FROM ducklake_snapshots('lake')"],
 )  # fmt: skip
 def test_sql_takes_every_kind_of_question(profile, query, capsys):
-    cli.sql(query, "json", None, 40)
+    sql.sql(query, "json", None, 40)
     json.loads(capsys.readouterr().out)
 
 
@@ -91,7 +93,7 @@ def test_compact_says_what_became_fewer(profile, capsys):
         row = {"slice": "a", "scorer": "verifier", "scorer_id": "v", "score": 1.0}
         rows = pl.DataFrame([row | {"sample_id": f"{i}-{j}"} for j in range(20)])
         Lake.of(profile).commit(Record("filtered_pairs", "a", "r", "t"), [Write("scores", rows)])
-    cli.compact_files()
+    upkeep.compact_files()
     assert capsys.readouterr().out.startswith("scores: 2 files are now 1\n")
 
 
@@ -168,7 +170,7 @@ def test_a_relative_profile_means_the_same_to_dev(profile, tmp_path, monkeypatch
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     seen = {}
     monkeypatch.setattr(os, "execvp", lambda *_: seen.update(profile=os.environ["NBG_PROFILE"], cwd=os.getcwd()))
-    CliRunner().invoke(cli.app, ["dev"], catch_exceptions=False)
+    CliRunner().invoke(app, ["dev"], catch_exceptions=False)
     assert seen == {"profile": str(tmp_path / "cli.yaml"), "cwd": str(PROJECT_ROOT)}
 
 
@@ -196,11 +198,11 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
     said = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     with driver._interrupts() as interrupted, driver._lines_to(said.append, interrupted):
-        pipes.progress.info("one")
+        assets.progress.info("one")
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            pipes.progress.info("two")
+            assets.progress.info("two")
     signal.signal(signal.SIGINT, before)
     assert said == ["one"]
 
@@ -245,7 +247,7 @@ def test_a_failure_names_its_partition_once(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     failed = [driver.Result("filtered_pairs", "a", ran=True, success=False, message=message)]
     monkeypatch.setattr(driver, "materialise_stale", lambda *_, **__: failed)
-    assert f"failed: {message}\n" in CliRunner().invoke(cli.app, ["run"]).stdout
+    assert f"failed: {message}\n" in CliRunner().invoke(app, ["run"]).stdout
 
 
 def test_sql_shows_intervals(profile):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from nbg_core.config import PROJECT_ROOT
+from nbg_core.config.profile import PROJECT_ROOT
 
 pytestmark = pytest.mark.slow
 QUERIES = 32

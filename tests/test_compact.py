@@ -4,9 +4,9 @@ import polars as pl
 import pytest
 from test_lake import lake, record, score, teacher_row  # noqa: F401  (the fixture is found by name)
 
-from nbg_core import compact as compaction
-from nbg_core.compact import compact
-from nbg_core.lake import Lake, Write
+from nbg_core.lake import compact as compaction
+from nbg_core.lake.compact import compact
+from nbg_core.lake.lake import Lake, Write
 
 TABLES = ("scores", "teacher_logits", "lineage.materialisations")
 

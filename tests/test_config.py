@@ -6,7 +6,9 @@ from typing import get_args
 import dagster as dg
 import pytest
 
-from nbg_core.config import PROJECT_ROOT, Profile, ProfileError, load_profile, reference
+from nbg_core.config import identity
+from nbg_core.config.load import ProfileError, load_profile, reference
+from nbg_core.config.profile import PROJECT_ROOT, Profile
 
 MODELS = "models: {student: a, teacher: b}\n"
 
@@ -120,31 +122,31 @@ def changed(profile: Profile, section: str, **values) -> Profile:
 
 def test_ids_of_settings_change_with_what_matters_only():
     base = load_profile("embedded")
-    assert changed(base, "sampling", n_student=16, batch_size=3).sampling_id() == base.sampling_id()
-    assert changed(base, "sampling", temperature=0.5).sampling_id() != base.sampling_id()
-    assert changed(base, "teacher", batch_tokens=7).storage_id() == base.storage_id()
-    assert changed(base, "evaluation", batch_size=7).answering_id() == base.answering_id()
-    assert changed(base, "evaluation", max_tokens=7).answering_id() != base.answering_id()
+    assert identity.sampling_id(changed(base, "sampling", n_student=16, batch_size=3)) == identity.sampling_id(base)
+    assert identity.sampling_id(changed(base, "sampling", temperature=0.5)) != identity.sampling_id(base)
+    assert identity.storage_id(changed(base, "teacher", batch_tokens=7)) == identity.storage_id(base)
+    assert identity.answering_id(changed(base, "evaluation", batch_size=7)) == identity.answering_id(base)
+    assert identity.answering_id(changed(base, "evaluation", max_tokens=7)) != identity.answering_id(base)
     of_vllm = changed(base, "sampling", backend="vllm")
     for id in ("sampling_id", "answering_id"):
-        assert getattr(of_vllm, id)() != getattr(base, id)()
-        assert getattr(changed(of_vllm, "vllm", version="1.0"), id)() != getattr(of_vllm, id)()
+        assert getattr(identity, id)(of_vllm) != getattr(identity, id)(base)
+        assert getattr(identity, id)(changed(of_vllm, "vllm", version="1.0")) != getattr(identity, id)(of_vllm)
         assert (
-            getattr(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1), id)() == getattr(of_vllm, id)()
+            getattr(identity, id)(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1)) == getattr(identity, id)(of_vllm)
         )
-    assert changed(of_vllm, "vllm", version="1.0").storage_id() == base.storage_id()
+    assert identity.storage_id(changed(of_vllm, "vllm", version="1.0")) == identity.storage_id(base)
     scored = changed(base, "teacher", engine="vllm")
-    assert changed(scored, "vllm", version="1.0").storage_id() != scored.storage_id() != base.storage_id()
+    assert identity.storage_id(changed(scored, "vllm", version="1.0")) != identity.storage_id(scored) != identity.storage_id(base)
     rounded = changed(base, "models", dtype="bfloat16")
     for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
-        assert getattr(rounded, id)() != getattr(base, id)()
+        assert getattr(identity, id)(rounded) != getattr(identity, id)(base)
 
 
 def test_arguments_of_a_server_that_change_its_answers_change_the_key():
     base = changed(load_profile("embedded"), "sampling", backend="vllm")
 
     def key(*args: str, **vllm) -> str:
-        return changed(base, "vllm", args=args, **vllm).sampling_id()
+        return identity.sampling_id(changed(base, "vllm", args=args, **vllm))
 
     assert key("--tensor-parallel-size=8", "--gpu_memory_utilization=0.5") == key()
     assert len({key(), key("--quantization=fp8"), key("--kv-cache-dtype=fp8"), key("--dtype=half")}) == 4
@@ -160,9 +162,9 @@ def test_arguments_of_a_server_that_change_its_answers_change_the_key():
 
 def test_another_version_of_what_computes_is_another_key(monkeypatch):
     base = load_profile("embedded")
-    ids = [base.sampling_id(), base.storage_id(), base.answering_id()]
+    ids = [identity.sampling_id(base), identity.storage_id(base), identity.answering_id(base)]
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.0")
-    assert not set(ids) & {base.sampling_id(), base.storage_id(), base.answering_id()}
+    assert not set(ids) & {identity.sampling_id(base), identity.storage_id(base), identity.answering_id(base)}
 
 
 def test_a_training_is_the_same_however_its_sums_are_shared_out():
@@ -171,12 +173,12 @@ def test_a_training_is_the_same_however_its_sums_are_shared_out():
         n_processes=8, zero_stage=3, offload_optimizer=True, micro_batch_tokens=7, gradient_checkpointing=True,
         sequence_parallel=2, hostfile="hosts", save_every=1, compile=True,
     )  # fmt: skip
-    assert base.model_copy(update=shared_out).deciding() == base.deciding()
-    decide = base.deciding().keys()
+    assert base.model_copy(update=shared_out).identity_fields() == base.identity_fields()
+    decide = base.identity_fields().keys()
     assert decide == type(base).model_fields.keys() - shared_out.keys()  # a new setting decides, unless it is named
     assert {"loss", "global_batch_pairs", "precision", "lora", "seed"} <= decide
     for change in (dict(precision="bf16"), dict(lora={"rank": 2}), dict(global_batch_pairs=3)):
-        assert type(base).model_validate({**base.model_dump(), **change}).deciding() != base.deciding()
+        assert type(base).model_validate({**base.model_dump(), **change}).identity_fields() != base.identity_fields()
 
 
 def test_compiled_layers_are_not_taken_apart():

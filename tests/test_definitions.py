@@ -10,9 +10,10 @@ import dagster as dg
 import pytest
 
 from nbg_assets.definitions import build
-from nbg_core import lineage
-from nbg_core.config import PROJECT_ROOT, ProfileError
-from nbg_core.schemas import TABLES
+from nbg_core.assets import ASSETS, UNPARTITIONED
+from nbg_core.config.load import ProfileError
+from nbg_core.config.profile import PROJECT_ROOT
+from nbg_core.lake.tables import TABLES
 
 GRAPH = {
     "queries": (set(), "data", True, None),
@@ -54,8 +55,8 @@ def test_the_graph_is_the_one_that_lineage_knows(defs):
         for spec in defs.resolve_all_asset_specs()
     }  # fmt: skip
     assert graph == GRAPH
-    assert {name: set(up) for name, up in lineage.UPSTREAM.items()} == {name: row[0] for name, row in GRAPH.items()}
-    assert set(lineage.UNPARTITIONED) == {name for name, row in GRAPH.items() if not row[2]}
+    assert {asset.name: set(asset.upstream) for asset in ASSETS} == {name: row[0] for name, row in GRAPH.items()}
+    assert set(UNPARTITIONED) == {name for name, row in GRAPH.items() if not row[2]}
 
 
 def test_every_asset_says_what_it_is_and_whose(defs):
@@ -79,7 +80,7 @@ def test_checks_and_which_of_them_block(defs):
 def test_jobs_schedules_and_sensors(defs):
     jobs = {name: defs.resolve_job_def(name) for name in ("refresh_slice", "train")}
     selected = {name: {k.path[-1] for k in job.asset_layer.executable_asset_keys} for name, job in jobs.items()}
-    assert selected["train"] == set(lineage.UNPARTITIONED)
+    assert selected["train"] == set(UNPARTITIONED)
     assert selected["refresh_slice"] == set(GRAPH) - selected["train"]
     assert jobs["refresh_slice"].partitions_def.name == "slice"
     schedule = defs.resolve_schedule_def("refresh_all_slices")
@@ -116,7 +117,7 @@ def test_loading_leaves_heavy_libraries_alone_and_is_quick():
 
 
 def test_core_does_not_know_dagster():
-    code = "import nbg_core.worker, nbg_core.processes, nbg_core.checks, sys; print('dagster' in sys.modules)"
+    code = "import nbg_core.runtime.worker, nbg_core.runtime.run_worker, nbg_core.checks.checks, sys; print('dagster' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
     assert out.stdout.strip() == "False"
     for path in (PROJECT_ROOT / "nbg_core").rglob("*.py"):

@@ -8,14 +8,15 @@ import polars as pl
 import pytest
 from test_sampling import add_queries
 
-from nbg_core import drift, ids
-from nbg_core.checks import CHECKS, Subject
-from nbg_core.lake import Lake, Write
-from nbg_core.run import Run
-from nbg_core.sampling import sample
-from nbg_core.teacher import reference
+from nbg_core.base import ids
+from nbg_core.checks.checks import CHECKS, Subject
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lineage.run import Run
+from nbg_core.reference import drift
+from nbg_core.reference import stage as reference_stage
+from nbg_core.sampling import stage as sampling_stage
 
-(CHECK,) = [c for c in CHECKS["reference_logprobs"] if c.name == "sampler_agrees"]
+CHECK = CHECKS["sampler_agrees"]
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def run(make_profile) -> Run:
     profile = make_profile(sampling=sampling)
     run = Run(profile, Lake.of(profile), log=lambda line: None)
     add_queries(run, ["one", "two", "three"])
-    sample.materialise(run, "a")
+    sampling_stage.materialise(run, "a")
     drawn = run.lake.sql("SELECT query_id, source, sample_id FROM samples").pivot("source", index="query_id")
     pairs = [
         {"slice": "a", "pair_id": ids.pair_id(s, t), "query_id": q, "chosen_id": s, "rejected_id": t,
@@ -37,16 +38,16 @@ def run(make_profile) -> Run:
 
 
 def test_one_kernel_and_any_temperature_give_no_drift_and_the_teachers_responses_are_left_out(run):
-    report = reference.materialise(run, "a")
+    report = reference_stage.materialise(run, "a")
     (students,) = run.lake.sql("SELECT sum(len(token_ids)) FROM samples WHERE source = 'student'").row(0)
-    assert report["compared_tokens"] == students < run.lake.sql("SELECT sum(len(token_ids)) FROM samples").item()
-    assert 0 <= report["sampler_drift_mean"] <= report["sampler_drift_max"] < 1e-4
-    assert report["sampler_drift_share"] == 0
-    assert CHECK.violations(Subject(run.lake, run.profile, "a")).is_empty()
+    assert report.compared_tokens == students < run.lake.sql("SELECT sum(len(token_ids)) FROM samples").item()
+    assert 0 <= report.sampler_drift_mean <= report.sampler_drift_max < 1e-4
+    assert report.sampler_drift_share == 0
+    assert CHECK.violations(Subject(run.lake, run.profile, "reference_logprobs", "a")).is_empty()
 
 
 def test_a_sampler_that_drifts_is_measured_and_warned_of(run):
-    reference.materialise(run, "a")
+    reference_stage.materialise(run, "a")
     with run.lake.connect(read_only=False) as con:
         con.execute("UPDATE samples SET logprobs = list_transform(logprobs, (x, i) -> x - if(i = 2, 0.5, 0.01))")
     lengths = run.lake.sql("SELECT len(token_ids) AS n FROM samples WHERE source = 'student'")["n"].to_list()
@@ -58,14 +59,14 @@ def test_a_sampler_that_drifts_is_measured_and_warned_of(run):
     assert found["sampler_drift_share"] == pytest.approx(far / tokens)
     bars = dict(drift.histogram(run.lake, "a").iter_rows())
     assert sum(bars.values()) == tokens and bars[math.floor(4 * math.log10(0.5)) / 4] == far
-    rows = CHECK.violations(Subject(run.lake, run.profile, "a"))
+    rows = CHECK.violations(Subject(run.lake, run.profile, "reference_logprobs", "a"))
     assert (rows.height, rows["past_bound"].to_list()) == (far, [1] * far) and not CHECK.blocking
 
 
 def test_without_a_response_of_the_reference_there_is_nothing_to_say(run):
     with run.lake.connect(read_only=False) as con:
         con.execute("UPDATE samples SET model_id = 'earlier policy'")
-    report = reference.materialise(run, "a")
-    assert (report["compared_tokens"], report["sampler_drift_mean"], report["sampler_drift_max"]) == (0, None, None)
+    report = reference_stage.materialise(run, "a")
+    assert (report.compared_tokens, report.sampler_drift_mean, report.sampler_drift_max) == (0, None, None)
     assert drift.histogram(run.lake, "a").is_empty()
-    assert CHECK.violations(Subject(run.lake, run.profile, "a")).is_empty()
+    assert CHECK.violations(Subject(run.lake, run.profile, "reference_logprobs", "a")).is_empty()

@@ -11,10 +11,17 @@ import polars as pl
 import pytest
 from fake_worker import write_profile
 
-from nbg_core import accuracy, evaluation, ids, lineage
-from nbg_core.config import Profile, load_profile
-from nbg_core.lake import Lake, Write
-from nbg_core.run import Run
+from nbg_core.base import ids
+from nbg_core.config import identity
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import Profile
+from nbg_core.evaluation import stage as evaluation_stage
+from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lineage.policy import current_policy
+from nbg_core.lineage.run import Run
+from nbg_core.lineage.staleness import status
 from nbg_core.sampling.sampler import Response
 
 N = 12
@@ -49,9 +56,9 @@ def open_parrot(run: Run, path: Path, batch_size: int):
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch) -> Profile:
-    monkeypatch.setattr(evaluation, "open_sampler", open_parrot)
+    monkeypatch.setattr(evaluation_stage, "open_sampler", open_parrot)
     monkeypatch.setattr(Parrot, "asked", [])
-    profile = load_profile(write_profile(tmp_path / "p", ("a",), evaluation={"batch_size": 5, "auto_promote": True}))
+    profile = load_profile(write_profile(tmp_path / "p", ("a",), evaluation={"batch_size": 5, "auto_promote": True, "min_queries": N}))
     run = open_run(profile)
     put_queries(run, "right")
     put_checkpoint(run)
@@ -93,20 +100,20 @@ def overall(summary: list[dict]) -> tuple[float, ...]:
 
 def test_models_answer_once_and_a_corrected_answer_is_judged_from_the_texts_kept(profile):
     run = open_run(profile, auto_promote=False)
-    first = evaluation.materialise(run)
-    assert (first["rows"], first["new_rows"], first["gate"]) == (36, 36, "passed")
-    assert overall(first["summary"]) == (0.0, 1.0, 1.0)
+    first = evaluation_stage.materialise(run)
+    assert (first.rows, first.new_rows, first.gate) == (36, 36, "passed")
+    assert overall(first.summary) == (0.0, 1.0, 1.0)
     assert sorted(set(Parrot.asked)) == ["new", "student", "teacher"] and len(Parrot.asked) == 36
-    again = evaluation.materialise(run)
-    assert (again["new_rows"], again["data_version"]) == (0, first["data_version"])
+    again = evaluation_stage.materialise(run)
+    assert (again.new_rows, again.data_version) == (0, first.data_version)
     put_queries(run, "wrong")
-    corrected = evaluation.materialise(run)
-    assert (corrected["new_rows"], len(Parrot.asked)) == (36, 36), "every text was there"
-    assert overall(corrected["summary"]) == (1.0, 0.0, 0.0)
-    assert corrected["data_version"] != first["data_version"]
+    corrected = evaluation_stage.materialise(run)
+    assert (corrected.new_rows, len(Parrot.asked)) == (36, 36), "every text was there"
+    assert overall(corrected.summary) == (1.0, 0.0, 0.0)
+    assert corrected.data_version != first.data_version
     put_queries(run, "right")
-    assert evaluation.materialise(run)["new_rows"] == 0
-    assert overall(accuracy.latest_summary(run.lake)[1].to_dicts()) == (0.0, 1.0, 1.0)
+    assert evaluation_stage.materialise(run).new_rows == 0
+    assert overall(latest_summary(run.lake)[1].to_dicts()) == (0.0, 1.0, 1.0)
 
 
 def test_a_run_that_was_cut_off_continues_with_the_answers_that_are_missing(profile, monkeypatch):
@@ -119,39 +126,39 @@ def test_a_run_that_was_cut_off_continues_with_the_answers_that_are_missing(prof
 
     monkeypatch.setattr(Parrot, "stream", dies)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.materialise(run)
+        evaluation_stage.materialise(run)
     monkeypatch.setattr(Parrot, "stream", real)
-    assert evaluation.materialise(run)["new_rows"] == 26
+    assert evaluation_stage.materialise(run).new_rows == 26
     assert len(Parrot.asked) == 36
 
 
 def test_what_passes_the_gate_is_promoted_in_the_commit_that_ends_the_evaluation(profile):
     run = open_run(profile)
-    report = evaluation.materialise(run)
-    assert report["promoted"]
+    report = evaluation_stage.materialise(run)
+    assert report.promoted
     (row,) = run.lake.sql("FROM promotions").to_dicts()
-    assert row["model_id"] == report["checkpoint_id"] == lineage.current_policy(run.lake, profile).model_id
-    assert row["materialisation_id"] == lineage.latest(run.lake, "student_eval", None)["materialisation_id"]
+    assert row["model_id"] == report.checkpoint_id == current_policy(run.lake, profile).model_id
+    assert row["materialisation_id"] == latest_materialisation(run.lake, "student_eval", None)["materialisation_id"]
 
 
 @pytest.mark.parametrize(("auto", "answer", "gate"), [(False, "right", "passed"), (True, "wrong", "not better")])
 def test_nothing_is_promoted_that_may_not_be(profile, auto, answer, gate):
     run = open_run(profile, auto_promote=auto)
     put_queries(run, answer)
-    report = evaluation.materialise(run)
-    assert report["gate"].startswith(gate) and not report["promoted"]
+    report = evaluation_stage.materialise(run)
+    assert report.gate.startswith(gate) and not report.promoted
     assert run.lake.sql("FROM promotions").is_empty()
 
 
 def test_the_summary_is_of_the_settings_and_queries_of_the_evaluation_whatever_they_are_today(profile):
     run = open_run(profile)
-    checkpoint = evaluation.materialise(run)["checkpoint_id"]
-    before = accuracy.latest_summary(run.lake)
+    checkpoint = evaluation_stage.materialise(run).checkpoint_id
+    before = latest_summary(run.lake)
     put_queries(run, "corrected")
     changed = open_run(profile, max_tokens=7)
-    assert accuracy.latest_summary(run.lake, profile="renamed").profile == profile.name, "it is as fresh for that one"
-    assert accuracy.latest_summary(changed.lake)[1].equals(before[1]) and before[0] == checkpoint
-    assert {s.asset: s.state for s in lineage.status(changed.lake, changed.profile)}["student_eval"] == "stale"
-    assert evaluation.materialise(changed)["new_rows"] == 36
-    used = json.loads(lineage.latest(run.lake, "student_eval", None)["settings"])["answering_id"]
-    assert used == changed.profile.answering_id() != run.profile.answering_id()
+    assert latest_summary(run.lake, profile="renamed").profile == profile.name, "it is as fresh for that one"
+    assert latest_summary(changed.lake)[1].equals(before[1]) and before[0] == checkpoint
+    assert {s.asset: s.state for s in status(changed.lake, changed.profile)}["student_eval"] == "stale"
+    assert evaluation_stage.materialise(changed).new_rows == 36
+    used = json.loads(latest_materialisation(run.lake, "student_eval", None)["settings"])["answering_id"]
+    assert used == identity.answering_id(changed.profile) != identity.answering_id(run.profile)

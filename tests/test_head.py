@@ -1,11 +1,10 @@
-"""nbg_core.head against `joint_loss` of the whole logits, which test_losses holds against naive references, and against
+"""nbg_core.modeling.lm_head against `joint_loss` of the whole logits, which test_losses holds against naive references, and against
 such a reference itself; gradients also against finite differences.
 
 Shapes: T tokens, H hidden, V vocabulary, K stored entries, B pairs.
 """
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -14,10 +13,13 @@ from hypothesis import strategies as st
 from test_losses import counts, make_batch, make_targets, randn, ref_joint, replace, take_rows, top_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbg_core import head
-from nbg_core.config import DpoVariant
-from nbg_core.head import MIN_ROWS, head_joint_loss, head_logps
-from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss, token_logps
+from nbg_core.losses.dpo import DPO_VARIANTS
+from nbg_core.losses.joint import Denominators, joint_loss
+from nbg_core.losses.logps import token_logps
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.modeling import lm_head
+from nbg_core.modeling.lm_head import MIN_ROWS, lm_head_joint_loss, lm_head_logps
 
 WIDE, NARROW = 1 << 20, 1
 """Tile bytes: all rows at once; 16 rows, the least."""
@@ -29,7 +31,7 @@ SETTINGS = [
     LossSettings(temperature=0.7, scale_by_temperature_squared=False, w_pos=0.0),
     *(LossSettings(estimator="bucket", divergence=d) for d in ("forward", "reverse", "jsd")),
     *(LossSettings(estimator="bucket", divergence=d, temperature=1.5, jsd_alpha=0.3) for d in ("reverse", "jsd")),
-    *(LossSettings(dpo_variant=v, beta=0.7, nll_coef=0.3) for v in get_args(DpoVariant)),
+    *(LossSettings(dpo_variant=v, beta=0.7, nll_coef=0.3) for v in DPO_VARIANTS),
     LossSettings(label_smoothing=0.2, beta=0.5),
     LossSettings(w_dpo=0.0), LossSettings(w_dpo=0.0, w_neg=0.0, estimator="bucket"),
     LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0), LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0, nll_coef=1.0),
@@ -54,7 +56,7 @@ def rows_of(batch, rows):
 
 
 def fused(batch, s, tile_bytes=WIDE, **changes):
-    return head_joint_loss(**(batch | changes), settings=s, denominators=Denominators(3, 20, 30), tile_bytes=tile_bytes)
+    return lm_head_joint_loss(**(batch | changes), settings=s, denominators=Denominators(3, 20, 30), tile_bytes=tile_bytes)
 
 
 def whole(batch, s, **changes):
@@ -97,7 +99,7 @@ def test_it_is_the_naive_reference_when_the_head_is_the_whole_vocabulary(s, tile
     weight = torch.eye(7, dtype=torch.float64)  # logits as hidden states
     arguments = {k: v for k, v in batch.items() if k not in ("teacher", "logits")}
     for settings_ in (s, LossSettings(temperature=s.temperature)):
-        loss, _, _ = head_joint_loss(
+        loss, _, _ = lm_head_joint_loss(
             logits, weight, **arguments, vocab=7, settings=settings_, denominators=counts(batch), tile_bytes=tile_bytes
         )
         assert loss.item() == pytest.approx(ref_joint(batch, settings_, counts(batch)), rel=1e-9)
@@ -149,7 +151,7 @@ def test_any_shape_and_tile(lengths, vocab, hidden, padding, k, rows, s, seed):
 def test_float32_is_right_to_rounding_in_any_block_of_the_weight(lengths, vocab, hidden, rows, s, seed):
     batch = make_head(lengths, vocab, hidden, vocab + 2, seed, 8, s.temperature, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", 1)
+        patch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", 1)
         (loss, sums, logps), gradients = with_gradients(fused, batch, s, rows * vocab * 4)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
@@ -181,11 +183,11 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
     }  # fmt: skip
     block_bytes = data.draw(st.sampled_from([1, 64 * 1024, 1 << 23]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", block_bytes)
+        patch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", block_bytes)
         one, two = (fused(batch, s, r * vocab * 4)[2] for r in rows)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
-    some = head_logps(h[start:stop], w, ids[start:stop], vocab=vocab)
+    some = lm_head_logps(h[start:stop], w, ids[start:stop], vocab=vocab)
     assert torch.equal(one, two) and torch.equal(one[start:stop], some)
 
 
@@ -193,7 +195,7 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
 @settings(max_examples=300, deadline=None)
 def test_chunks_are_whole_pairs_the_fewest_and_of_these_the_most_even(lengths, rows):
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-    got = [c.stop - c.start for c in head._chunks(index, rows)]
+    got = [c.stop - c.start for c in lm_head._chunks(index, rows)]
 
     def ways(rest: list[int]) -> list[list[int]]:
         """All sums of consecutive lengths that fit, or are of one that does not."""
@@ -213,7 +215,7 @@ def test_chunks_are_whole_pairs_the_fewest_and_of_these_the_most_even(lengths, r
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_a_policy_that_is_the_reference_has_a_dpo_loss_of_exactly_log_2(variant, tile_bytes):
     batch = make_head(vocab=300, padded=320, hidden=64, dtype=torch.float32)
-    some = [head_logps(batch["hidden"][i : i + 7], batch["weight"], batch["token_ids"][i : i + 7], vocab=300)
+    some = [lm_head_logps(batch["hidden"][i : i + 7], batch["weight"], batch["token_ids"][i : i + 7], vocab=300)
             for i in range(0, len(batch["hidden"]), 7)]  # fmt: skip
     _, sums, _ = fused(batch, LossSettings(dpo_variant=variant), tile_bytes, reference_logps=torch.cat(some))
     assert sums["dpo"].item() == pytest.approx(5 * math.log(2), rel=1e-15) and sums["margin"].item() == 0
@@ -236,7 +238,7 @@ def test_an_empty_micro_batch_is_a_differentiable_zero(s):
     (loss, sums, logps), gradients = with_gradients(fused, empty, s)
     assert loss.item() == 0 and not any(v.item() for v in sums.values()) and logps.shape == (0,)
     assert gradients[0].shape == (0, 5) and torch.equal(gradients[1], torch.zeros(13, 5, dtype=torch.float64))
-    assert head_logps(empty["hidden"], empty["weight"], empty["token_ids"], vocab=11).shape == (0,)
+    assert lm_head_logps(empty["hidden"], empty["weight"], empty["token_ids"], vocab=11).shape == (0,)
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -255,7 +257,7 @@ def test_a_second_backward_is_refused():
     batch = make_head()
     loss, _, _ = fused(batch, LossSettings(), weight=batch["weight"].requires_grad_(True))
     loss.backward()
-    with pytest.raises(RuntimeError, match="call head_joint_loss again"):
+    with pytest.raises(RuntimeError, match="call lm_head_joint_loss again"):
         loss.backward()
 
 
@@ -273,7 +275,7 @@ def test_ties_one_hot_teachers_and_mass_that_underflows(s, tile_bytes, k, scale)
     one_hot = torch.full_like(targets.logprobs, -torch.inf)
     one_hot[:, 0] = 0
     targets = TeacherTargets(
-        targets.ids, one_hot.float(), targets.is_head, targets.is_tail, torch.full((38,), -1e3 if k == 3 else -20.0)
+        targets.ids, one_hot.float(), targets.is_top, targets.is_tail, torch.full((38,), -1e3 if k == 3 else -20.0)
     )
     hidden = batch["hidden"] * scale
     assert_same(batch | {"hidden": hidden, "targets": targets}, s, tile_bytes, rtol=1e-4, atol=1e-3 * (scale or 1e-3))
@@ -321,7 +323,7 @@ def test_a_side_of_weight_0_spreads_no_nan(s):
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[4]], ids=["sampled_tail", "bucket"])
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
-    monkeypatch.setattr("nbg_core.head.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
+    monkeypatch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
     batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
     (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
@@ -374,7 +376,7 @@ def test_no_tensor_is_larger_than_the_tile(s):
     weight = batch["weight"].requires_grad_(True)
     with Largest(weight) as largest:
         fused(batch, s, bound, weight=weight, hidden=batch["hidden"].requires_grad_(True))[0].backward()
-        head_logps(batch["hidden"], weight, batch["token_ids"], vocab=3000, tile_bytes=bound)
+        lm_head_logps(batch["hidden"], weight, batch["token_ids"], vocab=3000, tile_bytes=bound)
     assert MIN_ROWS * 3000 * 4 <= largest.bytes <= bound
 
 
@@ -395,4 +397,4 @@ def test_arrays_that_do_not_fit_are_refused(changes, message):
         fused(batch, LossSettings(), **changes)
     arguments = batch | changes
     with pytest.raises(ValueError, match=message.replace(", token_ids", " and token_ids").split(".*")[0]):
-        head_logps(*(arguments[name] for name in ("hidden", "weight", "token_ids")), vocab=arguments["vocab"])
+        lm_head_logps(*(arguments[name] for name in ("hidden", "weight", "token_ids")), vocab=arguments["vocab"])

@@ -16,10 +16,10 @@ import duckdb
 import polars as pl
 import pytest
 
-from nbg_core import lake as lake_module
-from nbg_core import schemas
-from nbg_core.lake import Lake, LakeError, Record, Write, with_room
-from nbg_core.schemas import GAP_ZERO
+from nbg_core.lake import lake as lake_module
+from nbg_core.lake import tables
+from nbg_core.lake.lake import Lake, LakeError, Record, Write, with_room
+from nbg_core.lake.tables import GAP_ZERO
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def lake(tmp_path):
     return lake
 
 
-def score(sample: str, value: float = 1.0, slice: str = "a") -> dict:
-    return {"slice": slice, "sample_id": sample, "scorer": "verifier", "scorer_id": "v", "score": value}
+def score(sample: str, value: float = 1.0, slice_name: str = "a") -> dict:
+    return {"slice": slice_name, "sample_id": sample, "scorer": "verifier", "scorer_id": "v", "score": value}
 
 
 def record(run_id: str = "run-1", **kwargs) -> Record:
@@ -76,7 +76,7 @@ def test_rows_already_there_are_left_alone(lake):
 
 
 def test_replace_swaps_a_partition_and_a_snapshot_still_has_the_old_one(lake):
-    other = Write("scores", pl.DataFrame([score("o", slice="b")]))
+    other = Write("scores", pl.DataFrame([score("o", slice_name="b")]))
     old = lake.commit(record(), [Write("scores", pl.DataFrame([score("s1"), score("s2")])), other])
     lake.commit(record(), [Write("scores", pl.DataFrame([score("s3")]), replace="slice = ?", params=("a",))])
     assert lake.sql("SELECT sample_id FROM scores ORDER BY ALL")["sample_id"].to_list() == ["o", "s3"]
@@ -132,7 +132,7 @@ def _commit_many(catalog: str, data_path: str, who: int, n: int, start) -> None:
     lake = Lake(catalog, data_path)
     start.wait()
     for i in range(n):
-        rows = pl.DataFrame([score(f"{who}-{i}", slice=f"w{who}")])
+        rows = pl.DataFrame([score(f"{who}-{i}", slice_name=f"w{who}")])
         lake.commit(record(f"{who}"), [Write("scores", rows, replace="sample_id = ?", params=(f"{who}-{i}",))])
 
 
@@ -228,14 +228,14 @@ def test_a_reader_is_not_blocked_by_an_open_write_transaction(lake):
         con.execute("ROLLBACK")
 
 
-@pytest.mark.parametrize("table", schemas.TABLES)
+@pytest.mark.parametrize("table", tables.TABLES)
 def test_every_table_takes_an_empty_frame_and_describes_its_columns(lake, table):
-    assert schemas.validate(table, pl.DataFrame(schema=schemas.polars_schema(table))).is_empty()
+    assert tables.validate(table, pl.DataFrame(schema=tables.polars_schema(table))).is_empty()
     columns = lake.sql(f"DESCRIBE {table}")
     described = dict(zip(columns["column_name"], columns["column_type"], strict=True))
-    for name, column in schemas.TABLES[table].columns().items():
+    for name, column in tables.TABLES[table].columns().items():
         assert column.description, f"{table}.{name} says nothing"
-        wanted = schemas.sql_type(column.dtype).replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE").replace("STRUCT", "")
+        wanted = tables.sql_type(column.dtype).replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE").replace("STRUCT", "")
         assert described[name].replace('"', "").replace("STRUCT", "") == wanted
 
 
@@ -272,7 +272,7 @@ def test_a_catalog_that_does_not_open_shows_no_password(tmp_path, monkeypatch):
 READ_ONLY = """
 import sys
 import polars as pl
-from nbg_core.lake import Lake, LakeError, Record, Write
+from nbg_core.lake.lake import Lake, LakeError, Record, Write
 folder, act = sys.argv[1:]
 lake = Lake(f"sqlite:{folder}/catalog.sqlite", f"{folder}/files")
 try:

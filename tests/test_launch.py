@@ -11,13 +11,15 @@ import polars as pl
 import pytest
 from training_lake import make_profile
 
-from nbg_core import ids, schemas
-from nbg_core.files import link_folder
-from nbg_core.lake import Lake
-from nbg_core.run import Run
-from nbg_core.schemas import TrainingSteps
-from nbg_core.training import launch
+from nbg_core.base import ids
+from nbg_core.base.files import link_folder
+from nbg_core.lake import tables
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.tables import TrainingSteps
+from nbg_core.lineage.run import Run
+from nbg_core.training import launcher, stage
 from nbg_core.training.plan import Plan
+from nbg_core.training.stage import materialise
 
 METRICS = set(TrainingSteps.column_names()) - {"training_id", "step", "materialisation_id"}
 
@@ -35,7 +37,7 @@ def trainings(monkeypatch) -> list[str]:
         request.steps_file.write_text("\n".join(lines))
         shutil.copytree(request.policy_path, request.final)
 
-    monkeypatch.setattr(launch, "_train", train)
+    monkeypatch.setattr(stage, "launch", train)
     return ran
 
 
@@ -56,24 +58,24 @@ def test_a_training_that_ended_is_not_repeated(tmp_path, trainings, monkeypatch,
 
     monkeypatch.setattr(Lake, "commit", killed)
     with pytest.raises(Killed):
-        launch.materialise(run)
+        materialise(run)
     assert run.lake.sql("SELECT count(*) FROM checkpoints").item() == after
     monkeypatch.setattr(Lake, "commit", real)
-    report = launch.materialise(Run(profile, run.lake, "second", log=lambda line: None))
-    assert trainings == [report["training_id"]]
-    assert run.lake.sql("SELECT checkpoint_id FROM checkpoints").item() == report["checkpoint_id"]
-    assert ids.model_id(report["path"]) == report["checkpoint_id"]
+    report = materialise(Run(profile, run.lake, "second", log=lambda line: None))
+    assert trainings == [report.training_id]
+    assert run.lake.sql("SELECT checkpoint_id FROM checkpoints").item() == report.checkpoint_id
+    assert ids.model_id(report.path) == report.checkpoint_id
     assert not list((tmp_path / "work" / "training").glob("*"))
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [report["checkpoint_id"]]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [report.checkpoint_id]
 
 
 def test_which_pair_was_used_when_is_written_a_part_at_a_time_in_one_commit(tmp_path, trainings, monkeypatch):
     profile = make_profile(tmp_path, n_pairs=6, global_batch_pairs=2, epochs=3)
     run = Run(profile, Lake.of(profile), log=lambda line: None)
-    monkeypatch.setattr(launch, "USES_AT_ONCE", 4)
-    parts, validate = [], schemas.validate
-    monkeypatch.setattr(schemas, "validate", lambda table, df: parts.append((table, df.height)) or validate(table, df))
-    launch.materialise(run)
+    monkeypatch.setattr(stage, "USES_AT_ONCE", 4)
+    parts, validate = [], tables.validate
+    monkeypatch.setattr(tables, "validate", lambda table, df: parts.append((table, df.height)) or validate(table, df))
+    materialise(run)
     assert [n for table, n in parts if table == "checkpoint_pairs"] == [4, 4, 4, 4, 2]
     used = run.lake.sql("SELECT step, epoch, pair_id, slice FROM checkpoint_pairs ORDER BY ALL")
     pairs = run.lake.sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id").rows()
@@ -99,7 +101,7 @@ def test_a_launcher_with_a_hostfile_is_asked_to_end_before_it_is_killed(tmp_path
     """It alone can end the ranks on other machines; ranks on this one end with their stdin."""
     profile = make_profile(tmp_path, n_pairs=6, hostfile=hosts)
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "ended")]
-    monkeypatch.setattr(launch, "_command", lambda *_: command)
+    monkeypatch.setattr(launcher, "_command", lambda *_: command)
 
     def interrupted(line):
         if "waiting" in line:
@@ -107,7 +109,7 @@ def test_a_launcher_with_a_hostfile_is_asked_to_end_before_it_is_killed(tmp_path
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        launch.materialise(Run(profile, Lake.of(profile), log=interrupted))
+        materialise(Run(profile, Lake.of(profile), log=interrupted))
     assert (tmp_path / "ended").exists() == (hosts is not None)
     assert time.monotonic() - began < 30
 

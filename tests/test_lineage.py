@@ -7,11 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbg_core import accuracy, lineage
-from nbg_core.config import Profile
-from nbg_core.ids import content_version, digest
-from nbg_core.lake import Lake, Record, Write
-from nbg_core.run import Run
+from nbg_core.assets import BY_NAME, upstream_partitions
+from nbg_core.base.ids import content_version, digest, model_id
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import slice_names
+from nbg_core.evaluation.promotion import promote
+from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.queries import input_of
+from nbg_core.lineage.policy import current_policy
+from nbg_core.lineage.run import Run
+from nbg_core.lineage.staleness import status
+from nbg_core.lineage.trace import trace
 
 
 def model_folder(path, weights: bytes):
@@ -39,25 +45,21 @@ def run(profile):
     return Run(profile, Lake.of(profile), run_id="r", log=lambda line: None)
 
 
-def make(run: Run, asset: str, slice: str | None, version: str = "v1") -> None:
+def make(run: Run, asset: str, slice_name: str | None, version: str = "v1") -> None:
     """Materialise a partition with the given content, reading its upstreams as they are."""
-    slices = lineage.slices(run.profile) if slice is None else [slice]
+    slices = slice_names(run.profile) if slice_name is None else [slice_name]
     snapshot = run.lake.snapshot()
-    inputs = [
-        lineage.input_of(run.lake, a, s, snapshot)
-        for a in lineage.UPSTREAM[asset]
-        for s in ([None] if a in lineage.UNPARTITIONED else slices)
-    ]
-    run.commit(asset, slice, inputs=inputs, data_version=version)
+    inputs = [input_of(run.lake, *p, snapshot) for p in upstream_partitions(asset, slice_name, slices)]
+    run.commit(asset, slice_name, inputs=inputs, data_version=version)
 
 
 def make_all(run: Run) -> None:
-    for s in lineage.status(run.lake, run.profile):
-        make(run, s.asset, s.slice)
+    for s in status(run.lake, run.profile):
+        make(run, s.asset, s.slice_name)
 
 
 def states(run: Run) -> dict:
-    return {(s.asset, s.slice): (s.state, s.why) for s in lineage.status(run.lake, run.profile)}
+    return {(s.asset, s.slice_name): (s.state, s.why) for s in status(run.lake, run.profile)}
 
 
 def not_fresh(run: Run) -> set:
@@ -94,7 +96,7 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_above(run):
     changed = run.profile.model_copy(
         update={"preference": run.profile.preference.model_copy(update={"min_margin": 0.9})}
     )
-    stale = {s.asset for s in lineage.status(run.lake, changed) if s.state != "fresh"}
+    stale = {s.asset for s in status(run.lake, changed) if s.state != "fresh"}
     assert stale == {"filtered_pairs", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
 
 
@@ -102,8 +104,8 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     make_all(run)
     models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
     rounded = run.profile.model_copy(update={"models": models})
-    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
-    assert {a for a, reason in why.items() if reason} == set(lineage.UPSTREAM) - {"queries"}
+    why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
+    assert {a for a, reason in why.items() if reason} == set(BY_NAME) - {"queries"}
     changed = "settings, policy or file changed"
     own = {"student_samples", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
     assert {a for a, reason in why.items() if reason == changed} == own
@@ -111,7 +113,7 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     scored = run.profile.model_copy(update={"preference": preference})
     make_all(Run(scored, run.lake, log=lambda line: None))
     rounded = scored.model_copy(update={"models": models})
-    why = {s.asset: s.why for s in lineage.status(run.lake, rounded, ["a"])}
+    why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
     assert why["filtered_pairs"] == changed
 
 
@@ -132,15 +134,15 @@ def test_chunks_do_not_count_as_done(run):
 
 def test_a_missing_query_file_names_what_is_there(run):
     with pytest.raises(FileNotFoundError, match="no zz.jsonl or zz.parquet in .*; slices there: a, b"):
-        lineage.status(run.lake, run.profile, ["zz"])
+        status(run.lake, run.profile, ["zz"])
 
 
 def test_what_reads_all_slices_is_held_to_all_of_them_whichever_are_shown(run):
     make_all(run)
-    shown = lineage.status(run.lake, run.profile, ["a"])
-    assert {s.slice for s in shown} == {"a", None} and {s.state for s in shown} == {"fresh"}
+    shown = status(run.lake, run.profile, ["a"])
+    assert {s.slice_name for s in shown} == {"a", None} and {s.state for s in shown} == {"fresh"}
     (run.profile.resolve("data/queries") / "b.jsonl").write_text('{"prompt": "y"}\n')
-    why = {s.asset: s.why for s in lineage.status(run.lake, run.profile, ["a"]) if s.state != "fresh"}
+    why = {s.asset: s.why for s in status(run.lake, run.profile, ["a"]) if s.state != "fresh"}
     assert why == {
         "student_checkpoint": "filtered_pairs[b] is stale",
         "student_eval": "queries[b] is stale",
@@ -149,27 +151,27 @@ def test_what_reads_all_slices_is_held_to_all_of_them_whichever_are_shown(run):
 
 def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     make_all(run)
-    before = lineage.current_policy(run.lake, run.profile)
+    before = current_policy(run.lake, run.profile)
     trained = model_folder(run.profile.resolve("data/checkpoints") / "c1", b"trained")
-    identity = lineage.model_id(trained)
+    identity = model_id(trained)
     add_checkpoint(run, identity, "c1", ["p1"])
-    accuracy.promote(run.lake, run.profile, identity[:8], "test")
-    after = lineage.current_policy(run.lake, run.profile)
+    promote(run.lake, run.profile, identity[:8], "test")
+    after = current_policy(run.lake, run.profile)
     assert (before.promoted, after.promoted, after.model_id, after.path) == (False, True, identity, trained)
-    accuracy.promote(run.lake, run.profile, "sft", "back")
-    back = lineage.current_policy(run.lake, run.profile)
+    promote(run.lake, run.profile, "sft", "back")
+    back = current_policy(run.lake, run.profile)
     assert back.model_id == before.model_id and back.path.samefile(before.path)
-    accuracy.promote(run.lake, run.profile, identity[:8], "test")
+    promote(run.lake, run.profile, identity[:8], "test")
     assert states(run)["student_samples", "a"] == ("stale", "settings, policy or file changed")
     assert states(run)["queries", "a"][0] == "fresh"
     (trained / "model.safetensors").write_bytes(b"tampered")
     with pytest.raises(ValueError, match="is not .* any more"):
-        lineage.current_policy(run.lake, run.profile)
+        current_policy(run.lake, run.profile)
 
 
 def test_promoting_an_unknown_checkpoint_lists_the_known(run):
     with pytest.raises(LookupError, match="no checkpoint 'nope'; known: none yet"):
-        accuracy.promote(run.lake, run.profile, "nope", "test")
+        promote(run.lake, run.profile, "nope", "test")
 
 
 def add_rows(run: Run) -> None:
@@ -204,7 +206,7 @@ def test_a_checkpoint_is_traced_to_its_queries_even_after_its_pairs_were_replace
         Write("pairs", pl.DataFrame(schema=run.lake.sql("FROM pairs").drop("materialisation_id").schema),
               replace="slice = ?", params=("a",))])  # fmt: skip
     assert run.lake.sql("FROM pairs").is_empty()
-    found = lineage.trace(run.lake, "c1")
+    found = trace(run.lake, "c1")
     assert found["pairs"]["pair_id"].to_list() == ["p1"]
     assert found["samples"]["sample_id"].to_list() == ["s1", "s2"]
     assert found["queries"]["query_id"].to_list() == ["q1"]
@@ -213,10 +215,10 @@ def test_a_checkpoint_is_traced_to_its_queries_even_after_its_pairs_were_replace
 def test_a_query_is_traced_to_the_checkpoints_it_trained(run):
     add_rows(run)
     add_checkpoint(run, "c1", "c1", ["p1"])
-    found = lineage.trace(run.lake, "q1")
+    found = trace(run.lake, "q1")
     assert found["checkpoints"]["checkpoint_id"].to_list() == ["c1"]
-    assert lineage.trace(run.lake, "q2")["checkpoints"].is_empty()
-    assert lineage.trace(run.lake, "s2")["pairs"]["pair_id"].to_list() == ["p1"]
+    assert trace(run.lake, "q2")["checkpoints"].is_empty()
+    assert trace(run.lake, "s2")["pairs"]["pair_id"].to_list() == ["p1"]
 
 
 def replace_pairs(run: Run, *pairs: dict) -> None:
@@ -233,7 +235,7 @@ def test_what_a_replaced_pair_was_made_of_is_traced_to_the_checkpoint_it_trained
     for id, pairs, checkpoints in [("p1", ["p1"], ["c1"]), ("s2", ["p1"], ["c1"]), ("s3", ["p2"], ["c2"]),
                                    ("s1", ["p1", "p2"], ["c1", "c2"]), ("q1", ["p1", "p2"], ["c1", "c2"]),
                                    ("c1", ["p1"], ["c1"]), ("t-c2", ["p2"], ["c2"])]:  # fmt: skip
-        found = lineage.trace(run.lake, id)
+        found = trace(run.lake, id)
         assert found["pairs"]["pair_id"].to_list() == pairs, id
         assert found["checkpoints"]["checkpoint_id"].to_list() == checkpoints, id
         assert found["queries"]["query_id"].to_list() == ["q1"], id
@@ -244,23 +246,23 @@ def test_a_checkpoint_shows_its_pairs_as_they_were_when_it_was_trained(run):
     add_checkpoint(run, "c1", "c1", ["p1"])
     replace_pairs(run, {"slice": "a", "pair_id": "p1", "query_id": "q1", "chosen_id": "s1", "rejected_id": "s2",
                         "chosen_score": 3.0, "rejected_score": 0.0, "margin": 3.0})  # fmt: skip
-    assert lineage.trace(run.lake, "c1")["pairs"]["margin"].to_list() == [1.0]
-    assert lineage.trace(run.lake, "p1")["pairs"]["margin"].to_list() == [3.0]
+    assert trace(run.lake, "c1")["pairs"]["margin"].to_list() == [1.0]
+    assert trace(run.lake, "p1")["pairs"]["margin"].to_list() == [3.0]
 
 
 def test_a_beginning_must_belong_to_one_id(run):
     add_rows(run)
     for checkpoint in ("c1", "c2", "c20"):
         add_checkpoint(run, checkpoint, checkpoint, ["p1"])
-    assert lineage.trace(run.lake, "c2")["checkpoints"]["checkpoint_id"].to_list() == ["c2"]
-    assert lineage.trace(run.lake, "p")["checkpoints"].height == 3
+    assert trace(run.lake, "c2")["checkpoints"]["checkpoint_id"].to_list() == ["c2"]
+    assert trace(run.lake, "p")["checkpoints"].height == 3
     for what, promise in [("", "give the id of a checkpoint"), ("c", "'c' is the beginning of 3 ids, c1 and c2 among")]:
         with pytest.raises(LookupError, match=promise):
-            lineage.trace(run.lake, what)
+            trace(run.lake, what)
         with pytest.raises(LookupError, match=promise):
-            accuracy.promote(run.lake, run.profile, what, "test")
+            promote(run.lake, run.profile, what, "test")
     with pytest.raises(LookupError, match="no checkpoint '%'; known: c1, c2, c20"):
-        accuracy.promote(run.lake, run.profile, "%", "test")
+        promote(run.lake, run.profile, "%", "test")
     assert run.lake.sql("FROM promotions").is_empty()
 
 
@@ -268,16 +270,16 @@ def test_an_input_is_what_was_there_at_the_snapshot_read(run):
     make(run, "queries", "a", "v1")
     snapshot = run.lake.snapshot()
     make(run, "queries", "a", "v2")
-    assert lineage.input_of(run.lake, "queries", "a", snapshot).data_version == "v1"
-    assert lineage.input_of(run.lake, "queries", "a", run.lake.snapshot()).data_version == "v2"
+    assert input_of(run.lake, "queries", "a", snapshot).data_version == "v1"
+    assert input_of(run.lake, "queries", "a", run.lake.snapshot()).data_version == "v2"
     with pytest.raises(LookupError, match=r"queries\[b\] has not been materialised"):
         make(run, "queries", "b")
-        lineage.input_of(run.lake, "queries", "b", snapshot)
+        input_of(run.lake, "queries", "b", snapshot)
 
 
 def test_an_unknown_id_is_said_to_be_unknown(run):
     with pytest.raises(LookupError, match="starts with 'zzz'"):
-        lineage.trace(run.lake, "zzz")
+        trace(run.lake, "zzz")
 
 
 def test_content_versions_ignore_order():

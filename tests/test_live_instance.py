@@ -18,10 +18,10 @@ import yaml
 from live import SELECTOR, Live, dagster_dev, processes_naming
 from training_lake import make_profile as make_training_profile
 
-from nbg_core import ids
-from nbg_core.config import load_profile
-from nbg_core.lake import Lake, Write
-from nbg_core.run import Run
+from nbg_core.base import ids
+from nbg_core.config.load import load_profile
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lineage.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -50,17 +50,17 @@ def live(folder):
 def give_queries(profile) -> None:
     """Rows of `queries` for the pairs that the training lake holds."""
     run = Run(profile, Lake.of(profile), log=lambda _: None)
-    for slice in ("alpha", "beta"):
-        pairs = run.lake.sql("SELECT query_id FROM pairs WHERE slice = ?", [slice])
+    for slice_name in ("alpha", "beta"):
+        pairs = run.lake.sql("SELECT query_id FROM pairs WHERE slice = ?", [slice_name])
         frame = pairs.select("query_id").with_row_index("source_line").with_columns(
-            pl.lit(slice).alias("slice"), pl.lit("train").alias("split"), pl.lit("f").alias("source_file"),
-            pl.format(f"{slice} {{}}", "source_line").alias("prompt"), pl.lit(None, pl.String).alias("answer"),
+            pl.lit(slice_name).alias("slice"), pl.lit("train").alias("split"), pl.lit("f").alias("source_file"),
+            pl.format(f"{slice_name} {{}}", "source_line").alias("prompt"), pl.lit(None, pl.String).alias("answer"),
             pl.lit(None, pl.String).alias("verifier"), pl.lit(None, pl.String).alias("verifier_args"),
         )  # fmt: skip
         messages = [[{"role": "user", "content": p}] for p in frame["prompt"]]
         frame = frame.with_columns(pl.Series("messages", messages))
         run.commit(
-            "queries", slice, [Write("queries", frame)], data_version=ids.content_version(frame["query_id"].to_list())
+            "queries", slice_name, [Write("queries", frame)], data_version=ids.content_version(frame["query_id"].to_list())
         )
 
 

@@ -13,16 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbg_core.losses import (
-    Denominators,
-    LossSettings,
-    TeacherTargets,
-    bucket_divergence,
-    joint_loss,
-    sampled_tail_forward_kl,
-    sequence_dpo_loss,
-    token_logps,
-)
+from nbg_core.losses.dpo import sequence_dpo_loss
+from nbg_core.losses.joint import Denominators, joint_loss
+from nbg_core.losses.logps import token_logps
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.losses.token_divergence import bucket_divergence, sampled_tail_forward_kl
 
 KINDS = ("forward", "reverse", "jsd")
 LOG_2 = math.log(2)
@@ -423,7 +419,7 @@ def test_padding_entries_have_no_effect():
     no = torch.zeros_like(pad, dtype=torch.bool)
     wide = replace(
         t, ids=torch.cat([t.ids, pad], 1), logprobs=torch.cat([t.logprobs, junk], 1),
-        is_head=torch.cat([t.is_head, no], 1), is_tail=torch.cat([t.is_tail, no], 1),
+        is_top=torch.cat([t.is_top, no], 1), is_tail=torch.cat([t.is_tail, no], 1),
     )  # fmt: skip
     for loss in (sampled_tail_forward_kl, *(lambda z, t, k=k: bucket_divergence(z, t, kind=k) for k in KINDS)):
         torch.testing.assert_close(loss(batch["logits"], wide), loss(batch["logits"], t))
@@ -679,11 +675,11 @@ def test_each_side_trains_only_its_own_rows():
     ({"nll_coef": -0.1}, "nll_coef.*greater than or equal to 0"),
     ({"beta": 0.0}, "beta.*greater than 0"),
     ({"beta": math.inf}, "beta.*finite"),
-    ({"dpo_variant": "simpo"}, "dpo_variant.*'sigmoid', 'sigmoid_norm', 'ipo' or 'hinge'.*input_value='simpo'"),
+    ({"dpo_variant": "simpo"}, "dpo_variant.*unknown DPO variant 'simpo'; known: sigmoid, sigmoid_norm, ipo, hinge"),
     ({"label_smoothing": 0.5}, "label_smoothing.*less than 0.5"),
     ({"label_smoothing": 0.1, "dpo_variant": "ipo"}, "label_smoothing.*'ipo'.*set it to 0"),
     ({"label_smoothing": 0.1, "dpo_variant": "hinge"}, "'hinge'.*set it to 0"),
-    ({"divergence": "backward", "estimator": "bucket"}, "divergence.*'forward', 'reverse' or 'jsd'"),
+    ({"divergence": "backward", "estimator": "bucket"}, "divergence.*unknown divergence '.*'; known: forward, reverse, jsd"),
     ({"estimator": "topk"}, "estimator.*'sampled_tail' or 'bucket'"),
     ({"divergence": "reverse"}, "divergence 'reverse' needs estimator 'bucket'"),
     ({"divergence": "jsd"}, "divergence 'jsd' needs estimator 'bucket'"),

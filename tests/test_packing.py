@@ -25,10 +25,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from nbg_core import packing
-from nbg_core.forward import plain_head
-from nbg_core.models import pad, padded_hidden
-from nbg_core.packing import ATTENTION, MODEL_TYPES, pack, packed_hidden, supports_packing
+from nbg_core.modeling import packing
+from nbg_core.modeling.forward import plain_head
+from nbg_core.modeling.packing import ATTENTION, MODEL_TYPES, pack, packed_hidden, supports_packing
+from nbg_core.modeling.padded import pad, padded_hidden
 
 VOCAB, WINDOW = 50, 5
 SIZE = dict(

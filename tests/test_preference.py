@@ -1,6 +1,7 @@
 """Pairs: chosen by exhaustive comparison and by ours, and the stage on a lake whose responses are written by hand."""
 
 import json
+from dataclasses import asdict
 
 import polars as pl
 import pytest
@@ -9,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from nbg_core import lineage
-from nbg_core.config import PreferenceSettings
-from nbg_core.ids import content_version, query_id, sample_id
-from nbg_core.lake import Lake, Write
-from nbg_core.preference import scorers, select, verifiers
-from nbg_core.preference.select import NoPairsError, select_pairs
-from nbg_core.run import Run
-from nbg_core.sampling.current import current_samples
+from nbg_core.base.ids import content_version, query_id, sample_id
+from nbg_core.config.profile import PreferenceSettings
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.queries import current_samples, input_of, latest_materialisation
+from nbg_core.lineage.run import Run
+from nbg_core.lineage.staleness import status
+from nbg_core.preference.pairs import REASONS, select_pairs
+from nbg_core.preference.stage import NoPairsError, materialise
+from nbg_core.scorers import scorers, verifiers
 
 # --- selection -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ def test_what_holds_of_every_selection(rows, s):
     assert pairs.group_by("query_id").len()["len"].max() in (None, *range(1, s.max_pairs_per_query + 1))
     with_pairs, without = set(pairs["query_id"]), rejections["query_id"].to_list()
     assert sorted([*with_pairs, *without]) == sorted({r["query_id"] for r in rows})
-    assert rejections["reason"].is_in(list(select.REMEDY)).all()
+    assert rejections["reason"].is_in(list(REASONS)).all()
 
 
 @pytest.mark.parametrize(
@@ -156,39 +158,39 @@ def open_run(make_profile):
 FOUR = {"n_student": 4, "n_teacher": 0}
 
 
-def put_queries(run, rows, slice="a"):
+def put_queries(run, rows, slice_name="a"):
     """rows: (prompt, answer, verifier, verifier_args, split)"""
     found = []
     for prompt, answer, verifier, args, split in rows:
         messages = [{"role": "user", "content": prompt}]
-        found.append({"slice": slice, "query_id": query_id(messages), "split": split, "messages": messages,
+        found.append({"slice": slice_name, "query_id": query_id(messages), "split": split, "messages": messages,
                       "prompt": prompt, "answer": answer, "verifier": verifier, "verifier_args": args,
                       "source_file": "f", "source_line": 1})  # fmt: skip
-    file = run.profile.resolve(run.profile.paths.queries) / f"{slice}.jsonl"
+    file = run.profile.resolve(run.profile.paths.queries) / f"{slice_name}.jsonl"
     file.write_text(json.dumps(rows))
     schema = {"answer": pl.String, "verifier": pl.String, "verifier_args": pl.String}
-    write = Write("queries", pl.DataFrame(found, schema_overrides=schema), replace="slice = ?", params=(slice,))
-    run.commit("queries", slice, [write], data_version=content_version([json.dumps(r) for r in rows]))
+    write = Write("queries", pl.DataFrame(found, schema_overrides=schema), replace="slice = ?", params=(slice_name,))
+    run.commit("queries", slice_name, [write], data_version=content_version([json.dumps(r) for r in rows]))
     return [r["query_id"] for r in found]
 
 
-def put_samples(run, texts, slice="a", source="student", **more):
+def put_samples(run, texts, slice_name="a", source="student", **more):
     """texts: query_id -> texts of its responses, in order of index; a text that ends in '~' is truncated."""
-    settings = run.settings("student_samples", slice)
+    settings = run.settings("student_samples", slice_name)
     rows = []
     for query, responses in texts.items():
         for i, text in enumerate(responses):
             model = settings[source]
             rows.append({
-                "slice": slice, "sample_id": sample_id(query, model, settings["sampling_id"], i), "query_id": query,
+                "slice": slice_name, "sample_id": sample_id(query, model, settings["sampling_id"], i), "query_id": query,
                 "source": source, "model_id": model, "sampling_id": settings["sampling_id"], "sample_index": i,
                 "seed": i, "prompt_token_ids": [257, 65, 259, 258], "token_ids": [*text.encode(), 259],
                 "logprobs": [-1.0] * (len(text.encode()) + 1), "text": text,
                 "finish_reason": "length" if text.endswith("~") else "stop",
             } | more)  # fmt: skip
-    inputs = [lineage.input_of(run.lake, "queries", slice, run.lake.snapshot())]
+    inputs = [input_of(run.lake, "queries", slice_name, run.lake.snapshot())]
     version = content_version([r["sample_id"] for r in rows])
-    run.commit("student_samples", slice, [Write("samples", pl.DataFrame(rows))], inputs=inputs, data_version=version)
+    run.commit("student_samples", slice_name, [Write("samples", pl.DataFrame(rows))], inputs=inputs, data_version=version)
 
 
 def exact(prompt, answer, split="train"):
@@ -200,23 +202,23 @@ def test_pairs_scores_and_rejections_with_their_lineage(open_run):
     one, two, three, four = put_queries(run, [exact("1+1", "2"), exact("2+2", "4"), exact("3+3", "6"),
                                               ("free", None, None, None, "train")])  # fmt: skip
     put_samples(run, {one: ["2", "3", "2", "5"], two: ["4"] * 4, three: ["6~", "1", "2", "3"], four: ["w"] * 4})
-    report = select.materialise(run, "a")
+    report = materialise(run, "a")
     pairs = run.lake.sql("SELECT * FROM pairs")
     texts = dict(run.lake.sql("SELECT sample_id, text FROM samples").iter_rows())
     assert [(texts[p["chosen_id"]], p["query_id"]) for p in pairs.to_dicts()] == [("2", one)]
     assert pairs["margin"].to_list() == [1.0]
     reasons = dict(run.lake.sql("SELECT query_id, reason FROM rejections").iter_rows())
     assert reasons == {two: "all_correct", three: "all_wrong", four: "unscored"}  # '6~' is not '6'
-    assert report | {"snapshot": 0, "data_version": ""} == {
+    assert asdict(report) | {"snapshot": 0, "data_version": ""} == {
         "asset": "filtered_pairs", "slice": "a", "snapshot": 0, "data_version": "", "rows": 1, "new_rows": 13,
         "n_pairs": 1, "new_scores": 12, "n_responses": 16, "n_queries": 4, "n_queries_with_pairs": 1,
         "rejected": {"all_correct": 1, "all_wrong": 1, "unscored": 1}, "mean_margin": 1.0,
         "mean_scores": {"verifier": 0.5}, "student_pass_rate": 0.5}  # fmt: skip
-    commit = lineage.latest(run.lake, "filtered_pairs", "a")
+    commit = latest_materialisation(run.lake, "filtered_pairs", "a")
     assert commit["materialisation_id"] == pairs["materialisation_id"].item()
     assert {i["asset"] for i in json.loads(commit["inputs"])} == {"queries", "student_samples"}
-    assert report["data_version"] == content_version(pairs["pair_id"].to_list())
-    states = {s.asset: s.state for s in lineage.status(run.lake, run.profile)}
+    assert report.data_version == content_version(pairs["pair_id"].to_list())
+    states = {s.asset: s.state for s in status(run.lake, run.profile)}
     assert states["filtered_pairs"] == "fresh"
 
 
@@ -224,12 +226,12 @@ def test_again_scores_nothing_and_leaves_the_rows_alone(open_run):
     run = open_run(sampling=FOUR)
     (one,) = put_queries(run, [exact("1+1", "2")])
     put_samples(run, {one: ["2", "3", "4", "5"]})
-    first = select.materialise(run, "a")
+    first = materialise(run, "a")
     owners = "SELECT materialisation_id FROM pairs UNION ALL SELECT materialisation_id FROM scores ORDER BY ALL"
     before = run.lake.sql(owners)
-    again = select.materialise(run, "a")
-    assert (first["new_rows"], again["new_rows"], again["rows"]) == (5, 0, 1)
-    assert again["data_version"] == first["data_version"]
+    again = materialise(run, "a")
+    assert (first.new_rows, again.new_rows, again.rows) == (5, 0, 1)
+    assert again.data_version == first.data_version
     assert run.lake.sql(owners).equals(before)
 
 
@@ -240,32 +242,32 @@ def test_only_responses_of_the_latest_sampling_of_training_queries_count(open_ru
     put_samples(run, {train: ["other policy"]}, model_id="other", sample_id="o1")
     put_samples(run, {train: ["other settings"]}, sampling_id="other", sample_id="o2")
     put_samples(run, {train: ["2", "taught", "beyond n"]}, source="teacher")
-    found = current_samples(run, "a", run.lake.snapshot())
+    found = current_samples(run.lake, "a", run.lake.snapshot())
     assert sorted(zip(found["source"], found["text"], strict=True)) == [
         ("student", "2"), ("student", "old"), ("teacher", "2"), ("teacher", "taught")]  # fmt: skip
-    select.materialise(run, "a")
+    materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM scores").item() == 4
 
 
 def test_responses_follow_a_query_whose_slice_was_renamed(open_run):
     run = open_run(sampling=FOUR)
-    (one,) = put_queries(run, [exact("1+1", "2")], slice="old")
-    put_samples(run, {one: ["2", "3", "4", "5"]}, slice="old")
-    select.materialise(run, "old")
-    put_queries(run, [exact("1+1", "2")], slice="new")
-    put_samples(run, {one: ["2", "3", "4", "5"]}, slice="new")  # already there, as slice 'old'
+    (one,) = put_queries(run, [exact("1+1", "2")], slice_name="old")
+    put_samples(run, {one: ["2", "3", "4", "5"]}, slice_name="old")
+    materialise(run, "old")
+    put_queries(run, [exact("1+1", "2")], slice_name="new")
+    put_samples(run, {one: ["2", "3", "4", "5"]}, slice_name="new")  # already there, as slice 'old'
     assert run.lake.sql("SELECT DISTINCT slice FROM samples").item() == "old"
-    report = select.materialise(run, "new")
-    assert (report["n_responses"], report["n_pairs"], report["new_scores"]) == (4, 1, 0)
+    report = materialise(run, "new")
+    assert (report.n_responses, report.n_pairs, report.new_scores) == (4, 1, 0)
 
 
 def test_a_corrected_answer_is_scored_again(open_run):
     run = open_run(sampling=FOUR)
     (one,) = put_queries(run, [exact("1+1", "3")])
     put_samples(run, {one: ["2", "3", "4", "5"]})
-    select.materialise(run, "a")
+    materialise(run, "a")
     put_queries(run, [exact("1+1", "2")])
-    assert select.materialise(run, "a")["new_scores"] == 4
+    assert materialise(run, "a").new_scores == 4
     texts = dict(run.lake.sql("SELECT sample_id, text FROM samples").iter_rows())
     assert [texts[i] for i in run.lake.sql("SELECT chosen_id FROM pairs")["chosen_id"]] == ["2"]
 
@@ -274,14 +276,14 @@ def test_no_pair_at_all_is_an_error_that_counts_reasons_and_keeps_scores_and_old
     run = open_run(sampling=FOUR)
     one, two = put_queries(run, [exact("1+1", "2"), exact("2+2", "4")])
     put_samples(run, {one: ["2", "3", "4", "5"], two: ["4"] * 4})
-    select.materialise(run, "a")
+    materialise(run, "a")
     pairs = run.lake.sql("SELECT * FROM pairs")
     put_queries(run, [exact("1+1", "none"), exact("2+2", "4")])
     message = (
         "none of 2 queries gave a pair, 8 responses. 1 all_correct: use harder queries.*1 all_wrong: use easier queries"
     )
     with pytest.raises(NoPairsError, match=message):
-        select.materialise(run, "a")
+        materialise(run, "a")
     assert run.lake.sql("SELECT * FROM pairs").equals(pairs)
     assert run.lake.sql("SELECT count(*) FROM scores").item() == 12
 
@@ -292,7 +294,7 @@ def test_a_broken_verifier_names_the_query(open_run):
     (one,) = put_queries(run, [("sort b a", "a b", "reasoning_gym", args, "train")])
     put_samples(run, {one: ["a b", "b a", "", "c"]})
     with pytest.raises(verifiers.SpecError, match=f"query {one}: .*metadata"):
-        select.materialise(run, "a")
+        materialise(run, "a")
 
 
 def test_a_crash_while_scoring_loses_one_chunk_at_most(open_run, monkeypatch):
@@ -310,11 +312,11 @@ def test_a_crash_while_scoring_loses_one_chunk_at_most(open_run, monkeypatch):
 
     monkeypatch.setattr(verifiers, "verify", crashes_at_the_eighth)
     with pytest.raises(KeyboardInterrupt):
-        select.materialise(run, "a")
+        materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM scores").item() == 6
-    assert lineage.latest(run.lake, "filtered_pairs", "a") is None
-    report = select.materialise(run, "a")
-    assert (report["new_scores"], report["n_pairs"], len(calls)) == (2, 2, 10)
+    assert latest_materialisation(run.lake, "filtered_pairs", "a") is None
+    report = materialise(run, "a")
+    assert (report.new_scores, report.n_pairs, len(calls)) == (2, 2, 10)
 
 
 def test_teacher_loglik_is_the_mean_log_probability_of_the_response_tokens(open_run):
@@ -322,7 +324,7 @@ def test_teacher_loglik_is_the_mean_log_probability_of_the_response_tokens(open_
                    teacher={"chunk_samples": 3, "batch_tokens": 40})  # fmt: skip
     one, two = put_queries(run, [("free", None, None, None, "train"), exact("1+1", "2")])
     put_samples(run, {one: ["short", "a much longer response", "é", ""], two: ["2", "3", "22", "x"]})
-    report = select.materialise(run, "a")
+    report = materialise(run, "a")
     model = AutoModelForCausalLM.from_pretrained(run.profile.models.teacher, dtype=torch.float64)
     stored = run.lake.sql("SELECT score, prompt_token_ids, token_ids FROM scores JOIN samples USING (sample_id)")
     assert stored.height == 8
@@ -332,12 +334,12 @@ def test_teacher_loglik_is_the_mean_log_probability_of_the_response_tokens(open_
         logps = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])
         assert score == pytest.approx(logps.mean().item(), abs=1e-5)
     assert run.lake.sql("SELECT count(DISTINCT scorer_id) FROM scores").item() == 1
-    assert report["student_pass_rate"] is None
-    assert select.materialise(run, "a")["new_rows"] == 0
+    assert report.student_pass_rate is None
+    assert materialise(run, "a").new_rows == 0
 
 
 def test_before_sampling_there_is_a_clear_error(open_run):
     run = open_run(sampling=FOUR)
     put_queries(run, [exact("1+1", "2")])
     with pytest.raises(LookupError, match=r"student_samples\[a\] has not been materialised"):
-        select.materialise(run, "a")
+        materialise(run, "a")

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nbg_core import processes
-from nbg_core.processes import WorkerFailed, redact, run_process, run_worker
+from nbg_core.base.errors import redact
+from nbg_core.runtime import run_worker as worker_runs
+from nbg_core.runtime.run_worker import WorkerFailed, run_worker
+from nbg_core.runtime.supervisor import run_process
 
 PROFILE = (
     "name: p\nmodels: {student: s, teacher: t}\npaths: {work: %s}\nlake: {catalog: 'sqlite:%s/c', data_path: %s/f}\n"
@@ -146,7 +148,7 @@ def test_an_exception_after_the_supervisor_was_killed_ends_the_group():
 def start_caller() -> tuple[subprocess.Popen, list[int]]:
     """A process that sits in run_process over `tree()`, and the pids of that tree and its supervisor."""
     script = (
-        "import signal\nfrom nbg_core.processes import run_process\n"
+        "import signal\nfrom nbg_core.runtime.supervisor import run_process\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs have it ignored
         f"run_process({tree()!r}, on_line=lambda s: print(s, flush=True))"
     )
@@ -190,7 +192,7 @@ def test_run_worker_says_which_signal_ended_the_worker_and_where_the_log_is(prof
         on_line("loading weights")
         return -signal.SIGKILL
 
-    monkeypatch.setattr(processes, "run_process", die)
+    monkeypatch.setattr(worker_runs, "run_process", die)
     with pytest.raises(WorkerFailed, match=r"worker of teacher_logits\[a\] was ended by SIGKILL.*memory") as e:
         run_worker("teacher_logits", "a", "r1", profile=profile, on_line=lambda _: None)
     assert "teacher_logits[a].log:\nloading weights" in str(e.value)

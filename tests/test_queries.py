@@ -10,14 +10,16 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbg_core import lineage
-from nbg_core.config import QuerySettings
-from nbg_core.ids import query_id
-from nbg_core.lake import Lake
-from nbg_core.queries import ingest
+from nbg_core.base.ids import query_id
+from nbg_core.config.profile import QuerySettings
+from nbg_core.config.slices import check_slice_name
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lineage.run import Run
+from nbg_core.lineage.staleness import status
+from nbg_core.queries import stage as queries_stage
 from nbg_core.queries.dedup import COMMON_ROWS, find_drops, item
 from nbg_core.queries.readers import QueryFileError, read_rows
-from nbg_core.run import Run
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -144,12 +146,12 @@ def test_problems_of_parquet_name_the_row(tmp_path):
 )
 def test_names_that_cannot_be_a_slice_are_refused_with_the_reason(name):
     with pytest.raises(ValueError, match="cannot be a slice: it .*rename the query file"):
-        lineage.check_slice_name(name)
+        check_slice_name(name)
 
 
 @pytest.mark.parametrize("name", ["addition", "a.b", "2026-11 math_v2", "東京", "a..b"])
 def test_other_names_are_slices(name):
-    lineage.check_slice_name(name)
+    check_slice_name(name)
 
 
 # --- duplicates and contamination, against a reference that compares everything with everything ----------------------
@@ -178,7 +180,7 @@ def naive_drops(own, others, s):
         """Every run of a held-out row that is not common in its slice."""
         found = {}
         for x in held_out:
-            rows = [y for y in held_out if y.slice == x.slice]
+            rows = [y for y in held_out if y.slice_name == x.slice_name]
             most = min(COMMON_ROWS, len(rows) / 2) if len(rows) >= 3 else COMMON_ROWS
             n = s.contamination_words
             found[x.place] = {r for r in runs(x.body, n) if sum(r in runs(y.body, n) for y in rows) <= most}
@@ -281,21 +283,21 @@ def run(open_run):
     return open_run(queries={"eval_fraction": 0.0})
 
 
-def put(run, slice, rows, suffix=".jsonl"):
-    return write(run.profile.resolve(run.profile.paths.queries), slice + suffix, rows)
+def put(run, slice_name, rows, suffix=".jsonl"):
+    return write(run.profile.resolve(run.profile.paths.queries), slice_name + suffix, rows)
 
 
 def row(text, **more):
     return {"prompt": text, **more}
 
 
-def rejections(run, slice):
-    df = run.lake.sql("SELECT reason, detail FROM rejections WHERE slice = ? ORDER BY detail", [slice])
+def rejections(run, slice_name):
+    df = run.lake.sql("SELECT reason, detail FROM rejections WHERE slice = ? ORDER BY detail", [slice_name])
     return list(df.iter_rows())
 
 
-def prompts(run, slice):
-    df = run.lake.sql("SELECT split, prompt FROM queries WHERE slice = ? ORDER BY source_line", [slice])
+def prompts(run, slice_name):
+    df = run.lake.sql("SELECT split, prompt FROM queries WHERE slice = ? ORDER BY source_line", [slice_name])
     return list(df.iter_rows())
 
 
@@ -303,9 +305,9 @@ def test_rows_rejections_and_lineage_are_one_commit(run):
     put(run, "a", [row("what is one and one", answer="2", verifier="exact"), row("what is one and one"),
                    row("held out", split="eval"), row("Held  out")])  # fmt: skip
     before = run.lake.snapshot()
-    report = ingest.materialise(run, "a")
-    assert report["snapshot"] == before + 1 == run.lake.snapshot()
-    assert {k: report[k] for k in ("asset", "slice", "rows", "new_rows", "n_train", "n_eval", "dropped")} == {
+    report = queries_stage.materialise(run, "a")
+    assert report.snapshot == before + 1 == run.lake.snapshot()
+    assert {k: getattr(report, k) for k in ("asset", "slice", "rows", "new_rows", "n_train", "n_eval", "dropped")} == {
         "asset": "queries", "slice": "a", "rows": 2, "new_rows": 2, "n_train": 1, "n_eval": 1,
         "dropped": {"contaminated": 1, "duplicate": 1}}  # fmt: skip
     stored = run.lake.sql("SELECT * FROM queries WHERE split = 'train'").row(0, named=True)
@@ -314,21 +316,21 @@ def test_rows_rejections_and_lineage_are_one_commit(run):
     assert (stored["source_file"], stored["source_line"]) == ("a.jsonl", 1)
     assert rejections(run, "a") == [("duplicate", "line 2: same text as line 1"),
                                     ("contaminated", "line 4: same text as line 3, held out")]  # fmt: skip
-    latest = lineage.latest(run.lake, "queries", "a")
+    latest = latest_materialisation(run.lake, "queries", "a")
     assert latest["materialisation_id"] == stored["materialisation_id"]
-    assert latest["data_version"] == report["data_version"]
-    assert [s.state for s in lineage.status(run.lake, run.profile) if s.asset == "queries"] == ["fresh"]
+    assert latest["data_version"] == report.data_version
+    assert [s.state for s in status(run.lake, run.profile) if s.asset == "queries"] == ["fresh"]
 
 
 def test_split_follows_the_query_id_and_a_row_may_say_otherwise(open_run):
     run = open_run(queries={"eval_fraction": 0.3})
     texts = [f"{i} plus {i * 7}" for i in range(600)]
     put(run, "a", [row(t) for t in texts])
-    assert 0.3 - 0.06 < ingest.materialise(run, "a")["n_eval"] / 600 < 0.3 + 0.06
+    assert 0.3 - 0.06 < queries_stage.materialise(run, "a").n_eval / 600 < 0.3 + 0.06
     first = dict(p[::-1] for p in prompts(run, "a"))
     forced = {t: "train" if s == "eval" else "eval" for t, s in list(first.items())[:10]}
     put(run, "a", [row("a new one first"), *(row(t, split=forced.get(t)) for t in reversed(texts))])
-    ingest.materialise(run, "a")
+    queries_stage.materialise(run, "a")
     second = dict(p[::-1] for p in prompts(run, "a"))
     second.pop("a new one first")
     assert second == first | forced
@@ -336,42 +338,42 @@ def test_split_follows_the_query_id_and_a_row_may_say_otherwise(open_run):
 
 def test_an_unchanged_file_adds_its_record_and_leaves_the_rows_alone(run):
     put(run, "a", [row("one"), row("two"), row("two")])
-    first = ingest.materialise(run, "a")
+    first = queries_stage.materialise(run, "a")
     owners = "SELECT materialisation_id FROM queries UNION SELECT materialisation_id FROM rejections"
     written_by = run.lake.sql(owners).item()
-    again = ingest.materialise(run, "a")
-    assert (again["data_version"], again["rows"], again["new_rows"]) == (first["data_version"], 2, 0)
+    again = queries_stage.materialise(run, "a")
+    assert (again.data_version, again.rows, again.new_rows) == (first.data_version, 2, 0)
     assert run.lake.sql(owners).item() == written_by
-    assert lineage.latest(run.lake, "queries", "a")["materialisation_id"] != written_by
+    assert latest_materialisation(run.lake, "queries", "a")["materialisation_id"] != written_by
     put(run, "a", [row("three"), row("one", answer="1"), row("two")])
-    changed = ingest.materialise(run, "a")
-    assert (changed["rows"], changed["new_rows"]) == (3, 2)  # a new one, and one with another answer
-    assert changed["data_version"] != first["data_version"]
+    changed = queries_stage.materialise(run, "a")
+    assert (changed.rows, changed.new_rows) == (3, 2)  # a new one, and one with another answer
+    assert changed.data_version != first.data_version
     assert rejections(run, "a") == []
 
 
 def test_an_order_that_changes_moves_source_lines_and_makes_nothing_stale(run):
     put(run, "a", [row("one"), row("two")])
-    first = ingest.materialise(run, "a")
+    first = queries_stage.materialise(run, "a")
     put(run, "a", [row("two"), row("one")])
-    again = ingest.materialise(run, "a")
-    assert (again["data_version"], again["new_rows"]) == (first["data_version"], 0)
+    again = queries_stage.materialise(run, "a")
+    assert (again.data_version, again.new_rows) == (first.data_version, 0)
     assert prompts(run, "a") == [("train", "two"), ("train", "one")]
 
 
 def test_a_long_prompt_is_dropped_with_the_limit_that_it_passes(open_run):
     run = open_run(queries={"eval_fraction": 0.0, "max_prompt_tokens": 30})
     put(run, "a", [row("x" * 27), row("y" * 28), row("z")])  # the template adds 3 tokens
-    assert ingest.materialise(run, "a")["dropped"] == {"too_long": 1}
+    assert queries_stage.materialise(run, "a").dropped == {"too_long": 1}
     assert rejections(run, "a") == [("too_long", "line 2: 31 prompt tokens, limit 30 (queries.max_prompt_tokens)")]
     run = open_run(queries={"eval_fraction": 0.0, "max_prompt_tokens": 1000}, sampling={"max_tokens": 200})
-    assert ingest.materialise(run, "a")["dropped"] == {}
+    assert queries_stage.materialise(run, "a").dropped == {}
     put(run, "a", [row("x" * 54), row("y")])
-    ingest.materialise(run, "a")
+    queries_stage.materialise(run, "a")
     detail = "line 1: 57 prompt tokens, limit 56 (the student's context of 256 less 200 for the response)"
     assert rejections(run, "a") == [("too_long", detail)]
     with pytest.raises(ValueError, match="no prompt fits: .* lower sampling.max_tokens"):
-        ingest.materialise(open_run(sampling={"max_tokens": 256}), "a")
+        queries_stage.materialise(open_run(sampling={"max_tokens": 256}), "a")
 
 
 def test_slices_are_kept_apart_whichever_comes_first_and_again_gives_the_same(run):
@@ -379,15 +381,15 @@ def test_slices_are_kept_apart_whichever_comes_first_and_again_gives_the_same(ru
     put(run, "a", [row(f"in a: {shared}", split="eval"), row("trained in a"), row("held out in a", split="eval")])
     put(run, "b", [row(f"in b: {shared} home"), row("held out in a"), row("trained in a", split="eval"),
                    row("trained in A"), row("held out in A", split="eval"), row("only in b")])  # fmt: skip
-    first = {s: ingest.materialise(run, s) for s in ("a", "b")}
-    assert first["a"]["dropped"] == {}
+    first = {s: queries_stage.materialise(run, s) for s in ("a", "b")}
+    assert first["a"].dropped == {}
     assert prompts(run, "b") == [("train", "only in b")]
     found = rejections(run, "b")
     assert [reason for reason, _ in found] == ["contaminated", "contaminated", "contaminated", "duplicate", "duplicate"]
     assert all("of slice 'a'" in detail for _, detail in found)
     for s in ("a", "b", "a"):
-        again = ingest.materialise(run, s)
-        assert (again["data_version"], again["new_rows"]) == (first[s]["data_version"], 0)
+        again = queries_stage.materialise(run, s)
+        assert (again.data_version, again.new_rows) == (first[s].data_version, 0)
     assert rejections(run, "b") == found
     clash = run.lake.sql("SELECT query_id FROM queries GROUP BY ALL HAVING count(*) > 1")
     assert clash.is_empty()
@@ -397,29 +399,29 @@ def test_a_held_out_query_that_another_slice_nearly_trains_on_is_dropped(run):
     text = "tell me how many apples are left when tom gives seven of his twelve apples to anna"
     put(run, "a", [row(text)])
     put(run, "b", [row(text.replace("tell", "say to"), split="eval"), row("x")])
-    ingest.materialise(run, "a")
-    assert ingest.materialise(run, "b")["dropped"] == {"contaminated": 1}
+    queries_stage.materialise(run, "a")
+    assert queries_stage.materialise(run, "b").dropped == {"contaminated": 1}
     assert "a training query" in rejections(run, "b")[0][1]
 
 
 def test_a_renamed_file_takes_its_rows_with_it(run):
     path = put(run, "old", [row("one"), row("two"), row("three")])
-    ingest.materialise(run, "old")
+    queries_stage.materialise(run, "old")
     path.rename(path.with_name("new.jsonl"))
     put(run, "new", [row("one"), row("two")])
-    assert ingest.materialise(run, "new")["dropped"] == {}
+    assert queries_stage.materialise(run, "new").dropped == {}
     found = run.lake.sql("SELECT slice, prompt FROM queries ORDER BY ALL")
     assert list(found.iter_rows()) == [("new", "one"), ("new", "two"), ("old", "three")]
 
 
 def test_a_file_that_leaves_nothing_to_train_on_is_refused_and_changes_nothing(run):
     put(run, "a", [row("one"), row("two")])
-    ingest.materialise(run, "a")
+    queries_stage.materialise(run, "a")
     before = run.lake.snapshot()
     put(run, "a", [row("one", split="eval"), row("One")])
     with pytest.raises(QueryFileError, match="none of its 2 rows can be trained on: 1 held out .*eval_fraction.*"
                                              "1 contaminated .* First: line 2: same text as line 1"):  # fmt: skip
-        ingest.materialise(run, "a")
+        queries_stage.materialise(run, "a")
     assert run.lake.snapshot() == before
     assert len(prompts(run, "a")) == 2
 
@@ -428,9 +430,9 @@ def test_two_files_of_one_slice_and_names_that_are_none_are_refused(run):
     put(run, "a", [row("one")])
     put(run, "a", [row("one")], suffix=".parquet")
     with pytest.raises(QueryFileError, match="slice 'a' has two files"):
-        ingest.materialise(run, "a")
+        queries_stage.materialise(run, "a")
     with pytest.raises(ValueError, match="cannot be a slice"):
-        ingest.materialise(run, "../a")
+        queries_stage.materialise(run, "../a")
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_recorded_as_read(run, monkeypatch):
@@ -441,17 +443,17 @@ def test_a_file_that_changes_while_it_is_read_is_not_recorded_as_read(run, monke
         put(run, "a", [row("other")])
         return rows
 
-    monkeypatch.setattr(ingest, "read_rows", read_and_change)
+    monkeypatch.setattr(queries_stage, "read_rows", read_and_change)
     with pytest.raises(QueryFileError, match="changed while it was read"):
-        ingest.materialise(run, "a")
-    assert lineage.latest(run.lake, "queries", "a") is None
+        queries_stage.materialise(run, "a")
+    assert latest_materialisation(run.lake, "queries", "a") is None
 
 
 def test_slices_are_ingested_one_at_a_time(run):
     put(run, "a", [row("one", split="train"), row("two")])
     put(run, "b", [row("one", split="eval"), row("three")])
     done = threading.Event()
-    thread = threading.Thread(target=lambda: (ingest.materialise(run, "b"), done.set()))
+    thread = threading.Thread(target=lambda: (queries_stage.materialise(run, "b"), done.set()))
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
@@ -459,7 +461,7 @@ def test_slices_are_ingested_one_at_a_time(run):
         assert not done.wait(1.0)
     thread.join(60)
     assert done.is_set()
-    ingest.materialise(run, "a")
+    queries_stage.materialise(run, "a")
     assert Counter(r for r, _ in rejections(run, "a")) == {"contaminated": 1}
 
 
@@ -480,9 +482,9 @@ def test_a_parquet_slice_and_strange_texts_survive_the_lake(run):
         "''",
         "a=b, c: d",
     ]
-    for slice, texts in (("a", strange[:6]), ("b", strange[6:])):  # few rows: DuckLake stores these in another way
-        put(run, slice, [row(t) for t in texts], suffix=".parquet")
-        ingest.materialise(run, slice)
+    for slice_name, texts in (("a", strange[:6]), ("b", strange[6:])):  # few rows: DuckLake stores these in another way
+        put(run, slice_name, [row(t) for t in texts], suffix=".parquet")
+        queries_stage.materialise(run, slice_name)
     found = run.lake.sql("SELECT prompt, messages, source_file FROM queries ORDER BY slice, source_line")
     assert found["prompt"].to_list() == strange
     assert [m[-1]["content"] for m in found["messages"].to_list()] == strange

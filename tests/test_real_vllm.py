@@ -21,16 +21,16 @@ import pytest
 from test_sampling import add_queries
 from test_vllm import stored
 
-from nbg_core.config import PROJECT_ROOT, Profile
-from nbg_core.lake import Lake, Record, Write
-from nbg_core.processes import is_alive
-from nbg_core.run import Run
-from nbg_core.sampling import sample
-from nbg_core.sampling.sample import open_sampler
+from nbg_core.base.processes import is_alive
+from nbg_core.config.profile import PROJECT_ROOT, Profile
+from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lineage.run import Run
+from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.stage import open_sampler
 from nbg_core.sampling.transformers_sampler import TransformersSampler
-from nbg_core.teacher import score
 from nbg_core.teacher.forward import response_logprobs
+from nbg_core.teacher.stage import materialise
 from nbg_core.teacher.store import targets
 from nbg_core.vllm.client import ServerFailed
 
@@ -159,11 +159,11 @@ def test_teacher_rows_agree_with_the_transformers_engines(python, tmp_path):
     ]  # fmt: skip
     run.lake.commit(Record("student_samples", "a", "r", "t"), [Write("samples", pl.DataFrame(samples))])
     run.commit("filtered_pairs", "a", [Write("pairs", pl.DataFrame(pairs))], data_version="v")
-    by_vllm = score.materialise(run, "a")
+    by_vllm = materialise(run, "a")
     plain = profile.model_copy(update={"teacher": profile.teacher.model_copy(update={"engine": "transformers"})})
-    by_transformers = score.materialise(Run(plain, run.lake, log=lambda line: None), "a")
+    by_transformers = materialise(Run(plain, run.lake, log=lambda line: None), "a")
     rows = run.lake.sql("SELECT * FROM teacher_logits ORDER BY sample_id")
-    one, two = (rows.filter(settings_id=r["storage_id"]) for r in (by_vllm, by_transformers))
+    one, two = (rows.filter(settings_id=r.storage_id) for r in (by_vllm, by_transformers))
     assert one.height == two.height == len(samples)
     for a, b in zip(one["token_logprobs"], two["token_logprobs"], strict=True):
         assert a.to_list() == pytest.approx(b.to_list(), abs=2e-3)
@@ -191,12 +191,12 @@ def test_a_killed_server_is_an_error_and_a_rerun_does_the_rest(python, tmp_path)
     run = Run(profile, Lake.of(profile), log=kill_at_the_first_progress)
     add_queries(run, PROMPTS)
     with pytest.raises(ServerFailed, match="(?s)ended with signal 9.*end of .*vllm-"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert len(killed) > 1 and living(killed) == []
     kept = stored(run)
     assert 0 < kept.height < 240
-    report = sample.materialise(run, "a")
-    assert (report["rows"], report["new_rows"]) == (240, 240 - kept.height)
+    report = sampling_stage.materialise(run, "a")
+    assert (report.rows, report.new_rows) == (240, 240 - kept.height)
     rows = stored(run)
     assert rows["sample_id"].n_unique() == rows.height == 240
     same = rows.join(kept.select("sample_id", "materialisation_id"), on=["sample_id", "materialisation_id"])
@@ -209,7 +209,7 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(json.loads(profile.model_dump_json())))
     add_queries(Run(profile, Lake.of(profile)), PROMPTS)
-    code = f"from nbg_core.processes import run_worker; run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    code = f"from nbg_core.runtime.run_worker import run_worker; run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in caller.stdout:
         if "tokens/s" in line:

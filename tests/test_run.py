@@ -1,12 +1,11 @@
 """What a stage says while it runs."""
 
-from nbg_core import run
-from nbg_core.run import Progress
+from nbg_core.base.progress import Progress, time
 
 
 def test_time_left_is_measured_from_the_first_advance_on(monkeypatch):
     now, lines = [0.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("student_checkpoint", 41, lines.append)
     for seconds in (30.0, 31.0, 31.5, 40.0):  # the first one compiled
         now[0] = seconds
@@ -23,7 +22,7 @@ def test_time_left_is_measured_from_the_first_advance_on(monkeypatch):
 
 def test_all_at_once_has_a_rate(monkeypatch):
     now, lines = [0.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("queries", 8, lines.append)
     now[0] = 2.0
     progress.advance(8)
@@ -32,7 +31,7 @@ def test_all_at_once_has_a_rate(monkeypatch):
 
 def test_what_comes_at_once_after_the_work_took_all_the_time(monkeypatch):
     now, lines = [0.0], []
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("student_eval: before", 300, lines.append)
     for i in range(300):
         now[0] = 3.0 + i / 1e5

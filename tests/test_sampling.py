@@ -8,11 +8,12 @@ import polars as pl
 import pytest
 import torch
 
-from nbg_core import ids
-from nbg_core.lake import Lake, Write
-from nbg_core.models import encode_prompt, load_model, load_tokenizer
-from nbg_core.run import Run
-from nbg_core.sampling import sample
+from nbg_core.base import ids
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.chat import encode_prompt
+from nbg_core.modeling.loading import load_model, load_tokenizer
+from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.sampler import Decoding, Request
 from nbg_core.sampling.transformers_sampler import TransformersSampler
 
@@ -111,22 +112,22 @@ def run(make_profile):
 
 def test_only_missing_responses_are_drawn(run):
     add_queries(run, ["one", "two", "three"])
-    first = sample.materialise(run, "a")
-    assert (first["rows"], first["new_rows"]) == (12, 12)
+    first = sampling_stage.materialise(run, "a")
+    assert (first.rows, first.new_rows) == (12, 12)
     assert dict(run.lake.sql("SELECT source, count(*) FROM samples GROUP BY ALL").iter_rows()) == {
         "student": 9, "teacher": 3}  # fmt: skip
-    again = sample.materialise(run, "a")
-    assert (again["rows"], again["new_rows"], again["data_version"]) == (12, 0, first["data_version"])
+    again = sampling_stage.materialise(run, "a")
+    assert (again.rows, again.new_rows, again.data_version) == (12, 0, first.data_version)
     add_queries(run, ["four"])
-    assert sample.materialise(run, "a")["new_rows"] == 4
+    assert sampling_stage.materialise(run, "a").new_rows == 4
 
 
 def test_new_queries_among_old_ones_fill_whole_chunks(run):
     add_queries(run, [f"old {i}" for i in range(12)])
-    sample.materialise(run, "a")
+    sampling_stage.materialise(run, "a")
     before = run.lake.sql("SELECT count(*) FROM lineage.materialisations WHERE status = 'chunk'").item()
     add_queries(run, [f"new {i}" for i in range(4)])  # their ids are scattered among the others
-    assert sample.materialise(run, "a")["new_rows"] == 4 * 4
+    assert sampling_stage.materialise(run, "a").new_rows == 4 * 4
     chunks = run.lake.sql("SELECT n_rows FROM lineage.materialisations WHERE status = 'chunk' ORDER BY created_at")
     assert chunks["n_rows"][before:].to_list() == [2 * 3, 2 * 3, 2 * 1, 2 * 1]
 
@@ -139,7 +140,7 @@ def test_teacher_and_student_get_the_prompt_of_the_students_template(run, tiny_m
     models = run.profile.models.model_copy(update={"teacher": teacher})
     run = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
     add_queries(run, ["one"])
-    sample.materialise(run, "a")
+    sampling_stage.materialise(run, "a")
     (prompt,) = run.lake.sql("SELECT DISTINCT prompt_token_ids FROM samples")["prompt_token_ids"].to_list()
     student = load_tokenizer(tiny_models.student)
     assert prompt == encode_prompt(student, [{"role": "user", "content": "one"}])
@@ -149,7 +150,7 @@ def test_held_out_queries_are_never_sampled(run):
     add_queries(run, ["one", "two"])
     with run.lake.connect(read_only=False) as con:
         con.execute("UPDATE queries SET split = 'eval' WHERE prompt = 'two'")
-    sample.materialise(run, "a")
+    sampling_stage.materialise(run, "a")
     held_out = run.lake.sql("SELECT count(*) FROM samples JOIN queries USING (query_id) WHERE split = 'eval'").item()
     assert (held_out, run.lake.sql("SELECT count(*) FROM samples").item()) == (0, 4)
 
@@ -168,16 +169,16 @@ def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run,
 
     monkeypatch.setattr(TransformersSampler, "stream", dies)
     with pytest.raises(KeyboardInterrupt):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 2 * 3
-    report = sample.materialise(run, "a")
-    assert report["new_rows"] == 6 * 4 - 2 * 3
+    report = sampling_stage.materialise(run, "a")
+    assert report.new_rows == 6 * 4 - 2 * 3
     other = make_profile(
         sampling=run.profile.sampling.model_dump(), lake={"catalog": "sqlite:o.sqlite", "data_path": "other"}
     )
     fresh = Run(other, Lake.of(other), log=lambda line: None)
     add_queries(fresh, prompts)
-    sample.materialise(fresh, "a")
+    sampling_stage.materialise(fresh, "a")
     query = "SELECT sample_id, token_ids FROM samples ORDER BY sample_id"
     assert run.lake.sql(query).equals(fresh.lake.sql(query))
 
@@ -185,7 +186,7 @@ def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run,
 def test_a_prompt_that_does_not_fit_the_context_is_named(run):
     add_queries(run, ["y" * 300])
     with pytest.raises(ValueError, match=r"has 30\d prompt tokens; .* passes the 256 tokens that"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
 
 
 def test_a_sampler_that_dies_midway_leaves_what_was_finished(run, monkeypatch):
@@ -198,16 +199,16 @@ def test_a_sampler_that_dies_midway_leaves_what_was_finished(run, monkeypatch):
 
     monkeypatch.setattr(TransformersSampler, "stream", dies)
     with pytest.raises(RuntimeError, match="the server died"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 2
     monkeypatch.undo()
-    assert sample.materialise(run, "a")["new_rows"] == 2 * 4 - 2
+    assert sampling_stage.materialise(run, "a").new_rows == 2 * 4 - 2
 
 
 def test_long_chunks_are_committed_as_they_go(run, monkeypatch):
     add_queries(run, ["one", "two"])
-    monkeypatch.setattr("nbg_core.run.COMMIT_SECONDS", 0.0)
-    sample.materialise(run, "a")
+    monkeypatch.setattr("nbg_core.base.progress.COMMIT_SECONDS", 0.0)
+    sampling_stage.materialise(run, "a")
     commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'student_samples'").item()
     assert commits >= 2 * 4 and run.lake.sql("SELECT count(DISTINCT sample_id) FROM samples").item() == 2 * 4
 
@@ -226,6 +227,6 @@ def test_a_commit_that_is_cut_short_is_made_again_at_the_end(run, monkeypatch, l
 
     monkeypatch.setattr(Lake, "commit", cut_short)
     with pytest.raises(SystemExit):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 2 * 3
-    assert sample.materialise(run, "a")["new_rows"] == 2  # the teacher's
+    assert sampling_stage.materialise(run, "a").new_rows == 2  # the teacher's

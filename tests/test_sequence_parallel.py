@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from test_packing import VOCAB, make, plain_hidden
 
-from nbg_core.forward import output_matrix
-from nbg_core.head import head_joint_loss
-from nbg_core.losses import Denominators, LossSettings, TeacherTargets, joint_loss
-from nbg_core.packing import MODEL_TYPES, pack, packed_hidden
-from nbg_core.sequence_parallel import check_heads, share
+from nbg_core.losses.joint import Denominators, joint_loss
+from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.modeling.forward import output_matrix
+from nbg_core.modeling.lm_head import lm_head_joint_loss
+from nbg_core.modeling.packing import MODEL_TYPES, pack, packed_hidden
+from nbg_core.modeling.sequence_parallel import check_heads, share
 
 RANKS = 4
 PAIRS = {
@@ -66,7 +68,7 @@ def differences(group: dist.ProcessGroup) -> list[str]:
                 hidden = packed_hidden(model, pack(prompts, responses), group)
                 mine = take(arrays, share(len(arrays[0]), group))
                 # Tiles of 16 rows, the least: a rank has two of them in the longest case.
-                loss, sums, _ = head_joint_loss(
+                loss, sums, _ = lm_head_joint_loss(
                     hidden, weight, *mine, len(lengths), vocab=VOCAB, tile_bytes=1, group=group, **how
                 )
                 loss.backward()

@@ -11,19 +11,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
-from nbg_core import head, ids
-from nbg_core.checks import CHECKS, Subject
-from nbg_core.forward import lay_out
-from nbg_core.lake import Lake, Record, Write
-from nbg_core.models import check_same_tokenizer, load_model
-from nbg_core.preference.scorers import score_samples
-from nbg_core.run import Run
-from nbg_core.sampling import sample as student_samples
-from nbg_core.teacher import reference, score, store
+from nbg_core.base import ids
+from nbg_core.checks.checks import CHECKS, Subject
+from nbg_core.config import identity
+from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.queries import samples_of_pairs
+from nbg_core.lineage.run import Run
+from nbg_core.modeling import lm_head
+from nbg_core.modeling.forward import collate
+from nbg_core.modeling.loading import check_same_tokenizer, load_model
+from nbg_core.preference.scoring import score_samples
+from nbg_core.reference import stage as reference_stage
+from nbg_core.sampling import stage as sampling_stage
+from nbg_core.teacher import stage as teacher_stage
+from nbg_core.teacher import store
+from nbg_core.teacher.engine import open_engine
 from nbg_core.teacher.forward import Scorer
 from nbg_core.teacher.store import targets
+from nbg_core.training.pair_files import PairFiles, write_pair_files
 from nbg_core.training.request import Request
-from nbg_core.training.rows import Rows, write_rows
 
 PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
 TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
@@ -59,8 +65,8 @@ def naive_logps(path, sample: str) -> np.ndarray:
 
 
 def test_rows_are_the_teachers_at_the_response_positions(run, tiny_models):
-    report = score.materialise(run, "a")
-    assert (report["rows"], report["new_rows"]) == (3, 3)  # s4 is in no pair, s2 is in two
+    report = teacher_stage.materialise(run, "a")
+    assert (report.rows, report.new_rows) == (3, 3)  # s4 is in no pair, s2 is in two
     rows = run.lake.sql("SELECT * FROM teacher_logits ORDER BY sample_id")
     assert rows["sample_id"].to_list() == ["s1", "s2", "s3"]
     for row in rows.partition_by("sample_id"):
@@ -70,19 +76,19 @@ def test_rows_are_the_teachers_at_the_response_positions(run, tiny_models):
         expected = full[np.arange(len(full)), TOKENS[sample]]
         assert row["token_logprobs"][0].to_list() == pytest.approx(expected.tolist(), abs=5e-4)
         for r in range(len(full)):
-            head = t.ids[r][t.is_head[r]].numpy()
+            head = t.ids[r][t.is_top[r]].numpy()
             assert set(head) == set(np.argsort(-full[r])[: len(head)])
             outside = np.delete(np.exp(full[r]), head).sum()
             assert np.exp(float(t.tail_logmass[r])) == pytest.approx(outside, rel=1e-3)
 
 
 def test_scoring_again_does_nothing_and_other_settings_are_other_rows(run):
-    first = score.materialise(run, "a")
-    assert score.materialise(run, "a")["new_rows"] == 0
+    first = teacher_stage.materialise(run, "a")
+    assert teacher_stage.materialise(run, "a").new_rows == 0
     wider = run.profile.model_copy(update={"teacher": run.profile.teacher.model_copy(update={"k_head": 20})})
-    other = score.materialise(Run(wider, run.lake, log=lambda line: None), "a")
-    assert other["new_rows"] == 3
-    assert other["storage_id"] != first["storage_id"]
+    other = teacher_stage.materialise(Run(wider, run.lake, log=lambda line: None), "a")
+    assert other.new_rows == 3
+    assert other.storage_id != first.storage_id
 
 
 def with_processes(run: Run, n: int) -> Run:
@@ -92,13 +98,13 @@ def with_processes(run: Run, n: int) -> Run:
 
 def test_two_processes_store_what_one_does_and_one_that_dies_is_named(run, tiny_models):
     one, two = with_processes(run, 1), with_processes(run, 2)
-    assert one.profile.storage_id() == two.profile.storage_id()
-    report = score.materialise(two, "a")
-    assert (report["rows"], report["new_rows"]) == (3, 3)
+    assert identity.storage_id(one.profile) == identity.storage_id(two.profile)
+    report = teacher_stage.materialise(two, "a")
+    assert (report.rows, report.new_rows) == (3, 3)
     columns = "sample_id, token_logprobs, head_counts, tail_counts, entry_gaps"
     made = run.lake.sql(f"SELECT {columns} FROM teacher_logits ORDER BY sample_id")
-    samples = score.samples_of_pairs(run, "a", run.lake.snapshot())
-    with score.open_engine(one, tiny_models.teacher) as rows_of:
+    samples = samples_of_pairs(run.lake, "a", run.lake.snapshot())
+    with open_engine(one, tiny_models.teacher) as rows_of:
         alone = pl.concat(rows_of(samples)).select(made.columns).sort("sample_id")
     assert alone.drop("token_logprobs").equals(made.drop("token_logprobs"))
     for mine, other in zip(alone["token_logprobs"], made["token_logprobs"], strict=True):
@@ -109,7 +115,7 @@ def test_two_processes_store_what_one_does_and_one_that_dies_is_named(run, tiny_
         "sample_id": [f"{i:032}" for i in range(1600)], "prompt_token_ids": rng.integers(1, 255, (1600, 8)).tolist(),
         "token_ids": rng.integers(1, 255, (1600, 100)).tolist(),
     })  # fmt: skip
-    with score.open_engine(two, tiny_models.teacher) as rows_of:
+    with open_engine(two, tiny_models.teacher) as rows_of:
         frames = rows_of(many)
         assert next(frames).height
         for child in psutil.Process().children(recursive=True):
@@ -119,47 +125,47 @@ def test_two_processes_store_what_one_does_and_one_that_dies_is_named(run, tiny_
 
 
 def test_reference_rows_are_the_policys_logprobs(run, tiny_models):
-    report = reference.materialise(run, "a")
-    assert (report["rows"], report["new_rows"]) == (3, 3)
+    report = reference_stage.materialise(run, "a")
+    assert (report.rows, report.new_rows) == (3, 3)
     for sample, logprobs in run.lake.sql("SELECT sample_id, token_logprobs FROM reference_logprobs").iter_rows():
         full = naive_logps(tiny_models.student, sample)
         assert logprobs == pytest.approx(full[np.arange(len(full)), TOKENS[sample]].tolist(), abs=1e-4)
-    assert reference.materialise(run, "a")["new_rows"] == 0
+    assert reference_stage.materialise(run, "a").new_rows == 0
     assert set(run.lake.sql("SELECT model_id FROM reference_logprobs")["model_id"]) == {
         ids.model_id(tiny_models.student)
     }
 
 
 def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
-    exact = {m.ASSET: m.materialise(run, "a") for m in (score, reference)}
+    exact = {m.ASSET: m.materialise(run, "a") for m in (teacher_stage, reference_stage)}
     models = run.profile.models.model_copy(update={"dtype": "bfloat16"})
     rounded = Run(run.profile.model_copy(update={"models": models}), run.lake, log=lambda line: None)
-    for module in (score, reference):
+    for module in (teacher_stage, reference_stage):
         report = module.materialise(rounded, "a")
-        assert report["new_rows"] == 3
-        assert report["data_version"] != exact[module.ASSET]["data_version"]
+        assert report.new_rows == 3
+        assert report.data_version != exact[module.ASSET].data_version
     with run.lake.connect(read_only=False) as con:  # p2's responses answer two prompts, which training refuses
         con.execute("UPDATE samples SET prompt_token_ids = [257, 258]")
     for r in (run, rounded):
-        scoring = r.profile.scoring_id()
+        scoring = identity.scoring_id(r.profile)
         request = Request(
             training_id="t", catalog=run.lake.catalog, data_path=run.lake.data_path, snapshot=run.lake.snapshot(),
-            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path, storage_id=r.profile.storage_id(),
+            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path, storage_id=identity.storage_id(r.profile),
             teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)), scoring_id=scoring, temperature=1.0,
             training=r.profile.training, work=tmp_path / scoring,
         )  # fmt: skip
-        write_rows(run.lake, request, lambda line: None)
-        rows = Rows(request.rows)
+        write_pair_files(run.lake, request, lambda line: None)
+        rows = PairFiles(request.rows_path)
         assert rows.n_pairs == 2
         read = {tuple(rows.read(number)["token_logprobs"].tolist()) for number in np.unique(rows.numbers)}
         mine = run.lake.sql("SELECT token_logprobs FROM reference_logprobs WHERE settings_id = ?", [scoring])
         assert read == set(map(tuple, mine["token_logprobs"]))
-        check = next(c for c in CHECKS["reference_logprobs"] if c.name == "one_row_per_response")
-        assert check.violations(Subject(run.lake, r.profile, "a")).is_empty()
+        subject = Subject(run.lake, r.profile, "reference_logprobs", "a")
+        assert CHECKS["one_row_per_response"].violations(subject).is_empty()
 
 
 def test_every_row_names_a_commit_with_its_input(run):
-    score.materialise(run, "a")
+    teacher_stage.materialise(run, "a")
     joined = run.lake.sql(
         "SELECT t.sample_id, c.asset, c.snapshot_id, c.inputs FROM teacher_logits t "
         "JOIN lineage.commits c USING (materialisation_id)"
@@ -218,16 +224,16 @@ def test_no_response_is_drawn_or_scored_with_a_teacher_of_another_tokenizer(run,
     assert run.lake.sql("FROM scores").is_empty()
     run.commit("queries", "a", data_version="v")
     with pytest.raises(ValueError, match="2 tokens differ, first 'a'"):
-        student_samples.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
 
 
 def test_the_trainers_and_the_stores_rows_stay_in_step_after_a_new_pair(run):
-    score.materialise(run, "a")
+    teacher_stage.materialise(run, "a")
     pair = {"slice": "a", "pair_id": "p3", "query_id": "q", "chosen_id": "s4", "rejected_id": "s2", "chosen_score": 1.0,
             "rejected_score": 0.0, "margin": 1.0}  # fmt: skip
     run.commit("filtered_pairs", "a", [Write("pairs", pl.DataFrame([pair]))], data_version="v2")
-    report = score.materialise(run, "a")
-    assert (report["rows"], report["new_rows"]) == (4, 1)
+    report = teacher_stage.materialise(run, "a")
+    assert (report.rows, report.new_rows) == (4, 1)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -238,22 +244,22 @@ def test_forward_passes_stay_within_the_budget(run, tiny_models, packed):
     scorer = Scorer(run.profile, tiny_models.teacher)
     scorer.packed, scorer.batch_tokens = packed, 60
     scored = list(scorer.score(samples))
-    inputs = [lay_out(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)
+    inputs = [collate(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)
               for s in scored]  # fmt: skip
     assert len(scored) > 2 and all(i.ids.numel() <= 60 for i in inputs)
     assert sorted(id for s in scored for id in s.samples["sample_id"]) == samples["sample_id"].to_list()
 
 
 def test_a_scoring_process_that_cannot_start_says_why(run, tmp_path):
-    with score.open_engine(with_processes(run, 2), tmp_path / "nowhere") as rows_of:
+    with open_engine(with_processes(run, 2), tmp_path / "nowhere") as rows_of:
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            list(rows_of(score.samples_of_pairs(run, "a", run.lake.snapshot())))
+            list(rows_of(samples_of_pairs(run.lake, "a", run.lake.snapshot())))
 
 
 def test_finished_rows_do_not_wait_for_the_end_of_a_chunk(run, monkeypatch):
-    monkeypatch.setattr("nbg_core.run.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("nbg_core.base.progress.COMMIT_SECONDS", 0.0)
     whole = run.profile.teacher.model_copy(update={"chunk_samples": 100})
-    score.materialise(Run(run.profile.model_copy(update={"teacher": whole}), run.lake, log=lambda line: None), "a")
+    teacher_stage.materialise(Run(run.profile.model_copy(update={"teacher": whole}), run.lake, log=lambda line: None), "a")
     commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'teacher_logits' AND n_rows > 0").item()
     assert commits > 1
 
@@ -263,9 +269,9 @@ def test_memory_does_not_grow_with_vocabulary_times_length(run, tiny_models, mon
 
     def largest(n: int) -> int:
         samples = pl.DataFrame({"sample_id": ["s"], "prompt_token_ids": [[257, 258]], "token_ids": [[65] * n]})
-        monkeypatch.setattr(head, "TILE_BYTES", {"cpu": 16 * 4 * 260})
+        monkeypatch.setattr(lm_head, "TILE_BYTES", {"cpu": 16 * 4 * 260})
         monkeypatch.setattr(store, "BLOCK_BYTES", {"cpu": 16 * 4 * 260})
-        with score.open_engine(run, tiny_models.teacher) as rows_of:
+        with open_engine(run, tiny_models.teacher) as rows_of:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 assert sum(frame.height for frame in rows_of(samples)) == 1
         return max(e.self_cpu_memory_usage for e in profiler.events())

@@ -8,10 +8,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nbg_core import schemas
-from nbg_core.config import TeacherSettings
-from nbg_core.files import write_parquet
-from nbg_core.schemas import GAP_ZERO
+from nbg_core.base.files import write_parquet
+from nbg_core.config.profile import TeacherSettings
+from nbg_core.lake import tables
+from nbg_core.lake.tables import GAP_ZERO
 from nbg_core.teacher.store import _uniforms, compress, targets
 
 
@@ -61,7 +61,7 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
     how = TeacherSettings(k_head=k, m_tail=m, epsilon=epsilon, min_weight=min_weight, logprob_bits=bits)
     rows = compressed(logits, how)
     assert (
-        schemas.validate(
+        tables.validate(
             "teacher_logits",
             rows.with_columns(
                 slice=pl.lit("a"), model_id=pl.lit("m"), settings_id=pl.lit("x"), materialisation_id=pl.lit("i")
@@ -218,7 +218,7 @@ def test_targets_line_up_positions_of_several_samples():
     weights = t.weights()
     for r, p in enumerate(positions(rows)):
         assert (
-            dict(zip(t.ids[r][t.is_head[r]].tolist(), t.logprobs[r][t.is_head[r]].tolist(), strict=True)) == p["head"]
+            dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True)) == p["head"]
         )
         assert t.ids[r][t.is_tail[r]].tolist() == p["tail"]
         assert float(t.tail_logmass[r]) == p["mass"]
@@ -255,10 +255,10 @@ def test_a_300k_vocabulary_is_handled_in_blocks():
 def test_a_file_gives_back_what_was_stored_to_sql_and_to_training(tmp_path_factory, logits, k, m, min_weight):
     rows = compressed(logits, TeacherSettings(k_head=k, m_tail=m, epsilon=0.0, min_weight=min_weight))
     path = tmp_path_factory.mktemp("file") / "rows.parquet"
-    write_parquet(rows, path, schemas.BYTE_SPLIT["teacher_logits"])
+    write_parquet(rows, path, tables.BYTE_SPLIT["teacher_logits"])
     read = duckdb.sql(f"SELECT * FROM '{path}'").pl()
     assert read.to_dicts() == rows.to_dicts()
     t = targets(read)
     for r, p in enumerate(positions(rows)):
-        head = dict(zip(t.ids[r][t.is_head[r]].tolist(), t.logprobs[r][t.is_head[r]].tolist(), strict=True))
+        head = dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True))
         assert head == p["head"] and t.ids[r][t.is_tail[r]].tolist() == p["tail"]

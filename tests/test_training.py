@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from training_lake import make_model, make_profile, naive_gradients, request_of, responses_of
 
-from nbg_core import ids
-from nbg_core.config import TrainingSettings
-from nbg_core.lake import Lake, Record, Write
-from nbg_core.models import encode_prompt, load_model, load_tokenizer
-from nbg_core.run import Run
-from nbg_core.teacher import reference
+from nbg_core.base import ids
+from nbg_core.config.training import TrainingSettings
+from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.chat import encode_prompt
+from nbg_core.modeling.loading import load_model, load_tokenizer
+from nbg_core.reference import stage as reference_stage
 from nbg_core.teacher.store import targets
 from nbg_core.training import engine as engines
+from nbg_core.training import pair_files
 from nbg_core.training import pairs as pairing
 from nbg_core.training import plan as plans
-from nbg_core.training import rows as training_rows
 from nbg_core.training import train as training
 from nbg_core.training.data import TrainingSet, prefetch
 from nbg_core.training.request import TrainingError
@@ -138,7 +139,7 @@ def test_padded_micro_batches_stay_within_the_budget_with_their_padding(n_inputs
 
 def test_an_architecture_that_cannot_be_packed_is_trained_padded_and_says_so(tmp_path, capfd):
     request = request_of(make_profile(tmp_path, n_pairs=6, model=OTHERS["gpt2, padded"], **BASE), "padded")
-    data = TrainingSet(request.rows, 0)
+    data = TrainingSet(request.rows_path, 0)
     assert all(data.batch([pair]).inputs.ids.numel() == data.n_inputs[pair] for pair in range(6))
     steps = run(request)
     assert "model type 'gpt2': prompts are not shared and batches are padded" in capfd.readouterr().out
@@ -172,7 +173,7 @@ def test_learning_rate_warms_up_then_falls_to_its_minimum():
 
 def test_batch_rows_predict_the_response_tokens_first_and_last_included(profile):
     request = request_of(profile, "batch")
-    data, responses = TrainingSet(request.rows), responses_of(request)
+    data, responses = TrainingSet(request.rows_path), responses_of(request)
     pairs = [5, 0, 7]
     b = data.batch(pairs)
     ids_, positions = b.inputs.ids[0].tolist(), b.inputs.position_ids[0].tolist()
@@ -243,7 +244,7 @@ def test_gradient_of_the_engine_is_that_of_a_naive_loop_in_float64(profile, tmp_
     torch._dynamo.utils.counters.clear()
     step = plans.Plan(12, request.training)[0]
     engine, pad_id = engines.build_engine(request)
-    data = TrainingSet(request.rows, pad_id)
+    data = TrainingSet(request.rows_path, pad_id)
     padded = pad_id is not None
     assert padded == (name == "gpt2, padded")
     batches = plans.micro_batches(step.pairs, data.n_inputs, request.training, 0, 1, padded=padded)
@@ -426,12 +427,12 @@ def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_i
     whole = TrainingSet(request_of(profile, "whole").rows)
     names = Lake.of(profile).sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id")
     assert whole.rows.names(np.arange(12)).equals(names)
-    monkeypatch.setattr(training_rows, "JOIN_MEMORY", 1_000_000)
-    for module in (pairing, training_rows):
+    monkeypatch.setattr(pair_files, "JOIN_MEMORY", 1_000_000)
+    for module in (pairing, pair_files):
         monkeypatch.setattr(module, "PAIRS_AT_ONCE", 5)
     for name in ("BATCH_ROWS", "RELEASED"):
-        monkeypatch.setattr(training_rows, name, 3)
-    tried, write = [], training_rows._write_columns
+        monkeypatch.setattr(pair_files, name, 3)
+    tried, write = [], pair_files._write_columns
 
     def fails_at_first(batches, folder, table, *rest):
         def some():
@@ -441,9 +442,9 @@ def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_i
         tried.append(table)
         return write(some() if tried.count(table) == 1 else batches, folder, table, *rest)
 
-    monkeypatch.setattr(training_rows, "_write_columns", fails_at_first)
+    monkeypatch.setattr(pair_files, "_write_columns", fails_at_first)
     check_same_training_set(TrainingSet(request_of(profile, "parts").rows), whole)
-    assert [tried.count(table) for table in training_rows.TABLES] == [2, 2, 2]
+    assert [tried.count(table) for table in pair_files.TABLES] == [2, 2, 2]
 
 
 def of_an_older_format(rows) -> None:
@@ -458,9 +459,9 @@ def of_an_older_format(rows) -> None:
 )
 def test_a_training_set_of_another_format_or_damaged_is_written_again(profile, damage):
     request = request_of(profile, "format")
-    damage(request.rows)
+    damage(request.rows_path)
     with pytest.raises(FileNotFoundError, match="no training set at"):
-        TrainingSet(request.rows)
+        TrainingSet(request.rows_path)
     check_same_training_set(
         TrainingSet(request_of(profile, "format").rows), TrainingSet(request_of(profile, "whole").rows)
     )
@@ -530,14 +531,14 @@ def test_a_pair_in_two_slices_is_refused(profile, tmp_path):
     again = "INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?"
     with changed_by(lake, (again, [pair]), ("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])):
         with pytest.raises(TrainingError, match=f"pair {pair} is there twice.*'alpha' and 'beta'.*filtered_pairs"):
-            pairing.survey(lake, lake.snapshot(), ["alpha", "beta"], tmp_path / "spill")
+            pairing.count_and_hash_pairs(lake, lake.snapshot(), ["alpha", "beta"], tmp_path / "spill")
 
 
 def test_a_pair_with_two_prompts_is_refused(profile):
     lake = Lake.of(profile)
-    pair, slice, sample = lake.sql("SELECT pair_id, slice, rejected_id FROM pairs ORDER BY pair_id LIMIT 1").row(0)
+    pair, slice_name, sample = lake.sql("SELECT pair_id, slice, rejected_id FROM pairs ORDER BY pair_id LIMIT 1").row(0)
     shift = "UPDATE samples SET prompt_token_ids = list_transform(prompt_token_ids, x -> x {} 1) WHERE sample_id = ?"
-    message = f"pair {pair} of slice '{slice}'.*other prompt_token_ids.*another sampling.seed"
+    message = f"pair {pair} of slice '{slice_name}'.*other prompt_token_ids.*another sampling.seed"
     with changed_by(lake, (shift.format("+"), [sample]), (shift.format("-"), [sample])):
         with pytest.raises(TrainingError, match=message):
             request_of(profile, "two prompts")
@@ -545,11 +546,11 @@ def test_a_pair_with_two_prompts_is_refused(profile):
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile):
     request = request_of(profile, "not finite", micro_batch_tokens=1, global_batch_pairs=12)
-    data = TrainingSet(request.rows)
+    data = TrainingSet(request.rows_path)
     at = data.rows.read(data.rows.numbers[4, 0])["token_logprobs"]
-    everything = np.fromfile(request.rows / "token_logprobs.bin", np.float32)
+    everything = np.fromfile(request.rows_path / "token_logprobs.bin", np.float32)
     everything[np.lib.stride_tricks.sliding_window_view(everything, len(at)).tolist().index(at.tolist())] = np.inf
-    everything.tofile(request.rows / "token_logprobs.bin")
+    everything.tofile(request.rows_path / "token_logprobs.bin")
     with pytest.raises(TrainingError, match=f"loss of step 0 is not finite, in pairs {data.pair_id(4)}; lower"):
         training.train(request)
 
@@ -602,7 +603,7 @@ def test_bf16_follows_fp32_and_a_bf16_parent_gives_bf16_weights(tmp_path):
     load_model(student, dtype="bfloat16").save_pretrained(student)
     with_new_student = Run(profile, Lake.of(profile), log=lambda line: None)
     for part in ("alpha", "beta"):
-        reference.materialise(with_new_student, part)
+        reference_stage.materialise(with_new_student, part)
     exact, rounded = request_of(profile, "fp32"), request_of(profile, "bf16", precision="bf16")
     close(run(rounded), run(exact), 0.04)
     for request in (exact, rounded):

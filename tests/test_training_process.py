@@ -20,14 +20,17 @@ from rank_gradients import STEP
 from safetensors.torch import load_file
 from training_lake import make_profile, naive_gradients, request_of
 
-from nbg_core import ids, lineage
-from nbg_core.lake import Lake
-from nbg_core.models import load_model
-from nbg_core.run import Run
-from nbg_core.training import launch
+from nbg_core.assets import get
+from nbg_core.base import ids
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import load_model
 from nbg_core.training.data import TrainingSet
+from nbg_core.training.launcher import _command
 from nbg_core.training.plan import Plan
 from nbg_core.training.request import Request, TrainingError
+from nbg_core.training.stage import materialise
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +50,7 @@ def start_ranks(n: int, requests: list[Request], module: str = "test_training_pr
         Path(files[-1]).write_text(request.model_dump_json())
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = launch._command(requests[0], Path(files[0]))
+    command = _command(requests[0], Path(files[0]))
     port = command[command.index("--master_port") + 1]
     if n == 1:
         command = [sys.executable, "-m", module, *files]
@@ -190,7 +193,7 @@ def test_every_gradient_at_zero_0_to_3_on_2_to_4_ranks_is_that_of_a_naive_loop_i
         start_ranks(n, requests, "rank_gradients")
         for request in requests:
             if request.policy_path not in expected:
-                pairs = Plan(len(TrainingSet(request.rows)), request.training)[STEP].pairs
+                pairs = Plan(len(TrainingSet(request.rows_path)), request.training)[STEP].pairs
                 expected[request.policy_path] = naive_gradients(request, pairs)
             found = load_file(request.work / "gradients.safetensors")
             assert found.keys() == expected[request.policy_path].keys()
@@ -228,7 +231,7 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_undisturbed_checkpo
     undisturbed = request_of(profile, "undisturbed")
     start_ranks(1, [undisturbed])
     env = {**os.environ, "NBG_PROFILE": str(save(profile, tmp_path))}
-    command = [sys.executable, "-m", "nbg_core.worker", "student_checkpoint"]
+    command = [sys.executable, "-m", "nbg_core.runtime.worker", "student_checkpoint"]
     work = profile.root / "work" / "training"
     before = set(work.glob("*")) if work.exists() else set()
     worker = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -250,14 +253,14 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_undisturbed_checkpo
 
     lines_logged: list[str] = []
     run = Run(profile, lake, "run-2", log=lines_logged.append)
-    report = launch.materialise(run, None)
+    report = materialise(run, None)
     assert any("continuing after step" in line for line in lines_logged)
     assert all(line.startswith("student_checkpoint") for line in lines_logged)
     assert report["checkpoint_id"] == ids.model_id(undisturbed.final) == ids.model_id(report["path"])
     assert (report["n_pairs"], report["n_steps"], report["new_rows"]) == (12, 180, 1)
     assert not folder.exists()
     check_commit(lake, profile, report, undisturbed)
-    again = launch.materialise(Run(profile, lake, "run-3", log=lines_logged.append), None)
+    again = materialise(Run(profile, lake, "run-3", log=lines_logged.append), None)
     assert (again["new_rows"], again["checkpoint_id"]) == (0, report["checkpoint_id"])
     assert lake.sql("SELECT count(*) FROM checkpoints").item() == 1
 
@@ -278,15 +281,15 @@ def check_commit(lake: Lake, profile, report: dict, undisturbed: Request) -> Non
     }
     assert commits["run_id"].item() == "run-2" and commits["data_version"].item() == report["checkpoint_id"]
     read = {(i["asset"], i["slice"]) for i in json.loads(commits["inputs"].item())}
-    assert read == {(a, s) for a in lineage.UPSTREAM["student_checkpoint"] for s in ("alpha", "beta")}
-    assert lineage.latest(lake, "student_checkpoint", None)["data_version"] == report["checkpoint_id"]
+    assert read == {(a, s) for a in get("student_checkpoint").upstream for s in ("alpha", "beta")}
+    assert latest_materialisation(lake, "student_checkpoint", None)["data_version"] == report["checkpoint_id"]
 
 
 def test_an_error_in_a_rank_is_the_error_of_the_stage(profile):
     training = profile.training.model_copy(update={"learning_rate": 1e30})
     exploding = profile.model_copy(update={"training": training})
     with pytest.raises(TrainingError, match="gradient of step 1 is not finite, pairs [0-9a-f]{32}"):
-        launch.materialise(Run(exploding, Lake.of(profile), log=lambda line: None), None)
+        materialise(Run(exploding, Lake.of(profile), log=lambda line: None), None)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import time
 import pytest
 from reasoning_gym.factory import create_dataset
 
-from nbg_core.preference import verifiers
-from nbg_core.preference.verifiers import SpecError, check_spec, verify
+from nbg_core.scorers import verifiers
+from nbg_core.scorers.verifiers import SpecError, check_spec, verify
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_scorer_that_fails_on_a_strange_response_scores_0(monkeypatch):
     def scorer(text, entry):
         return 1.0 if text == entry["answer"] else text.index("not there")
 
-    monkeypatch.setattr(verifiers, "_scorer", lambda dataset: scorer)
+    monkeypatch.setattr(verifiers, "_dataset_scorer", lambda dataset: scorer)
     assert verify("strange", "5", "reasoning_gym", {"dataset": "any"}, "q") == 0.0
     assert verify("5", "5", "reasoning_gym", {"dataset": "any"}, "q") == 1.0
 
@@ -103,7 +103,7 @@ def test_a_response_that_takes_too_long_scores_0_and_the_alarm_is_put_back(monke
 
 def test_a_reference_answer_that_takes_too_long_is_a_fault_of_the_query(monkeypatch):
     monkeypatch.setattr(verifiers, "TIME_LIMIT", 0.1)
-    monkeypatch.setattr(verifiers, "_scorer", lambda dataset: lambda text, entry: time.sleep(30))
+    monkeypatch.setattr(verifiers, "_dataset_scorer", lambda dataset: lambda text, entry: time.sleep(30))
     with pytest.raises(SpecError, match="fails on the reference answer '5': TimedOut: no verdict within 0.1 s"):
         check_spec("5", "reasoning_gym", {"dataset": "any"}, "q")
 

@@ -17,10 +17,11 @@ from fake_vllm import FAULTS, FakeVllm, response_of
 from test_processes import alive
 from test_sampling import add_queries
 
-from nbg_core import ids
-from nbg_core.lake import Lake
-from nbg_core.run import Run
-from nbg_core.sampling import sample
+from nbg_core.base import ids
+from nbg_core.config import identity
+from nbg_core.lake.lake import Lake
+from nbg_core.lineage.run import Run
+from nbg_core.sampling import stage as sampling_stage
 from nbg_core.vllm import client, server
 from nbg_core.vllm.client import ServerFailed
 
@@ -81,7 +82,7 @@ def test_what_may_pass_is_tried_again(start, open_run, fault):
     fake = start()
     fake.fault = lambda body, attempt: fault if attempt == 1 and body["seed"] % 2 else None
     run = open_run(fake)
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
     assert all_right(stored(run)) and stored(run)["sample_id"].n_unique() == len(PROMPTS) * N
     assert {n for (_, seed), n in fake.asked.items()} == {1, 2}
 
@@ -95,15 +96,15 @@ def test_what_does_not_pass_is_an_error_and_what_was_finished_is_kept(start, ope
     fake = start()
     run = open_run(fake, timeout_s=0.2, max_in_flight=2)
     queries = run.lake.sql("SELECT query_id FROM queries ORDER BY query_id")["query_id"]
-    policy, sampling = run.policy.model_id, run.profile.sampling_id()
+    policy, sampling = run.policy.model_id, identity.sampling_id(run.profile)
     bad = ids.seed_from(0, ids.sample_id(queries[2], policy, sampling, 1))  # in the second chunk
     fake.fault = lambda body, attempt: fault if body["seed"] == bad else None
     with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in [35] attempts; the last: .*{message}"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     kept = stored(run)
     assert all_right(kept) and bad not in kept["seed"].to_list() and 2 * N < kept.height < len(PROMPTS) * N
     fake.fault, before = lambda body, attempt: None, fake.asked.copy()
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N - kept.height
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N - kept.height
     assert all_right(stored(run))
     asked_again = {seed for _, seed in fake.asked - before}
     assert not asked_again & set(kept["seed"])
@@ -114,7 +115,7 @@ def test_a_refused_request_is_an_error_at_once(start, open_run):
     fake.fault = lambda body, attempt: "400"
     run = open_run(fake)
     with pytest.raises(ServerFailed, match="refuses a request with status 400: .*max_tokens is too large"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert set(fake.asked.values()) == {1} and stored(run).is_empty()
 
 
@@ -129,7 +130,7 @@ def test_a_wrong_server_is_refused_before_the_first_token(start, open_run, how, 
     fake = start(**how)
     run = open_run(fake)
     with pytest.raises(ServerFailed, match=message):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert not fake.asked and stored(run).is_empty()
 
 
@@ -138,7 +139,7 @@ def test_an_answer_of_another_model_ends_it(start, open_run):
     fake.fault = lambda body, attempt: "another model" if len(fake.asked) > 3 else None
     run = open_run(fake, max_in_flight=1)
     with pytest.raises(ServerFailed, match="answered as the model other, not"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert stored(run).height == 3 and all_right(stored(run))
 
 
@@ -147,7 +148,7 @@ def test_a_server_that_is_restarted_is_waited_for(start, open_run, monkeypatch):
     fake = start()
     fake.fault = lambda body, attempt: "500" if attempt <= client.ATTEMPTS else None
     run = open_run(fake)
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
     assert max(fake.asked.values()) > client.ATTEMPTS
 
 
@@ -155,14 +156,14 @@ def test_wrong_answers_are_counted_apart_from_none(start, open_run, monkeypatch)
     monkeypatch.setattr(client, "PATIENCE_SECONDS", 60.0)
     fake = start()
     fake.fault = lambda body, attempt: "500" if attempt <= 6 else "nan" if attempt <= 6 + client.ATTEMPTS - 1 else None
-    assert sample.materialise(open_run(fake), "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(open_run(fake), "a").new_rows == len(PROMPTS) * N
 
 
 def test_an_address_that_does_not_answer_is_left_out(start, open_run):
     fake, said = start(), []
     run = open_run(fake, addresses=["http://127.0.0.1:9", fake.url])
     run.log = said.append
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
     assert any("left out: http://127.0.0.1:9/v1/models does not answer" in line for line in said)
 
 
@@ -170,7 +171,7 @@ def test_a_server_that_hangs_is_left_alone_for_a_while(start, open_run):
     one, two = start(), start()
     one.fault = lambda body, attempt: "hang"
     run = open_run(one, two, max_in_flight=2, timeout_s=0.5)
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
     assert all_right(stored(run)) and len(one.asked) <= 2  # those in flight at first
 
 
@@ -178,32 +179,32 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_asked_for(start, open
     monkeypatch.setattr("nbg_core.sampling.vllm_sampler.output_width", lambda *_, **kw: 262)
     fake, bodies = start(), []
     fake.fault = lambda body, attempt: bodies.append(body)
-    sample.materialise(open_run(fake), "a")
+    sampling_stage.materialise(open_run(fake), "a")
     assert all(b["logit_bias"] == {"260": -100.0, "261": -100.0} for b in bodies)
 
 
 def test_what_our_server_takes_bounds_a_query(open_run):
     run = open_run(max_model_len=10)
     with pytest.raises(ValueError, match="that passes the 10 tokens that"):
-        sample._draw(run, None, run.policy.path, [("q", [{"role": "user", "content": "one"}], [])], None, None)
+        sampling_stage._draw(run, None, run.policy.path, [("q", [{"role": "user", "content": "one"}], [])], None, None)
 
 
 def test_no_server_at_an_address_is_said(start, open_run):
     run = open_run(start(), addresses=["http://127.0.0.1:9"])
     with pytest.raises(ServerFailed, match="127.0.0.1:9/v1/models does not answer as a vLLM server.*check vllm.addr"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
 
 
 def test_a_server_that_dies_midway_is_an_error_and_a_rerun_does_the_rest(start, open_run):
     fake = start()
     fake.fault = lambda body, attempt: "die" if len(fake.asked) > 8 else None
     with pytest.raises(ServerFailed, match=f"no usable answer from {fake.url} in 3 attempts"):
-        sample.materialise(open_run(fake, max_in_flight=2), "a")
+        sampling_stage.materialise(open_run(fake, max_in_flight=2), "a")
     fresh = start()
     run = open_run(fresh)
     kept = stored(run)
     assert all_right(kept) and kept.height >= 2 * N
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N - kept.height
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N - kept.height
     assert not {seed for _, seed in fresh.asked} & set(kept["seed"])
 
 
@@ -211,21 +212,21 @@ def test_the_servers_that_are_left_take_over(start, open_run):
     one, two, other = start(), start(), start(model="another model")
     one.fault = lambda body, attempt: "die" if len(one.asked) > 2 else None
     run = open_run(one, two, other)
-    assert sample.materialise(run, "a")["new_rows"] == len(PROMPTS) * N
+    assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
     assert all_right(stored(run)) and one.asked and two.asked and not other.asked
 
 
 def test_requests_in_flight_are_bounded_and_many(start, open_run):
     fake = start()
     fake.delay = 0.05
-    sample.materialise(open_run(fake, max_in_flight=4), "a")
+    sampling_stage.materialise(open_run(fake, max_in_flight=4), "a")
     assert fake.most_flying == 4
 
 
 def test_the_key_for_a_server_comes_from_the_environment(start, open_run, monkeypatch):
     fake = start()
     monkeypatch.setenv("VLLM_API_KEY", "sesame-open")
-    sample.materialise(open_run(fake), "a")
+    sampling_stage.materialise(open_run(fake), "a")
     assert fake.keys == {"Bearer sesame-open"}
 
 
@@ -246,7 +247,7 @@ def own(open_run, tmp_path):
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(own):
     run = own("for i in $(seq 100); do echo line $i; done; echo 'ValueError: no such dtype' >&2; exit 3")
     with pytest.raises(ServerFailed, match="(?s)ended with exit code 3.*end of .*logs/local/vllm-.*no such dtype") as e:
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert "line 99" in str(e.value) and "line 9\n" not in str(e.value)
 
 
@@ -254,7 +255,7 @@ def test_a_server_that_never_answers_is_ended_with_its_children(own, tmp_path, m
     monkeypatch.setattr(server, "GRACE_SECONDS", 0.5)
     run = own(f"trap '' TERM; sleep 300 & echo $$ $! > {tmp_path}/pids; wait", start_timeout_s=1.0)
     with pytest.raises(ServerFailed, match="did not answer within 1 s; raise vllm.start_timeout_s"):
-        sample.materialise(run, "a")
+        sampling_stage.materialise(run, "a")
     assert alive([int(p) for p in (tmp_path / "pids").read_text().split()]) == []
 
 
@@ -284,4 +285,4 @@ def test_the_servers_arguments(open_run, tiny_models, monkeypatch):
 
 def test_where_there_is_no_vllm_the_remedy_is_said(open_run):
     with pytest.raises(FileNotFoundError, match="sampling.backend 'vllm' need .*run `make vllm`"):
-        sample.materialise(open_run(python="nowhere/python"), "a")
+        sampling_stage.materialise(open_run(python="nowhere/python"), "a")

@@ -11,12 +11,12 @@ import torch
 from fake_vllm import FakeVllm
 from test_teacher_scoring import run as scored_run
 
-from nbg_core import ids
-from nbg_core.config import Profile, TeacherSettings
-from nbg_core.models import load_model
-from nbg_core.preference.scorers import score_samples
-from nbg_core.run import Run
-from nbg_core.teacher import score
+from nbg_core.base import ids
+from nbg_core.config.profile import Profile, TeacherSettings
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import load_model
+from nbg_core.preference.scoring import score_samples
+from nbg_core.teacher.stage import materialise
 from nbg_core.teacher.store import compress, targets
 from nbg_core.teacher.vllm_scoring import IMPOSSIBLE, _row
 from nbg_core.vllm.client import BadAnswer, ServerFailed
@@ -73,7 +73,7 @@ def test_rows_are_those_of_the_transformers_engine(logits):
 def test_columns_past_the_vocabulary_are_in_the_bucket(logits):
     t = targets(_row(choice_of(logits), SAMPLE, 38, K, SETTINGS.model_copy(update={"epsilon": 0.0})))
     assert int(t.ids.max()) < 38
-    mass = (t.logprobs.double().exp() * t.is_head).sum(-1) + t.tail_logmass.double().exp()
+    mass = (t.logprobs.double().exp() * t.is_top).sum(-1) + t.tail_logmass.double().exp()
     assert mass.numpy() == pytest.approx(1, abs=1e-5)
 
 
@@ -137,19 +137,19 @@ def test_a_slice_is_scored_once_and_what_was_finished_before_a_failure_is_kept(r
     own = Run(Profile.model_validate(data), run.lake, log=lambda line: None)
     fake.fault = lambda body, attempt: "500" if len(fake.asked) > 1 else None
     with pytest.raises(ServerFailed, match="status 500"):
-        score.materialise(own, "a")
+        materialise(own, "a")
     fake.fault = lambda body, attempt: None
-    report = score.materialise(own, "a")
-    assert (report["rows"], report["new_rows"]) == (3, 2)
-    assert score.materialise(own, "a")["new_rows"] == 0
+    report = materialise(own, "a")
+    assert (report.rows, report.new_rows) == (3, 2)
+    assert materialise(own, "a").new_rows == 0
     assert len(set(fake.salts)) == len(fake.salts) == 3 + 3  # nothing is found in a given server's prefix cache
     plain = run.profile.model_copy(update={
         "teacher": own.profile.teacher.model_copy(update={"engine": "transformers"})})  # fmt: skip
-    other = score.materialise(Run(plain, run.lake, log=lambda line: None), "a")
-    assert other["new_rows"] == 3 and other["storage_id"] != report["storage_id"]
+    other = materialise(Run(plain, run.lake, log=lambda line: None), "a")
+    assert other.new_rows == 3 and other.storage_id != report.storage_id
     rows = run.lake.sql("SELECT * FROM teacher_logits ORDER BY sample_id")
-    one, two = (targets(rows.filter(settings_id=r["storage_id"])) for r in (report, other))
-    assert one.ids.equal(two.ids) and one.is_head.equal(two.is_head) and not one.is_tail.any()
+    one, two = (targets(rows.filter(settings_id=r.storage_id)) for r in (report, other))
+    assert one.ids.equal(two.ids) and one.is_top.equal(two.is_top) and not one.is_tail.any()
     assert one.logprobs.numpy() == pytest.approx(two.logprobs.numpy(), rel=2**-6, abs=1e-4)
     fake.stop()
 

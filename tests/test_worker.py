@@ -13,11 +13,11 @@ import yaml
 from fake_vllm import FakeVllm
 from test_sampling import add_queries
 
-from nbg_core.config import Profile
-from nbg_core.ids import pair_id
-from nbg_core.lake import Lake, Write
-from nbg_core.run import Run
-from nbg_core.worker import only_worker
+from nbg_core.base.ids import pair_id
+from nbg_core.config.profile import Profile
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lineage.run import Run
+from nbg_core.runtime.worker import only_worker
 
 PROMPTS = [f"query number {i}" for i in range(24)]
 
@@ -42,7 +42,7 @@ def place(make_profile, tmp_path):
 
 
 def command(asset: str) -> list[str]:
-    return [sys.executable, "-m", "nbg_core.worker", asset, "--slice", "a"]
+    return [sys.executable, "-m", "nbg_core.runtime.worker", asset, "--slice", "a"]
 
 
 def finish(asset: str, env: dict) -> dict:

@@ -10,15 +10,19 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nbg_core import ids, lineage
-from nbg_core.config import Profile
-from nbg_core.lake import Lake, Write
-from nbg_core.models import load_model
-from nbg_core.run import Run
-from nbg_core.schemas import GAP_ZERO
-from nbg_core.teacher import reference, score
+from nbg_core.base import ids
+from nbg_core.config import identity
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import slice_names
+from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lineage.policy import current_policy
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import load_model
+from nbg_core.reference import stage as reference_stage
+from nbg_core.teacher import stage as teacher_stage
+from nbg_core.training.pair_files import write_pair_files
 from nbg_core.training.request import Request
-from nbg_core.training.rows import write_rows
 
 WORDS = 40
 """Tokens of the tokenizer; the output matrix has more rows, as it does in real families."""
@@ -48,9 +52,9 @@ def make_model(
 
 def make_profile(root: Path, *, n_pairs: int = 12, model: dict | None = None, **training) -> Profile:
     """A profile below `root` and its lake, with `n_pairs` pairs in slices alpha and beta, scored."""
-    for slice in ("alpha", "beta"):
+    for slice_name in ("alpha", "beta"):
         (root / "queries").mkdir(parents=True, exist_ok=True)
-        (root / "queries" / f"{slice}.jsonl").touch()
+        (root / "queries" / f"{slice_name}.jsonl").touch()
     make_model(root / "student", 1, **(model or {}))
     make_model(root / "teacher", 2, **(model or {}))
     profile = Profile.model_validate({
@@ -61,34 +65,34 @@ def make_profile(root: Path, *, n_pairs: int = 12, model: dict | None = None, **
     })  # fmt: skip
     run = Run(profile, Lake.of(profile), log=lambda line: None)
     rng = np.random.default_rng(0)
-    for slice, n in (("alpha", n_pairs - n_pairs // 3), ("beta", n_pairs // 3)):
-        add_pairs(run, slice, n, rng)
-        score.materialise(run, slice)
-        reference.materialise(run, slice)
+    for slice_name, n in (("alpha", n_pairs - n_pairs // 3), ("beta", n_pairs // 3)):
+        add_pairs(run, slice_name, n, rng)
+        teacher_stage.materialise(run, slice_name)
+        reference_stage.materialise(run, slice_name)
     return profile
 
 
-def add_pairs(run: Run, slice: str, n: int, rng: np.random.Generator) -> None:
+def add_pairs(run: Run, slice_name: str, n: int, rng: np.random.Generator) -> None:
     """Commit `n` pairs of random token ids: prompts of 3 to 8 tokens, responses of 2 to 11."""
     samples, pairs = [], []
     model = run.policy.model_id
     for i in range(n):
-        query = ids.query_id([{"role": "user", "content": f"{slice} {i}"}])
+        query = ids.query_id([{"role": "user", "content": f"{slice_name} {i}"}])
         prompt = rng.integers(2, WORDS, rng.integers(3, 9)).tolist()
         pair = [ids.sample_id(query, model, "sampling", k) for k in range(2)]
         for k, sample in enumerate(pair):
             tokens = [*rng.integers(2, WORDS, rng.integers(1, 11)).tolist(), 1]
             samples.append({
-                "slice": slice, "sample_id": sample, "query_id": query, "source": "student", "model_id": model,
+                "slice": slice_name, "sample_id": sample, "query_id": query, "source": "student", "model_id": model,
                 "sampling_id": "sampling", "sample_index": k, "seed": 0, "prompt_token_ids": prompt,
                 "token_ids": tokens, "logprobs": [-1.0] * len(tokens), "finish_reason": "stop", "text": "",
             })  # fmt: skip
         pairs.append({
-            "slice": slice, "pair_id": ids.pair_id(*pair), "query_id": query, "chosen_id": pair[0],
+            "slice": slice_name, "pair_id": ids.pair_id(*pair), "query_id": query, "chosen_id": pair[0],
             "rejected_id": pair[1], "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0,
         })  # fmt: skip
     writes = [Write("samples", pl.DataFrame(samples)), Write("pairs", pl.DataFrame(pairs))]
-    run.commit("filtered_pairs", slice, writes, data_version=ids.content_version([p["pair_id"] for p in pairs]))
+    run.commit("filtered_pairs", slice_name, writes, data_version=ids.content_version([p["pair_id"] for p in pairs]))
 
 
 def request_of(profile: Profile, name: str, **training) -> Request:
@@ -96,18 +100,18 @@ def request_of(profile: Profile, name: str, **training) -> Request:
 
     The training set is written, as `launch` does it."""
     lake = Lake.of(profile)
-    policy = lineage.current_policy(lake, profile)
+    policy = current_policy(lake, profile)
     settings = {**profile.training.model_dump(), **training}
     work = profile.resolve(profile.paths.work) / name
     work.mkdir(parents=True, exist_ok=True)
     request = Request(
         training_id=name, catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(),
-        slices=lineage.slices(profile), policy_id=policy.model_id, policy_path=policy.path,
-        teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=profile.storage_id(),
-        scoring_id=profile.scoring_id(), temperature=profile.teacher.temperature, training=settings, work=work,
+        slices=slice_names(profile), policy_id=policy.model_id, policy_path=policy.path,
+        teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=identity.storage_id(profile),
+        scoring_id=identity.scoring_id(profile), temperature=profile.teacher.temperature, training=settings, work=work,
         threads=profile.threads,
     )  # fmt: skip
-    write_rows(lake, request, lambda line: None)
+    write_pair_files(lake, request, lambda line: None)
     return request
 
 

@@ -33,7 +33,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nbg_core.preference.verifiers import verify
+from nbg_core.scorers.verifiers import verify
 
 DATA = Path(__file__).resolve().parents[1]
 SCORER = {"addition": "chain_sum", "reversal": "word_sequence_reversal", "sorting": "number_sorting"}

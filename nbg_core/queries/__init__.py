@@ -1,0 +1,1 @@
+"""Asset `queries`, tables `queries` and `rejections`: query files, validated, deduplicated and split."""

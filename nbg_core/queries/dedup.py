@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from nbg_core.config import QuerySettings
+from nbg_core.config.profile import QuerySettings
 
 COMMON_ROWS = 10
 MAX_CANDIDATES = 1000
@@ -33,16 +33,16 @@ MAX_CANDIDATES = 1000
 class Item:
     """A query to compare. `slice` is its partition, `place` what to call it in a reason."""
 
-    slice: str
+    slice_name: str
     split: str
     place: str
     key: str
     body: str
 
 
-def item(slice: str, split: str, place: str, messages: Sequence[dict[str, str]]) -> Item:
+def item(slice_name: str, split: str, place: str, messages: Sequence[dict[str, str]]) -> Item:
     said = [m for m in messages if m["role"] != "system"]
-    return Item(slice, split, place, text_key(messages), text_key(said))
+    return Item(slice_name, split, place, text_key(messages), text_key(said))
 
 
 def text_key(messages: Sequence[dict[str, str]]) -> str:
@@ -153,7 +153,7 @@ class _Texts:
         """Runs that many held-out rows of one slice share."""
         by_slice: dict[str, list[int]] = {}
         for i in held_out:
-            by_slice.setdefault(self._items[i].slice, []).append(i)
+            by_slice.setdefault(self._items[i].slice_name, []).append(i)
         common = [np.empty(0, dtype=run.dtype)]
         for rows in by_slice.values():
             here = np.isin(row, rows)

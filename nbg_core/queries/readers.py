@@ -25,8 +25,8 @@ from typing import Any
 
 import polars as pl
 
-from nbg_core.ids import query_id
-from nbg_core.preference.verifiers import SpecError, check_spec, nearest
+from nbg_core.base.ids import query_id
+from nbg_core.scorers.verifiers import SpecError, check_spec, nearest
 
 SHOWN = 20
 """Problems written out in an error; the rest is counted."""

@@ -1,0 +1,1 @@
+"""Asset `student_samples`, table `samples`: responses of the current policy and, as a setting, of the teacher."""

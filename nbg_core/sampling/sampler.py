@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbg_core.models import encode_prompt, load_tokenizer
+from nbg_core.modeling.chat import encode_prompt
+from nbg_core.modeling.loading import load_tokenizer
 
 
 @dataclass(frozen=True)

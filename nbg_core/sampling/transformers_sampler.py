@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nbg_core.config import Profile
-from nbg_core.models import load_model, stop_ids
+from nbg_core.config.profile import Profile
+from nbg_core.modeling.chat import stop_ids
+from nbg_core.modeling.loading import load_model
 from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
 
 

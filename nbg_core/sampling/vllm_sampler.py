@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nbg_core.models import generation_config, output_width, stop_ids
+from nbg_core.modeling.chat import stop_ids
+from nbg_core.modeling.loading import generation_config, output_width
 from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
 from nbg_core.vllm.client import BadAnswer, Client
 

@@ -10,12 +10,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from nbg_core.config import Profile
-from nbg_core.forward import lay_out, no_packing, output_matrix, response_hidden
-from nbg_core.head import head_logps, logit_tiles
-from nbg_core.models import load_model, load_tokenizer, padding_id
-from nbg_core.packing import supports_packing
-from nbg_core.run import Run
+from nbg_core.config.profile import Profile
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.chat import padding_id
+from nbg_core.modeling.forward import collate, no_packing, output_matrix, response_hidden
+from nbg_core.modeling.lm_head import lm_head_logps, logit_tiles
+from nbg_core.modeling.loading import load_model, load_tokenizer
+from nbg_core.modeling.packing import supports_packing
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ class Scorer:
         """Forward passes over `samples`, at most `batch_tokens` tokens each (one response may be longer)."""
         for batch in self._batches(samples):
             prompts, responses = batch["prompt_token_ids"].to_list(), batch["token_ids"].to_list()
-            inputs = lay_out(prompts, responses, None if self.packed else self.pad_id).to(self.model.device)
+            inputs = collate(prompts, responses, None if self.packed else self.pad_id).to(self.model.device)
             tokens = torch.tensor([t for r in responses for t in r], device=self.model.device)
             yield Scored(batch, response_hidden(self.model, inputs), tokens, [len(r) for r in responses])
 
     @torch.inference_mode()
     def logps(self, scored: Scored) -> Tensor:
         """log p [T] of the responses' own tokens, by the reduction that the trainer uses; float32."""
-        return head_logps(scored.hidden, self.weight, scored.token_ids, vocab=self.vocab)
+        return lm_head_logps(scored.hidden, self.weight, scored.token_ids, vocab=self.vocab)
 
     def logits(self, scored: Scored) -> Iterator[Tensor]:
         """Tiles [c, V] float32 of the logits at the T response positions; each may be overwritten."""
@@ -113,14 +114,3 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
             {"sample_id": ids, "token_logprobs": logprobs},
             schema={"sample_id": pl.String, "token_logprobs": pl.List(pl.Float32)},
         )
-
-
-def samples_of_pairs(run: Run, slice: str, snapshot: int) -> pl.DataFrame:
-    """The responses of every pair of a slice, once each: sample_id, prompt_token_ids, token_ids."""
-    return run.lake.sql(
-        "SELECT sample_id, prompt_token_ids, token_ids FROM samples WHERE sample_id IN "
-        "(SELECT chosen_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1) "
-        "ORDER BY sample_id",
-        [slice],
-        snapshot=snapshot,
-    )

@@ -34,10 +34,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from nbg_core.config import TeacherSettings
-from nbg_core.ids import seed_from
-from nbg_core.losses import TeacherTargets
-from nbg_core.schemas import GAP_ZERO
+from nbg_core.base.ids import seed_from
+from nbg_core.config.profile import TeacherSettings
+from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.losses.targets import TeacherTargets
 
 COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
 """Columns of teacher_logits that hold the distribution."""

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from nbg_core.config import TeacherSettings
-from nbg_core.models import load_tokenizer, output_width
-from nbg_core.run import Run
+from nbg_core.config.profile import TeacherSettings
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import load_tokenizer, output_width
 from nbg_core.teacher.store import frame
 from nbg_core.vllm.client import BadAnswer, Client
 from nbg_core.vllm.server import served

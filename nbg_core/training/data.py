@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nbg_core.forward import lay_out
-from nbg_core.losses import Denominators, TeacherTargets
-from nbg_core.models import Padded
-from nbg_core.packing import Pack
+from nbg_core.losses.joint import Denominators
+from nbg_core.losses.targets import TeacherTargets
+from nbg_core.modeling.forward import collate
+from nbg_core.modeling.packing import Pack
+from nbg_core.modeling.padded import Padded
 from nbg_core.teacher.store import decode
-from nbg_core.training.rows import Rows
+from nbg_core.training.pair_files import PairFiles
 
 AHEAD = 2
 """Batches that are ready before their turn."""
@@ -68,7 +69,7 @@ class TrainingSet:
         """Batches are packed, or padded with `pad_id` if one is given, for a model that cannot be packed.
 
         Raises FileNotFoundError when `folder` holds no whole training set."""
-        self.rows, self.pad_id = Rows(folder), pad_id
+        self.rows, self.pad_id = PairFiles(folder), pad_id
         self.n_tokens = self.rows.n_tokens
         """[pairs, 2] int32: response tokens of chosen and rejected."""
         if pad_id is None:
@@ -99,7 +100,7 @@ class TrainingSet:
         )
         n = self.n_tokens[pairs].ravel().astype(np.int64)  # [2B]
         return PairBatch(
-            inputs=lay_out([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id),
+            inputs=collate([r["prompt_token_ids"] for r in found], [r["token_ids"] for r in found], self.pad_id),
             token_ids=token_ids,
             pair_index=torch.from_numpy(np.repeat(np.arange(len(n)) // 2, n)),
             is_chosen=torch.from_numpy(np.repeat(np.arange(len(n)) % 2 == 0, n)),

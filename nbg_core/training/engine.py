@@ -26,13 +26,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from nbg_core.config import PRECISIONS, TrainingSettings
-from nbg_core.forward import no_packing, output_matrix, response_hidden
-from nbg_core.head import head_joint_loss
-from nbg_core.losses import Denominators, LossSettings, side_sums
-from nbg_core.models import load_tokenizer, padding_id
-from nbg_core.packing import supports_packing
-from nbg_core.sequence_parallel import check_heads, share
+from nbg_core.config.profile import PRECISIONS
+from nbg_core.config.training import TrainingSettings
+from nbg_core.losses.joint import Denominators, side_sums
+from nbg_core.losses.settings import LossSettings
+from nbg_core.modeling.chat import padding_id
+from nbg_core.modeling.forward import no_packing, output_matrix, response_hidden
+from nbg_core.modeling.lm_head import lm_head_joint_loss
+from nbg_core.modeling.loading import load_tokenizer
+from nbg_core.modeling.packing import supports_packing
+from nbg_core.modeling.sequence_parallel import check_heads, share
 from nbg_core.training.data import PairBatch
 from nbg_core.training.lora import add_adapters, merge_adapters
 from nbg_core.training.request import Request
@@ -52,7 +55,7 @@ class PairModel(nn.Module):
     ):
         """`group`: ranks that get the same batches and share their tokens out."""
         super().__init__()
-        self.policy, self.head, self.group = policy, _Head(output_matrix(policy), vocab, settings), group
+        self.policy, self.lm_head_loss, self.group = policy, _LmHeadLoss(output_matrix(policy), vocab, settings), group
 
     def forward(
         self, batch: PairBatch, denominators: Denominators, with_drift: bool = False
@@ -63,7 +66,7 @@ class PairModel(nn.Module):
         hidden = response_hidden(self.policy, batch.inputs, self.group)
         if self.group is not None:
             batch = batch.take(share(len(batch.token_ids), self.group))
-        loss, sums, logps = self.head(hidden, batch, denominators, self.group)
+        loss, sums, logps = self.lm_head_loss(hidden, batch, denominators, self.group)
         drift = None
         if with_drift:
             policy, reference, _ = side_sums(
@@ -75,7 +78,7 @@ class PairModel(nn.Module):
         return loss, sums, drift
 
 
-class _Head(nn.Module):
+class _LmHeadLoss(nn.Module):
     """The output matrix and the loss. A module that has the matrix as its own parameter, so that ZeRO-3 gathers it for
     the forward pass; the backward pass does not need it."""
 
@@ -84,7 +87,7 @@ class _Head(nn.Module):
         self.weight, self.vocab, self.settings = weight, vocab, settings
 
     def forward(self, hidden: Tensor, batch: PairBatch, denominators: Denominators, group: dist.ProcessGroup | None):
-        return head_joint_loss(
+        return lm_head_joint_loss(
             hidden, self.weight, batch.token_ids, batch.pair_index, batch.is_chosen, batch.reference_logps,
             batch.targets, batch.n_pairs, vocab=self.vocab, settings=self.settings, denominators=denominators,
             group=group,

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nbg_core.config import LoraSettings
-from nbg_core.ids import seed_from
+from nbg_core.base.ids import seed_from
+from nbg_core.config.training import LoraSettings
 
 ADAPTER = "default"
 

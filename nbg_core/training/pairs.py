@@ -2,7 +2,7 @@
 
 Every response has its samples row, its teacher row (this teacher, these storage settings) and its reference row (this
 policy and dtype), once each, and all of them have one entry per response token. Both responses of a pair answer one
-prompt, token by token. `rows.write_rows` looks at the rows as it writes them: the lake is read once.
+prompt, token by token. `rows.write_pair_files` looks at the rows as it writes them: the lake is read once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from nbg_core.ids import content_version
-from nbg_core.lake import Lake, with_room
+from nbg_core.base.ids import content_version
+from nbg_core.lake.lake import Lake, with_room
 from nbg_core.training.request import Request, TrainingError
 
 NOTES = {
@@ -30,11 +30,11 @@ PAIRS_AT_ONCE = 16_384
 """Pairs in memory at once while all of them are looked at."""
 
 
-def survey(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
+def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
     """How many pairs the slices have, and the content version of their ids. What does not fit into memory goes to the
     folder `spill`, which is removed at the end. Raises TrainingError for a pair that is there twice."""
     with lake.joins(snapshot, spill) as con:
-        n, version, n_twice, twice = with_room(con, lambda: _survey(con, slices))
+        n, version, n_twice, twice = with_room(con, lambda: _count_and_hash(con, slices))
     if twice:
         pair, one, other = twice
         raise TrainingError(
@@ -49,7 +49,7 @@ RECORD = np.dtype([("seen", np.uint16), ("note", np.uint32)])
 """What is kept of a response in a table: its rows there, and the note of one of them."""
 
 
-def _survey(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
+def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
     """Pairs, content version, pairs that are there twice, and the first of these with its slices."""
     n, n_twice, twice, last = 0, 0, (), (None, None)
     con.execute(f"SELECT pair_id, slice FROM pairs WHERE {IN_SLICES} ORDER BY pair_id, slice", [list(slices)])
@@ -123,13 +123,13 @@ class Check:
         r = self.worst()
         if r is None:
             return
-        slice, sample = con.execute(
+        slice_name, sample = con.execute(
             f"SELECT slice, {r['side']}_id FROM pairs WHERE {IN_SLICES} AND pair_id = ?",
             [request.slices, r["pair_id"]],
         ).fetchone()
         what, remedy = _problem(r, request.teacher_id, request.policy_id)
         raise TrainingError(
-            f"pair {r['pair_id']} of slice {slice!r}: its {r['side']} response, sample {sample}, has {what} at "
+            f"pair {r['pair_id']} of slice {slice_name!r}: its {r['side']} response, sample {sample}, has {what} at "
             f"snapshot {request.snapshot} ({self.n_unfit} responses that do not fit); {remedy}"
         )
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from nbg_core.config import TrainingSettings
-from nbg_core.ids import seed_from
+from nbg_core.base.ids import seed_from
+from nbg_core.config.training import TrainingSettings
 
 
 @dataclass(frozen=True)

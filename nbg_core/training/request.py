@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbg_core.config import Section, TrainingSettings
+from nbg_core.base.section import Section
+from nbg_core.config.training import TrainingSettings
 
 ASSET = "student_checkpoint"
 TIED_TO_STDIN = "NBG_TRAINING_TIED_TO_STDIN"
@@ -55,8 +56,8 @@ class Request(Section):
         return self.work / "steps.jsonl"
 
     @property
-    def rows(self) -> Path:
-        """Folder of the training set's files (see `rows`)."""
+    def rows_path(self) -> Path:
+        """Folder of the training set's files (see `pair_files`)."""
         return self.work / "rows"
 
     @property

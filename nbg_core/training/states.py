@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nbg_core.files import write_json
+from nbg_core.base.files import write_json
 
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -34,23 +34,17 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from nbg_core.config import TrainingSettings  # noqa: E402
-from nbg_core.drift import step_0_bound  # noqa: E402
-from nbg_core.forward import no_packing  # noqa: E402
-from nbg_core.run import Progress  # noqa: E402
+from nbg_core.base.progress import Progress  # noqa: E402
+from nbg_core.config.training import TrainingSettings  # noqa: E402
+from nbg_core.losses.metrics import SUMMED, check_metrics  # noqa: E402
+from nbg_core.modeling.forward import no_packing  # noqa: E402
+from nbg_core.reference.drift import step_0_bound  # noqa: E402
 from nbg_core.training import states  # noqa: E402
 from nbg_core.training.data import PairBatch, TrainingSet, prefetch  # noqa: E402
 from nbg_core.training.engine import backward, build_engine, full_weights, learning_rate, take_step  # noqa: E402
 from nbg_core.training.plan import Plan, Step, micro_batches  # noqa: E402
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
 from nbg_core.training.weights import write_model  # noqa: E402
-
-SUMS = ("dpo", "kl_chosen", "kl_rejected", "nll", "margin", "accuracy", "chosen_reward", "rejected_reward",
-        "chosen_logp", "rejected_logp")  # fmt: skip
-"""What `joint_loss` sums and a step reports as means, in the order in which it is added over ranks."""
-
-PER_TOKEN = {"kl_chosen": "chosen_tokens", "nll": "chosen_tokens", "kl_rejected": "rejected_tokens"}
-"""Sums that are means over tokens; the others are means over pairs."""
 
 
 def init_distributed() -> None:
@@ -78,7 +72,7 @@ def train(request: Request) -> None:
         torch.set_num_threads(max(1, request.threads // request.training.n_processes))
     init_distributed()
     engine, pad_id = build_engine(request)
-    data = TrainingSet(request.rows, pad_id)
+    data = TrainingSet(request.rows_path, pad_id)
     steps = Plan(len(data), request.training)
     rate = learning_rate(request.training, len(steps))
     try:
@@ -137,7 +131,7 @@ def train_step(
         waited += time.monotonic() - asked
         batch = batch.to(engine.device)
         loss, sums, drift = engine(batch, denominators, with_drift=step.index == 0)
-        values.append(torch.stack([loss.detach().double(), *(sums[name] for name in SUMS)]))
+        values.append(torch.stack([loss.detach().double(), *(sums[metric.name] for metric in SUMMED)]))
         drifts.append(drift)
         backward(engine, loss)
     total = torch.stack(values).sum(0)
@@ -154,13 +148,15 @@ def train_step(
             "lower training.learning_rate, or take these pairs out"
         )
     metrics = {"loss": total[0]}
-    for name, value in zip(SUMS, total[1:], strict=True):
-        metrics[name] = value / getattr(denominators, PER_TOKEN.get(name, "pairs"))
+    for metric, value in zip(SUMMED, total[1:], strict=True):
+        metrics[metric.name] = value / getattr(denominators, metric.mean_over)
     seconds = time.monotonic() - began
-    return metrics | {
+    metrics |= {
         "grad_norm": norm, "learning_rate": rate, "tokens_per_second": int(data.n_inputs[step.pairs].sum()) / seconds,
         "data_wait": waited / seconds,
     }  # fmt: skip
+    check_metrics(metrics)
+    return metrics
 
 
 def _check_drift(

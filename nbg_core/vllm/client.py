@@ -23,7 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from tenacity.wait import wait_base, wait_random_exponential
 from transformers import PreTrainedTokenizerBase
 
-from nbg_core.config import VllmSettings
+from nbg_core.config.vllm import VllmSettings
 
 T = TypeVar("T")
 ATTEMPTS, ATTEMPTS_UNANSWERED = 5, 3

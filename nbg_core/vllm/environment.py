@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbg_core.config import Profile
+from nbg_core.config.profile import Profile
 
 
 def interpreter(profile: Profile) -> Path:

@@ -5,7 +5,7 @@ served under its model id, so that no server can answer for other weights by acc
 model id and tokenizer are compared (`client.Client.check`).
 
 Our own server stays in the worker's process group, below the supervisor that ends the worker's whole tree
-(nbg_core.processes); on Linux it is also killed when the worker is. Its log is a file, whose end is part of every
+(nbg_core.runtime.supervisor); on Linux it is also killed when the worker is. Its log is a file, whose end is part of every
 error about it.
 """
 
@@ -23,11 +23,12 @@ from pathlib import Path
 import httpx
 import psutil
 
-from nbg_core.config import Profile
-from nbg_core.ids import model_id
-from nbg_core.models import context_length, load_tokenizer
-from nbg_core.processes import die_with_parent, is_alive, redact
-from nbg_core.run import Run
+from nbg_core.base.errors import redact
+from nbg_core.base.ids import model_id
+from nbg_core.base.processes import die_with_parent, is_alive
+from nbg_core.config.profile import Profile
+from nbg_core.lineage.run import Run
+from nbg_core.modeling.loading import context_length, load_tokenizer
 from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
 

@@ -1,0 +1,5 @@
+"""`python -m nbg_assets.cli`."""
+
+from nbg_assets.cli.main import main
+
+main()

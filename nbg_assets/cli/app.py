@@ -1,0 +1,42 @@
+"""What all commands share: the typer app, the consoles, the profile and its lake."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nbg_core.config.load import load_profile
+from nbg_core.config.profile import Profile
+from nbg_core.lake.lake import Lake
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The `nbg` command: run what is stale, see what is there, ask the lake.",
+)
+# No markup, no emoji codes: names, errors and answers are shown as they are, whatever brackets and colons they hold.
+console, errors = (
+    Console(highlight=False, markup=False, emoji=False, stderr=e, width=None if sys.stdout.isatty() else 160)
+    for e in (False, True)
+)
+Slices = Annotated[list[str] | None, typer.Option("--slice", "-s", help="Only this slice (repeatable).")]
+
+
+def open_lake() -> tuple[Profile, Lake]:
+    """The profile that NBG_PROFILE names, and its lake."""
+    profile = load_profile()
+    return profile, Lake.of(profile)
+
+
+def say(line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def short(value: object, width: int = 60) -> str:
+    """`value` as one cell of a table."""
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("\n", "\\n")
+    return text if len(text) <= width else text[: width - 1] + "…"

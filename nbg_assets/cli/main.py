@@ -1,0 +1,26 @@
+"""Entry point of the `nbg` command."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.text import Text
+
+from nbg_assets.cli import runs, show, sql, upkeep  # noqa: F401  (each adds its commands to the app)
+from nbg_assets.cli.app import app, errors
+from nbg_core.base.errors import is_defect, sentence
+
+
+def main() -> None:
+    """Errors that a user can mend end in one line on stderr and exit code 1."""
+    try:
+        app()
+    except Exception as e:
+        if is_defect(e):
+            raise
+        errors.print(Text.assemble(("error: ", "red"), sentence(e)), soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

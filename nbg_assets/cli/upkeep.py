@@ -1,0 +1,37 @@
+"""Commands that change the lake: `promote`, `compact`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nbg_assets.cli.app import app, console, open_lake
+from nbg_core.evaluation import promotion
+from nbg_core.evaluation.promotion import promotion_blocker
+from nbg_core.lineage.policy import SFT, current_policy
+
+
+@app.command("compact")
+def compact_files() -> None:
+    """Merge the lake's small files into larger ones; what any snapshot shows stays the same."""
+    from nbg_core.lake.compact import KEEP, compact
+
+    _, lake = open_lake()
+    for name, before, after in compact(lake).iter_rows():
+        console.print(f"{name}: {before} files are now {after}")
+    console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
+
+
+@app.command()
+def promote(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning; sft is the profile's student.")],
+    reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
+    force: Annotated[bool, typer.Option(help="Also if its evaluation says no.")] = False,
+) -> None:
+    """Make a checkpoint the policy that the next round samples from."""
+    profile, lake = open_lake()
+    if not force and checkpoint != SFT and (why := promotion_blocker(lake, checkpoint, profile.evaluation.min_queries)):
+        raise ValueError(f"{checkpoint} is not promoted: {why}; see `nbg report {checkpoint}`, or use --force")
+    promotion.promote(lake, profile, checkpoint, reason)
+    console.print(f"policy is now {current_policy(lake, profile).model_id}; `nbg status` shows what to refresh")

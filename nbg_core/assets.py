@@ -1,0 +1,234 @@
+"""The asset graph: one Asset per line, in an order in which they can be materialised.
+
+Everything that needs to know what assets there are reads ASSETS: the worker, lineage and staleness, `nbg run` and `nbg
+tables`, the checks, the Dagster definitions and the tests. Nothing here imports torch, Dagster or a stage.
+
+An asset's `settings` are those that decide its content. They are stored with every materialisation, and a change in any
+of them makes it stale; a setting that only changes how the work is done is not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nbg_core.base.ids import query_file_id
+from nbg_core.base.names import find
+from nbg_core.config import identity
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import check_slice_name, query_file
+from nbg_core.losses import metrics
+from nbg_core.scorers.scorers import SCORERS
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A node of the graph, which its stage materialises."""
+
+    name: str
+    description: str
+    """What it holds, for Dagster's catalog."""
+    stage: str
+    """Module whose `materialise(run, slice_name)` does the work and returns a Report; it runs in a worker process."""
+    tables: tuple[str, ...]
+    """Lake tables that it writes; the first one holds its rows."""
+    settings: Callable[[Profile, str, str | None], dict]
+    """(profile, id of the current policy, slice name) -> the settings that decide its content.
+
+    Raises FileNotFoundError for a missing query file or model folder."""
+    upstream: tuple[str, ...] = ()
+    partitioned: bool = True
+    """Whether it has a partition per slice. An asset without partitions reads all slices of its upstream."""
+    checks: tuple[str, ...] = ()
+    """Names in `checks.checks.CHECKS`, in the order in which they run."""
+    plots: tuple[str, ...] = ()
+    """Names in `nbg_assets.plots.PLOTS`."""
+    group: str = "data"
+    """Group in Dagster's catalog."""
+    kinds: frozenset[str] = field(default_factory=frozenset)
+    """Kinds in Dagster's catalog: what it is made with."""
+    loads_model: bool = True
+    """Whether its stage may load a model; such steps wait for one another (Dagster pool `model`)."""
+
+
+def _queries(profile: Profile, policy_id: str, slice_name: str) -> dict:
+    # The response must fit into the context behind the prompt; the student's tokenizer counts the prompt's tokens.
+    longest = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
+    file = query_file_id(query_file(profile, slice_name))
+    student = identity.student_id(profile)
+    return {**profile.queries.model_dump(), "file": file, "max_tokens": longest, "student": student}
+
+
+def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
+    s = profile.sampling
+    teacher = identity.teacher_id(profile) if s.n_teacher else None
+    return {"sampling_id": identity.sampling_id(profile), "n_student": s.n_student, "n_teacher": s.n_teacher,
+            "student": policy_id, "teacher": teacher}  # fmt: skip
+
+
+def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
+    scorers = [SCORERS[name] for name, weight in profile.preference.weights.items() if weight]
+    needed = [name for scorer in scorers for name in scorer.depends_on]
+    values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
+    return {**profile.preference.model_dump(), "teacher": None, **values}
+
+
+def _teacher_logits(profile: Profile, policy_id: str, slice_name: str) -> dict:
+    return {"storage_id": identity.storage_id(profile), "teacher": identity.teacher_id(profile)}
+
+
+def _reference_logprobs(profile: Profile, policy_id: str, slice_name: str) -> dict:
+    return {"reference": policy_id, "scoring_id": identity.scoring_id(profile)}
+
+
+def _student_checkpoint(profile: Profile, policy_id: str, slice_name: None) -> dict:
+    return {**profile.training.identity_fields(), "initial": policy_id, "teacher": identity.teacher_id(profile),
+            "storage_id": identity.storage_id(profile)}  # fmt: skip
+
+
+def _student_eval(profile: Profile, policy_id: str, slice_name: None) -> dict:
+    return {"answering_id": identity.answering_id(profile), "teacher": identity.teacher_id(profile)}
+
+
+ASSETS: tuple[Asset, ...] = (
+    Asset(
+        "queries",
+        "Validated, deduplicated queries of one file in `data/queries/`, split into training and held-out ones; no "
+        "training query shares text with a held-out one. What was dropped is in `rejections`, with the reason.",
+        stage="nbg_core.queries.stage",
+        tables=("queries", "rejections"),
+        settings=_queries,
+        checks=("no_train_eval_overlap", "has_training_queries", "has_held_out_queries"),
+        kinds=frozenset({"duckdb", "polars"}),
+        loads_model=False,
+    ),
+    Asset(
+        "student_samples",
+        "Responses of the promoted policy (the SFT student before the first promotion) and, as a setting, of the "
+        "teacher, to every training query: token ids, log-probs, finish reason. Only missing responses are drawn.",
+        stage="nbg_core.sampling.stage",
+        tables=("samples",),
+        settings=_student_samples,
+        upstream=("queries",),
+        checks=("every_query_answered", "tokens_in_vocabulary", "few_truncated", "few_empty"),
+        plots=("response lengths",),
+        group="preferences",
+        kinds=frozenset({"pytorch", "huggingface"}),
+    ),
+    Asset(
+        "filtered_pairs",
+        "Scored responses and the pairs whose margin is at least `preference.min_margin`. What was not kept is in "
+        "`rejections`, with the reason.",
+        stage="nbg_core.preference.stage",
+        tables=("pairs", "scores", "rejections"),
+        settings=_filtered_pairs,
+        upstream=("queries", "student_samples"),
+        checks=(
+            "has_pairs",
+            "margins_wide_enough",
+            "responses_exist",
+            "no_truncated_positive",
+            "no_held_out_query",
+        ),
+        plots=("scores", "margins"),
+        group="preferences",
+        kinds=frozenset({"duckdb", "polars"}),
+    ),
+    Asset(
+        "teacher_logits",
+        "The teacher, forced over the exact token ids of chosen and rejected: its top entries exactly and a sampled "
+        "tail per position. Query it entry by entry through the view `teacher_entries`.",
+        stage="nbg_core.teacher.stage",
+        tables=("teacher_logits",),
+        settings=_teacher_logits,
+        upstream=("filtered_pairs",),
+        checks=("one_row_per_response", "lengths_match", "mass_is_one"),
+        plots=("stored distribution",),
+        group="distillation",
+        kinds=frozenset({"pytorch", "huggingface", "parquet"}),
+    ),
+    Asset(
+        "reference_logprobs",
+        "Log-probs of every chosen and rejected token under the policy that training starts from, which is the DPO "
+        "reference: before the first step every margin is 0.",
+        stage="nbg_core.reference.stage",
+        tables=("reference_logprobs",),
+        settings=_reference_logprobs,
+        upstream=("filtered_pairs",),
+        checks=("one_row_per_response", "lengths_match", "sampler_agrees"),
+        plots=("sampler drift",),
+        group="distillation",
+        kinds=frozenset({"pytorch", "huggingface"}),
+    ),
+    Asset(
+        "student_checkpoint",
+        "Weights (safetensors) trained with DeepSpeed on DPO plus the divergence to the teacher on chosen and rejected, "
+        "over all slices. The lake keeps the snapshot it read and which pair was used at which step.",
+        stage="nbg_core.training.stage",
+        tables=("checkpoints", "checkpoint_pairs", "training_steps"),
+        settings=_student_checkpoint,
+        upstream=("filtered_pairs", "teacher_logits", "reference_logprobs"),
+        partitioned=False,
+        checks=("starts_at_reference", "weights_intact", "training_set_known"),
+        plots=metrics.PLOTS,
+        group="student",
+        kinds=frozenset({"pytorch", "deepspeed", "huggingface"}),
+    ),
+    Asset(
+        "student_eval",
+        "Accuracy on the held-out queries of every slice: the model before training, after it, and the teacher. The "
+        "checkpoint may be promoted when it is better overall and worse on no slice, beyond noise.",
+        stage="nbg_core.evaluation.stage",
+        tables=("evaluations", "promotions"),
+        settings=_student_eval,
+        upstream=("queries", "student_checkpoint"),
+        partitioned=False,
+        checks=("better_than_before",),
+        plots=("accuracy",),
+        group="student",
+        kinds=frozenset({"pytorch", "huggingface"}),
+    ),
+)
+
+BY_NAME: dict[str, Asset] = {asset.name: asset for asset in ASSETS}
+
+PARTITIONED: tuple[str, ...] = tuple(asset.name for asset in ASSETS if asset.partitioned)
+UNPARTITIONED: tuple[str, ...] = tuple(asset.name for asset in ASSETS if not asset.partitioned)
+
+
+def get(name: str) -> Asset:
+    """The asset of this name. Raises ValueError naming the known ones."""
+    return find(BY_NAME, name, "asset")
+
+
+def partition_name(asset: str, slice_name: str | None) -> str:
+    """`asset` or `asset[slice]`: how a partition is called in logs, errors and file names.
+
+    Raises ValueError for an unknown asset, for a slice name that cannot be one (before any path is made of it), and for
+    a partitioned asset without a slice or the reverse."""
+    known = get(asset)
+    if known.partitioned != (slice_name is not None):
+        negated = "" if known.partitioned else "not "
+        raise ValueError(f"{asset} is {negated}partitioned by slice, got slice={slice_name!r}")
+    if slice_name is None:
+        return asset
+    check_slice_name(slice_name)
+    return f"{asset}[{slice_name}]"
+
+
+def upstream_partitions(asset: str, slice_name: str | None, slices: list[str]) -> list[tuple[str, str | None]]:
+    """The partitions that a partition reads, (asset, slice name) each: of its own slice, or of all `slices`."""
+    result: list[tuple[str, str | None]] = []
+    for name in get(asset).upstream:
+        if not get(name).partitioned:
+            result.append((name, None))
+        else:
+            result += [(name, s) for s in (slices if slice_name is None else [slice_name])]
+    return result
+
+
+def settings_of(asset: str, profile: Profile, policy_id: str, slice_name: str | None) -> dict:
+    """The settings that decide a partition's content; a change in any of them makes it stale.
+
+    Raises FileNotFoundError for a missing query file or model folder."""
+    return get(asset).settings(profile, policy_id, slice_name)

@@ -1,0 +1,1 @@
+"""What every room uses and what uses none of them: ids, files, errors, names, progress, processes."""

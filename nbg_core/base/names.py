@@ -1,0 +1,67 @@
+"""Names that a person wrote: looked up in a table, with the known names in the error, or used in a path.
+
+A name that becomes part of a path is checked before any path is made of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the known name nearest to it, or all known names."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def find(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`. Raises ValueError that says `what` is unknown and names the known ones."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table) or 'none'}")
+    return table[name]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Pydantic metadata of a field whose value must be a name in `table`: `Annotated[str, OneOf("scorer", SCORERS)]`.
+
+    The table is read when a value is checked, so a name that is added to it can be used in a profile at once."""
+
+    what: str
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        find(self.table, name, self.what)
+        return name
+
+
+def file_name_problem(name: str) -> str | None:
+    """Why `name` cannot be (part of) a file name on its own, or None: it must stay in its folder, and be printable."""
+    if not name.strip():
+        return "it is empty"
+    if name.startswith("."):
+        return "it starts with '.', as hidden files do"
+    if "/" in name or "\\" in name:
+        return "it holds a path separator"
+    if not name.isprintable() or name != name.strip():
+        return "it holds control characters (such as tab or newline), or spaces at an end"
+    if len(name.encode()) > 200:
+        return "it is longer than 200 bytes"
+    return None
+
+
+def check_run_id(run_id: str) -> None:
+    """Raise ValueError for a run id that cannot be the name of a folder of logs."""
+    if problem := file_name_problem(run_id):
+        raise ValueError(f"{run_id!r} cannot be a run id: {problem}; use letters, digits and hyphens")

@@ -1,0 +1,1 @@
+"""What must hold of each asset once it is made."""

@@ -1,0 +1,106 @@
+"""What must hold of a partition once it is made. A check is one row of CHECKS; an asset names its checks (`assets`).
+
+A *blocking* check stops what comes next: the run that made the partition (Dagster), and any later run that would read
+it (`broken_upstream`, asked before every stage). The others warn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import polars as pl
+
+from nbg_core import assets
+from nbg_core.base.names import find
+from nbg_core.checks import violations as v
+from nbg_core.checks.violations import Subject
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import slice_names
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import latest_materialisation
+from nbg_core.reference import drift
+from nbg_core.vllm.environment import missing_environment
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    description: str
+    violations: Callable[[Subject], pl.DataFrame]
+    """The rows that break the rule; none when all is well. A column `why` is shown beside the description."""
+    blocking: bool = True
+
+
+CHECKS: dict[str, Check] = {
+    check.name: check
+    for check in (
+        # queries
+        Check("no_train_eval_overlap", "no training query has the text of a held-out one, in any slice that has a file",
+              v.train_eval_overlap),
+        Check("has_training_queries", "the slice has at least one training query", v.no_rows_of_split("train")),
+        Check("has_held_out_queries", "the slice has at least one held-out query", v.no_rows_of_split("eval"),
+              blocking=False),
+        # student_samples
+        Check("every_query_answered", "every training query has as many responses as were asked for",
+              v.too_few_responses),
+        Check("tokens_in_vocabulary", "responses are not empty, have a log-prob per token, and ids the model knows",
+              v.outside_vocabulary),
+        Check("few_truncated", f"at most {v.WARN_SHARE:.0%} of the responses are truncated",
+              v.share_of_responses("finish_reason = 'length'"), blocking=False),
+        Check("few_empty", f"at most {v.WARN_SHARE:.0%} of the responses have no text",
+              v.share_of_responses("trim(text) = ''"), blocking=False),
+        # filtered_pairs
+        Check("has_pairs", "the slice has at least one pair", v.no_pairs),
+        Check("margins_wide_enough", "every margin is chosen - rejected and at least min_margin", v.narrow_margins),
+        Check("responses_exist", "both responses of a pair exist and answer its query", v.unknown_responses),
+        Check("no_truncated_positive", "no chosen response is truncated, unless the profile allows it",
+              v.truncated_positives),
+        Check("no_held_out_query", "no pair comes from a held-out query", v.held_out_pairs),
+        # teacher_logits, reference_logprobs
+        Check("one_row_per_response", "every response of a pair has exactly one row of this model and these settings",
+              v.not_scored_once),
+        Check("lengths_match", "every list has one item per response token, no log-prob is above 0", v.wrong_lengths),
+        Check("mass_is_one", f"top entries and tail sum to 1 at every position ({v.MASS_SAMPLE} responses)",
+              v.mass_not_one),
+        Check("sampler_agrees", f"at most {drift.MAX_SHARE:.0%} of the tokens that the reference drew have a sampler's "
+              f"log-prob more than {drift.BOUND} nats from the reference's", v.drifted, blocking=False),
+        # student_checkpoint
+        Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",
+              v.not_reference_at_step_0),
+        Check("weights_intact", "the weights are there and hash to the checkpoint's id", v.weights_missing),
+        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", v.training_set_lost),
+        # student_eval
+        Check("better_than_before", "the promotion gate: better overall and no slice worse, beyond noise",
+              v.gate_refuses, blocking=False),
+    )
+}  # fmt: skip
+
+
+def checks_of(asset: str) -> list[Check]:
+    """The checks of an asset, in the order in which it names them."""
+    return [find(CHECKS, name, "check") for name in assets.get(asset).checks]
+
+
+def cannot_run(profile: Profile) -> list[str]:
+    """What stands in the way of running a valid profile on this machine, a sentence each."""
+    models = {"student": profile.models.student, "teacher": profile.models.teacher}
+    missing = [
+        f"models.{role}: no model at {profile.resolve(path)} (a folder with config.json)"
+        for role, path in models.items()
+        if not (profile.resolve(path) / "config.json").is_file()
+    ]
+    return [*filter(None, [missing_environment(profile)]), *missing]
+
+
+def broken_upstream(lake: Lake, profile: Profile, asset: str, slice_name: str | None) -> str | None:
+    """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
+    for upstream, part in assets.upstream_partitions(asset, slice_name, slice_names(profile)):
+        if latest_materialisation(lake, upstream, part) is None:
+            continue  # the stage itself says that it is missing
+        subject = Subject(lake, profile, upstream, part)
+        for check in checks_of(upstream):
+            if check.blocking and (n := check.violations(subject).height):
+                name = assets.partition_name(upstream, part)
+                return f"{name} fails its check {check.name} ({n} violations): {check.description}"
+    return None

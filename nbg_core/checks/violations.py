@@ -1,0 +1,277 @@
+"""The queries behind the checks: each returns the rows that break a rule, and none when all is well.
+
+They hold a partition to what it was made with (`Subject.made_with`), not to today's profile. Legend: $1 is the slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import polars as pl
+
+from nbg_core.base.ids import model_id
+from nbg_core.config.profile import Profile
+from nbg_core.config.slices import slice_names
+from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.evaluation.promotion import gate
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import (
+    CURRENT_SAMPLES,
+    RESPONSES_OF_PAIRS,
+    checkpoint_row,
+    latest_materialisation,
+    made_with,
+    sampled_with,
+)
+from nbg_core.lineage.policy import current_policy
+from nbg_core.losses.dpo import DPO_VARIANTS
+from nbg_core.modeling.config_file import text_config
+from nbg_core.reference import drift
+
+MASS_SAMPLE = 200
+"""Responses whose stored mass is summed up: content-hashed ids make the first ones by id a random sample."""
+WARN_SHARE = 0.2
+"""Share of truncated or empty responses that is worth a warning."""
+
+RESPONSES = f"(SELECT sample_id, token_ids FROM samples SEMI JOIN {RESPONSES_OF_PAIRS} USING (sample_id))"
+"""The responses of a slice's pairs, with their tokens."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A partition to look at, as the lake is now."""
+
+    lake: Lake
+    profile: Profile
+    asset: str
+    slice_name: str | None
+
+    def sql(self, query: str, *params: object) -> pl.DataFrame:
+        return self.lake.sql(query, params)
+
+    def made_with(self) -> dict:
+        """The settings that the partition was last made with, whatever they are today."""
+        return made_with(self.lake, self.asset, self.slice_name)
+
+
+def train_eval_overlap(s: Subject) -> pl.DataFrame:
+    text = "trim(regexp_replace(array_to_string(list_transform(messages, m -> m.content), ' '), '\\s+', ' ', 'g'))"
+    return s.sql(
+        f"WITH q AS (SELECT query_id, slice, split, {text} AS text FROM queries) "
+        "SELECT a.query_id, a.split, b.query_id AS other_id, b.split AS other_split, b.slice AS other_slice "
+        "FROM q a JOIN q b USING (text) WHERE a.slice = $1 AND a.split <> b.split AND b.slice IN (SELECT unnest($2)) "
+        "ORDER BY ALL",
+        s.slice_name,
+        slice_names(s.profile),
+    )
+
+
+def no_rows_of_split(split: str) -> Callable[[Subject], pl.DataFrame]:
+    def violations(s: Subject) -> pl.DataFrame:
+        return s.sql(
+            "SELECT $1 AS slice, $2 AS split WHERE NOT EXISTS (FROM queries WHERE slice = $1 AND split = $2)",
+            s.slice_name,
+            split,
+        )
+
+    return violations
+
+
+def too_few_responses(s: Subject) -> pl.DataFrame:
+    return s.sql(
+        "SELECT q.query_id, count(samples.sample_id) AS responses FROM queries q LEFT JOIN samples "
+        f"ON samples.query_id = q.query_id AND {CURRENT_SAMPLES} "
+        "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING responses < $4 + $6 ORDER BY ALL",
+        s.slice_name,
+        *sampled_with(s.lake, s.slice_name).params,
+    )
+
+
+def outside_vocabulary(s: Subject) -> pl.DataFrame:
+    folder = current_policy(s.lake, s.profile).path
+    size = text_config(folder, "vocab_size")
+    if size is None:
+        return pl.DataFrame({"why": [f"{folder / 'config.json'} does not say vocab_size"]})
+    return s.sql(
+        "SELECT sample_id, len(token_ids) AS tokens, list_max(token_ids) AS largest FROM samples WHERE slice = $1 "
+        "AND (len(token_ids) = 0 OR len(token_ids) <> len(logprobs) OR list_min(token_ids) < 0 "
+        "OR list_max(token_ids) >= $2) ORDER BY sample_id",
+        s.slice_name,
+        size,
+    )
+
+
+def share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
+    def violations(s: Subject) -> pl.DataFrame:
+        return s.sql(
+            f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
+            f"AND {CURRENT_SAMPLES} GROUP BY source HAVING share > $7 ORDER BY source",
+            s.slice_name,
+            *sampled_with(s.lake, s.slice_name).params,
+            WARN_SHARE,
+        )
+
+    return violations
+
+
+def narrow_margins(s: Subject) -> pl.DataFrame:
+    return s.sql(
+        "SELECT pair_id, chosen_score, rejected_score, margin FROM pairs WHERE slice = $1 "
+        "AND (margin < $2 OR abs(margin - (chosen_score - rejected_score)) > 1e-6) ORDER BY pair_id",
+        s.slice_name,
+        s.made_with()["min_margin"] - 1e-9,
+    )
+
+
+def unknown_responses(s: Subject) -> pl.DataFrame:
+    return s.sql(
+        "SELECT pair_id, chosen_id, rejected_id FROM pairs p LEFT JOIN samples c ON c.sample_id = p.chosen_id "
+        "LEFT JOIN samples r ON r.sample_id = p.rejected_id WHERE p.slice = $1 AND "
+        "(c.query_id IS DISTINCT FROM p.query_id OR r.query_id IS DISTINCT FROM p.query_id) ORDER BY pair_id",
+        s.slice_name,
+    )
+
+
+def truncated_positives(s: Subject) -> pl.DataFrame:
+    return s.sql(
+        "SELECT pair_id, chosen_id FROM pairs p JOIN samples c ON c.sample_id = p.chosen_id "
+        "WHERE p.slice = $1 AND c.finish_reason = 'length' AND NOT $2 ORDER BY pair_id",
+        s.slice_name,
+        s.made_with()["truncated_positive"],
+    )
+
+
+def held_out_pairs(s: Subject) -> pl.DataFrame:
+    return s.sql(
+        "SELECT pair_id, query_id, split FROM pairs LEFT JOIN queries USING (query_id) "
+        "WHERE pairs.slice = $1 AND split IS DISTINCT FROM 'train' ORDER BY pair_id",
+        s.slice_name,
+    )
+
+
+def no_pairs(s: Subject) -> pl.DataFrame:
+    return s.sql("SELECT $1 AS slice WHERE NOT EXISTS (FROM pairs WHERE slice = $1)", s.slice_name)
+
+
+def not_scored_once(s: Subject) -> pl.DataFrame:
+    where, params = _rows_of(s)
+    return s.sql(
+        f"SELECT r.sample_id, count(t.sample_id) AS rows_found FROM {RESPONSES} r LEFT JOIN "
+        f"(FROM {s.asset} WHERE {where}) t USING (sample_id) GROUP BY ALL HAVING rows_found <> 1 ORDER BY ALL",
+        s.slice_name,
+        *params,
+    )
+
+
+def wrong_lengths(s: Subject) -> pl.DataFrame:
+    lists = ["token_logprobs"]
+    total = ""
+    if s.asset == "teacher_logits":
+        lists += ["tail_logmass", "head_counts", "tail_counts"]
+        total = (
+            " OR len(entry_gaps) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_gaps) <> "
+            "len(entry_logprobs) OR list_max(entry_logprobs) > 1e-5"
+        )
+    wrong = " OR ".join(f"len({name}) <> len(token_ids)" for name in lists)
+    where, params = _rows_of(s)
+    return s.sql(
+        f"SELECT r.sample_id, len(token_ids) AS tokens, len(token_logprobs) AS scored FROM {RESPONSES} r "
+        f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) "
+        f"WHERE {wrong}{total} OR list_max(token_logprobs) > 1e-5 ORDER BY r.sample_id",
+        s.slice_name,
+        *params,
+    )
+
+
+def mass_not_one(s: Subject) -> pl.DataFrame:
+    where, params = _rows_of(s)
+    return s.sql(
+        f"WITH t AS (FROM teacher_logits SEMI JOIN {RESPONSES} USING (sample_id) WHERE {where} "
+        f"ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
+        "head AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
+        f"WHERE is_head AND {where} AND sample_id IN (SELECT sample_id FROM t) GROUP BY ALL), "
+        "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass "
+        "FROM t) "
+        "SELECT sample_id, position, coalesce(mass, 0) + exp(logmass) AS total FROM tail LEFT JOIN head "
+        "USING (sample_id, position) WHERE NOT abs(total - 1) <= 1e-3 ORDER BY ALL",
+        s.slice_name,
+        *params,
+    )
+
+
+def _rows_of(s: Subject) -> tuple[str, list[str]]:
+    """The condition on the table of a model that scored the responses, and its parameters from $2 on."""
+    made = s.made_with()
+    if s.asset == "teacher_logits":
+        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
+    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
+
+
+def drifted(s: Subject) -> pl.DataFrame:
+    responses = drift.by_response(s.lake, s.slice_name)
+    bad = responses["past_bound"].sum() > drift.MAX_SHARE * responses["tokens"].sum()
+    return responses.filter(bad & (pl.col("past_bound") > 0))
+
+
+def _newest_checkpoint(s: Subject) -> dict:
+    return checkpoint_row(s.lake, latest_materialisation(s.lake, "student_checkpoint", None)["data_version"])
+
+
+def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
+    row = _newest_checkpoint(s)
+    steps = s.sql(
+        "SELECT step, margin, dpo FROM training_steps WHERE training_id = $1 AND step = 0", row["training_id"]
+    )
+    if steps.is_empty():
+        return pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no metrics of step 0"]})
+    made = s.made_with()
+    steps = steps.with_columns(allowed=pl.lit(_step_0_margin(s, row, made)))
+    off = ~(pl.col("margin").abs() <= pl.col("allowed"))
+    if DPO_VARIANTS[made["loss"]["dpo_variant"]].is_log_2_at_0:
+        off |= ~((pl.col("dpo") - math.log(2)).abs() <= pl.col("allowed"))
+    return steps.filter(off)
+
+
+def _step_0_margin(s: Subject, checkpoint: dict, made: dict) -> float:
+    """How far the mean margin of the first batch may be from 0, and its DPO loss from log 2.
+
+    A margin is the difference of two rewards, each within `step_0_bound` (or training would have stopped), so it is
+    within the sum of both bounds, and the mean within the mean; -log sigmoid is nowhere steeper than 1."""
+    first = s.sql("SELECT pair_id FROM checkpoint_pairs WHERE training_id = $1 AND step = 0", checkpoint["training_id"])
+    n_tokens = s.lake.sql(
+        "SELECT len(c.token_ids) AS chosen, len(r.token_ids) AS rejected FROM pairs p "
+        "JOIN samples c ON c.sample_id = p.chosen_id JOIN samples r ON r.sample_id = p.rejected_id "
+        "WHERE p.pair_id IN (SELECT unnest($1::VARCHAR[]))",
+        [first["pair_id"].to_list()],
+        snapshot=checkpoint["input_snapshot"],
+    )
+    bounds = drift.step_0_bound(made["precision"], made["loss"]["beta"], n_tokens.to_numpy())  # [B, 2]
+    return float(bounds.sum(1).mean()) if n_tokens.height else 0.0
+
+
+def weights_missing(s: Subject) -> pl.DataFrame:
+    row = _newest_checkpoint(s)
+    folder = s.profile.resolve(s.profile.paths.checkpoints) / row["path"]
+    try:
+        found, problem = model_id(folder), f"weights at {folder} are not those of the checkpoint"
+    except FileNotFoundError as e:
+        found, problem = None, str(e)
+    return pl.DataFrame({"checkpoint_id": [row["checkpoint_id"]], "problem": [problem]}).filter(
+        found != row["checkpoint_id"]
+    )
+
+
+def training_set_lost(s: Subject) -> pl.DataFrame:
+    row = _newest_checkpoint(s)
+    used = s.sql("SELECT DISTINCT pair_id, slice FROM checkpoint_pairs WHERE training_id = $1", row["training_id"])
+    known = s.lake.sql("SELECT pair_id FROM pairs", snapshot=row["input_snapshot"])
+    lost = used.join(known, on="pair_id", how="anti").sort("pair_id")
+    return lost if used.height else pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no pair recorded"]})
+
+
+def gate_refuses(s: Subject) -> pl.DataFrame:
+    checkpoint, summary, _ = latest_summary(s.lake, profile=s.profile.name)
+    refusal = gate(summary, s.profile.evaluation.min_queries)
+    return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)

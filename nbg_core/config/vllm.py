@@ -1,0 +1,68 @@
+"""Settings of vLLM servers: section `vllm` of a profile."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from nbg_core.base.section import Section
+
+
+class VllmSettings(Section):
+    python: Path = Path(".venv-vllm/bin/python")
+    """Interpreter of the environment that vLLM is installed in (`make vllm` builds it)."""
+    version: str = "0.32.0"
+    """Version that the servers must be of; part of the keys of what they make."""
+    addresses: tuple[str, ...] = ()
+    """Base URLs of servers that run already, like http://host:8000, each serving one of the models under its model id;
+    none: a server is started for each stage that needs one, and stopped after it."""
+    args: tuple[str, ...] = ()
+    """More arguments for the server that we start, like --tensor-parallel-size=8 or --gpu-memory-utilization=0.85.
+    Those that may change what a model answers (--quantization=fp8) are part of the keys of what it makes."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest sequence our server takes, in tokens; none is the model's own."""
+    max_in_flight: Annotated[int, Field(ge=1)] = 64
+    """Requests that wait for an answer at once, over all servers: what a killed server can lose."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a request may take before it is tried again."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds our server may take until it answers."""
+
+    @model_validator(mode="after")
+    def _addresses_are_urls(self):
+        for address in self.addresses:
+            if not re.fullmatch(r"https?://[^\s/]+(/[^\s?#]*)?", address):
+                raise ValueError(f"addresses: {address!r} is not a base URL; write it like http://host:8000")
+        return self
+
+    @field_validator("args")
+    @classmethod
+    def _args_are_whole(cls, args: tuple[str, ...]):
+        for arg in args:
+            if not arg.startswith("--") or " " in arg.partition("=")[0]:
+                raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
+            if _name(arg) in ("--host", "--port", "--model", "--served-model-name", "--load-format"):
+                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address")
+            if _name(arg) == "--max-model-len":
+                raise ValueError(f"{arg!r} is a setting of its own: vllm.max_model_len")
+        return args
+
+    def identity_args(self) -> list[str]:
+        """Arguments of our own servers that may change what a model answers."""
+        if self.addresses:
+            return []
+        return sorted(a for a in self.args if _name(a) not in _HOW_A_SERVER_RUNS)
+
+
+def _name(arg: str) -> str:
+    return arg.partition("=")[0].replace("_", "-")
+
+_HOW_A_SERVER_RUNS = {
+    "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
+    "--distributed-executor-backend", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--cpu-offload-gb",
+    "--swap-space", "--block-size", "--max-num-seqs", "--max-num-batched-tokens",
+    "--max-parallel-loading-workers", "--enforce-eager", "--uvicorn-log-level", "--disable-log-stats",
+}  # fmt: skip

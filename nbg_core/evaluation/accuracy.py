@@ -1,0 +1,95 @@
+"""Accuracy on held-out queries, per slice and over all, with 95% intervals.
+
+Wilson's interval for one accuracy and Tango's for a difference (`intervals`), paired because all models answer the same
+queries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import polars as pl
+
+from nbg_core.evaluation.intervals import paired_difference, wilson
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import checkpoint_row
+from nbg_core.scorers.verifiers import scorer_ids
+
+OVERALL = "overall"
+"""What the total is called in `slice`. Whether a row is the total is said by `is_overall`: a slice may have the name,
+and then the total is called OVERALL_BESIDE."""
+OVERALL_BESIDE = "overall (all slices)"
+
+
+class Evaluated(NamedTuple):
+    """A checkpoint's newest evaluation: see `summarise`, and the name of the profile that it was made with."""
+
+    checkpoint: str
+    summary: pl.DataFrame
+    profile: str
+
+
+def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | None = None) -> Evaluated:
+    """Of the checkpoint given, else of the newest that the profile of this name has evaluated, else of the newest of
+    all: its summary over the queries and with the settings of its newest evaluation.
+
+    Raises LookupError before the first evaluation."""
+    rows = lake.sql(
+        "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
+        "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
+        [profile],
+    )
+    for by, inputs, settings in rows.iter_rows():
+        read = next(i for i in json.loads(inputs) if i["asset"] == "student_checkpoint")
+        if checkpoint in (None, read["data_version"]):
+            checkpoint, made_by, made_with = read["data_version"], by, json.loads(settings)
+            break
+    else:
+        what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
+        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
+    parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
+    models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
+    return Evaluated(checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"]), made_by)
+
+
+def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: int | None = None) -> pl.DataFrame:
+    """Accuracy per slice and, in the last row, over all, for `models`: {'before', 'after', 'teacher'} -> model id.
+
+    Columns: slice, is_overall, n (queries), and for each role its accuracy, low, high (95%); fixed and broken (queries
+    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after -
+    before. Only queries held out at `snapshot` (now) count, and answers verified as those queries then say.
+    Raises LookupError when there is none that all the models have answered."""
+    queries = lake.sql(
+        "SELECT query_id, verifier, answer, verifier_args FROM queries WHERE split = 'eval' AND verifier IS NOT NULL",
+        snapshot=snapshot,
+    )
+    answers = lake.sql(
+        "SELECT model_id, query_id, scorer_id, slice, correct FROM evaluations WHERE settings_id = ? ORDER BY query_id",
+        [answering_id],
+    ).join(queries.with_columns(scorer_ids(queries)), on=["query_id", "scorer_id"], how="semi")
+    wide = None
+    for role, model in models.items():
+        one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
+        wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
+    if wide.is_empty():
+        raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
+    names = wide["slice"].unique().sort().to_list()
+    groups = [(name, wide.filter(pl.col("slice") == name)) for name in names]
+    rows = [_row(name, group, models) for name, group in groups]
+    total = OVERALL_BESIDE if OVERALL in names else OVERALL
+    return pl.DataFrame([*rows, _row(total, wide, models) | {"is_overall": True}])
+
+
+def _row(name: str, group: pl.DataFrame, roles: Iterable[str]) -> dict:
+    n = group.height
+    row = {"slice": name, "is_overall": False, "n": n}
+    for role in roles:
+        low, high = wilson(int(group[role].sum()), n)
+        row |= {role: group[role].mean(), f"{role}_low": low, f"{role}_high": high}
+    fixed = int((group["after"] & ~group["before"]).sum())
+    broken = int((group["before"] & ~group["after"]).sum())
+    low, high = paired_difference(fixed, broken, n)
+    return row | {"fixed": fixed, "broken": broken, "difference": (fixed - broken) / n, "difference_low": low,
+                  "difference_high": high}  # fmt: skip

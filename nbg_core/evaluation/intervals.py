@@ -1,0 +1,63 @@
+"""What can be said of two models' answers to the same queries: intervals and an exact test.
+
+n queries; `fixed` are those that the first model got wrong and the second right, `broken` the reverse. All of it holds
+at small n, where a normal interval does not: one fixed query of one proves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Z = 1.959964
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(fixed: int, broken: int, n: int) -> tuple[float, float]:
+    """95% score interval of the difference of two paired proportions, (fixed - broken) / n (Tango 1998)."""
+    if n == 0:
+        return -1.0, 1.0
+
+    def score(difference: float) -> float:
+        """How many standard errors the data are above `difference`; falls as it grows."""
+        b = (2 * n - fixed + broken) * difference - fixed - broken
+        c = -broken * difference * (1 - difference)
+        p_broken = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)  # most likely under this difference
+        variance = n * (2 * p_broken + difference * (1 - difference))
+        distance = fixed - broken - n * difference
+        if variance <= 0:
+            return math.copysign(math.inf, distance) if distance else 0.0
+        return distance / math.sqrt(variance)
+
+    mean = (fixed - broken) / n
+    low = -1.0 if score(-1.0) <= Z else _root(lambda d: score(d) - Z, -1.0, mean)
+    high = 1.0 if score(1.0) >= -Z else _root(lambda d: score(d) + Z, mean, 1.0)
+    return low, high
+
+
+def mcnemar_p_value(fixed: int, broken: int) -> float:
+    """Two-sided exact p-value of 'neither model is better' (McNemar 1947, by the binomial distribution)."""
+    n, fewer = fixed + broken, min(fixed, broken)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses 0 between `low` and `high`, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        if function(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

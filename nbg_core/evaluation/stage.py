@@ -1,0 +1,134 @@
+"""`student_eval`: accuracy on held-out queries before and after training, and of the teacher; the gate for promotion.
+
+Answers are greedy, verified by the query's own verifier, and kept: a model answers a query once. When the query's
+answer or verifier is corrected, the kept text is verified again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from nbg_core.base import ids
+from nbg_core.base.progress import CommitBuffer
+from nbg_core.config import identity
+from nbg_core.config.slices import slice_names
+from nbg_core.evaluation.accuracy import summarise
+from nbg_core.evaluation.promotion import gate, promotion
+from nbg_core.lake.lake import Write
+from nbg_core.lake.queries import checkpoint_row
+from nbg_core.lineage.run import Report, Run
+from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.stage import open_sampler
+from nbg_core.scorers.verifiers import scorer_ids, verify
+
+ASSET = "student_eval"
+KEY = ["query_id", "scorer_id"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(Report):
+    checkpoint_id: str
+    """The checkpoint evaluated."""
+    summary: list[dict]
+    """See `accuracy.summarise`."""
+    gate: str
+    """'passed', or why the checkpoint may not be promoted."""
+    promoted: bool
+
+
+def materialise(run: Run, slice_name: None = None) -> EvaluationReport:
+    """Evaluate the newest checkpoint, the model that it was trained from and the teacher on every held-out query.
+
+    Raises LookupError without a checkpoint, ValueError without held-out queries."""
+    snapshot, inputs = run.read_upstream(ASSET, None)
+    (checkpoint,) = (i.data_version for i in inputs if i.asset == "student_checkpoint")
+    queries = run.lake.sql(
+        "SELECT * FROM queries WHERE split = 'eval' AND verifier IS NOT NULL AND slice IN (SELECT unnest(?)) "
+        "ORDER BY slice, query_id",
+        [slice_names(run.profile)],
+        snapshot=snapshot,
+    )
+    if queries.is_empty():
+        raise ValueError("no held-out query has a verifier; raise queries.eval_fraction, or add answers and verifiers")
+    teacher = run.profile.resolve(run.profile.models.teacher)
+    after = _folder(run, checkpoint)
+    models = {"before": _parent(run, checkpoint), "after": after, "teacher": teacher}
+    queries = queries.with_columns(scorer_ids(queries))
+    new_rows = sum(_evaluate(run, role, path, queries, inputs) for role, path in models.items())
+    settings = identity.answering_id(run.profile)
+    version = ids.content_version(
+        [f"{ids.model_id(p)}:{settings}:{q}:{s}" for p in models.values() for q, s in queries[KEY].iter_rows()]
+    )
+    summary = summarise(run.lake, settings, {role: ids.model_id(p) for role, p in models.items()}, snapshot)
+    refusal = gate(summary, run.profile.evaluation.min_queries)
+    promoted = refusal is None and run.profile.evaluation.auto_promote
+    writes = [promotion(run.lake, checkpoint, "passed the promotion gate")] if promoted else []
+    commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=version)
+    return EvaluationReport.of(
+        commit, ASSET, None, version, rows=queries.height * len(models), new_rows=new_rows, checkpoint_id=checkpoint,
+        summary=summary.to_dicts(), gate=refusal or "passed", promoted=promoted,
+    )  # fmt: skip
+
+
+def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) -> int:
+    """Make a model's missing rows, and return how many: an answer that is there is only verified again."""
+    model, settings = ids.model_id(path), identity.answering_id(run.profile)
+    done = run.lake.sql(
+        "SELECT query_id, scorer_id, text, finish_reason FROM evaluations WHERE model_id = ? AND settings_id = ?",
+        [model, settings],
+    )
+    missing = queries.join(done, on=KEY, how="anti", maintain_order="left")
+    run.log(f"{ASSET}: {role}: {queries.height - missing.height} of {queries.height} answers already there")
+    if missing.is_empty():
+        return 0
+
+    def commit(answered: pl.DataFrame) -> int:
+        scores = [
+            verify(q["text"], q["answer"], q["verifier"], json.loads(q["verifier_args"] or "{}"), q["prompt"])
+            for q in answered.iter_rows(named=True)
+        ]
+        rows = answered.select(*KEY, "slice", "text", "finish_reason").with_columns(
+            model_id=pl.lit(model), settings_id=pl.lit(settings), score=pl.Series(scores, dtype=pl.Float64)
+        )
+        rows = rows.with_columns(correct=pl.col("score") >= 1)
+        return run.commit(ASSET, None, [Write("evaluations", rows)], inputs=inputs).n_rows
+
+    texts = done.unique("query_id", keep="first", maintain_order=True).drop("scorer_id")
+    known = missing.join(texts, on="query_id", maintain_order="left")
+    unknown = missing.join(texts, on="query_id", how="anti", maintain_order="left")
+    new_rows = commit(known) if known.height else 0
+    if unknown.is_empty():
+        return new_rows
+    e = run.profile.evaluation
+
+    def commit_answers(answers: list[tuple[int, str, str]]) -> int:
+        rows, texts, reasons = zip(*answers, strict=True)
+        return commit(unknown[list(rows)].with_columns(
+            text=pl.Series(texts, dtype=pl.String), finish_reason=pl.Series(reasons, dtype=pl.String)
+        ))  # fmt: skip
+
+    with open_sampler(run, path, e.batch_size) as sampler, CommitBuffer(commit_answers) as finished:
+        progress = run.progress(f"{ASSET}: {role}", unknown.height)
+        requests = [Request(sampler.encode(messages), [0]) for messages in unknown["messages"].to_list()]
+        for start in range(0, len(requests), e.batch_size):
+            chunk = requests[start : start + e.batch_size]
+            for i, _, answer in sampler.stream(chunk, Decoding(0.0, 1.0, e.max_tokens)):
+                finished.add((start + i, sampler.decode(answer.token_ids), answer.finish_reason))
+                progress.advance(1)
+            finished.flush()
+    return new_rows + finished.new_rows
+
+
+def _folder(run: Run, checkpoint: str) -> Path:
+    return run.profile.resolve(run.profile.paths.checkpoints) / checkpoint_row(run.lake, checkpoint)["path"]
+
+
+def _parent(run: Run, checkpoint: str) -> Path:
+    """Folder of the model a checkpoint was trained from: the SFT student, or an earlier checkpoint."""
+    parent = checkpoint_row(run.lake, checkpoint)["parent_model_id"]
+    student = run.profile.resolve(run.profile.models.student)
+    return student if ids.model_id(student) == parent else _folder(run, parent)

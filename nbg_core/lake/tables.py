@@ -1,0 +1,276 @@
+"""The data contracts: one dataframely schema per lake table.
+
+Each column's description is what Dagster shows as column schema and what `nbg tables` prints; each primary key
+is what makes a row the same row on the second run. Every row names the commit that wrote it in
+`materialisation_id`, which joins `lineage.materialisations` (run, settings, inputs).
+"""
+
+from __future__ import annotations
+
+import dataframely as dy
+import polars as pl
+
+from nbg_core.base.ids import digest
+from nbg_core.losses.metrics import METRICS
+
+
+def _id(what: str, **kwargs) -> dy.String:
+    return dy.String(min_length=1, description=what, **kwargs)
+
+
+def _ints(what: str) -> dy.List:
+    return dy.List(dy.Int32(), description=what)
+
+
+def _floats(what: str, *, allow_inf: bool = False) -> dy.List:
+    return dy.List(dy.Float32(allow_inf=allow_inf), description=what)
+
+
+class Produced(dy.Schema):
+    """What every table has: the partition, and the commit that wrote the row."""
+
+    slice = dy.String(min_length=1, description="partition: name of the query file")
+    materialisation_id = _id("commit that wrote this row (lineage.materialisations)")
+
+
+class Queries(Produced):
+    """Validated, deduplicated, decontaminated queries."""
+
+    query_id = _id("hash of the canonical messages", primary_key=True)
+    split = dy.String(description="'train' or 'eval'; no training stage reads 'eval'")
+    messages = dy.List(dy.Struct({"role": dy.String(), "content": dy.String()}), description="chat messages")
+    prompt = dy.String(description="text of the last user message")
+    answer = dy.String(nullable=True, description="reference answer")
+    verifier = dy.String(nullable=True, description="'exact', 'regex', 'math_verify' or 'reasoning_gym'")
+    verifier_args = dy.String(nullable=True, description="verifier arguments, JSON")
+    source_file = dy.String(description="file the row came from")
+    source_line = dy.Int64(description="1-based line or row in that file")
+
+
+class Samples(Produced):
+    """One response of one model to one query; token ids are the truth, text is for reading."""
+
+    sample_id = _id("hash of (query_id, model_id, sampling_id, sample_index)", primary_key=True)
+    query_id = _id("query answered")
+    source = dy.String(description="'student' or 'teacher'")
+    model_id = _id("hash of the weights and tokenizer that sampled")
+    sampling_id = _id("hash of the sampling parameters and the dtype")
+    sample_index = dy.Int32(description="0-based index among the responses of this model to this query")
+    seed = dy.Int64(description="seed this response was drawn with")
+    prompt_token_ids = _ints("prompt tokens, chat template applied")
+    token_ids = _ints("response tokens, end-of-turn included")
+    logprobs = _floats("sampler's log-prob of each token at temperature 1, nothing cut, however it was drawn; nats")
+    finish_reason = dy.String(description="'stop' or 'length' (truncated)")
+    text = dy.String(description="decoded response, without special tokens")
+
+
+class Scores(Produced):
+    """One score of one response by one scorer."""
+
+    sample_id = _id("response scored", primary_key=True)
+    scorer = dy.String(description="'verifier' or 'teacher_loglik'", primary_key=True)
+    scorer_id = _id("hash of what the scorer depends on", primary_key=True)
+    score = dy.Float64(description="higher is better")
+
+
+class Pairs(Produced):
+    """A kept preference pair: chosen >> rejected by at least the margin."""
+
+    pair_id = _id("hash of the two sample ids", primary_key=True)
+    query_id = _id("query both answer")
+    chosen_id = _id("sample_id of the positive")
+    rejected_id = _id("sample_id of the negative")
+    chosen_score = dy.Float64(description="combined score of the positive")
+    rejected_score = dy.Float64(description="combined score of the negative")
+    margin = dy.Float64(description="chosen_score - rejected_score")
+
+
+class Rejections(Produced):
+    """What a stage dropped, and why."""
+
+    stage = dy.String(description="'queries' or 'pairs'")
+    query_id = dy.String(nullable=True, description="query concerned")
+    chosen_id = dy.String(nullable=True, description="best candidate positive, if any")
+    rejected_id = dy.String(nullable=True, description="candidate negative, if any")
+    reason = dy.String(description="short code; the README lists them")
+    detail = dy.String(description="the values behind the reason")
+
+
+class TeacherLogits(Produced):
+    """The teacher's distribution at every position of one response, as flat lists over positions.
+
+    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries, head first. Head entries are exact; tail
+    entries are systematic samples of the mass outside the head, each of weight exp(tail_logmass) / tail_count. The view
+    `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
+    """
+
+    sample_id = _id("response scored", primary_key=True)
+    model_id = _id("teacher", primary_key=True)
+    settings_id = _id("hash of the storage settings and the dtype", primary_key=True)
+    token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
+    tail_logmass = _floats(
+        "log of the mass outside the head, known exactly and kept to 1e-4 of itself; -inf when none", allow_inf=True
+    )
+    head_counts = _ints("entries kept exactly, per position")
+    tail_counts = _ints("entries sampled from the tail, per position")
+    entry_gaps = _floats("2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries")
+    entry_logprobs = _floats("teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats")
+
+
+class ReferenceLogprobs(Produced):
+    """The frozen reference's log-probabilities of one response."""
+
+    sample_id = _id("response scored", primary_key=True)
+    model_id = _id("reference", primary_key=True)
+    settings_id = _id("hash of the scoring settings (dtype)", primary_key=True)
+    token_logprobs = _floats("log-probability of each response token, nats")
+
+
+class Checkpoints(dy.Schema):
+    """A trained student."""
+
+    checkpoint_id = _id("hash of the weights and tokenizer: the model id", primary_key=True)
+    training_id = _id("hash of initial model, teacher, settings, seed and pairs", primary_key=True)
+    path = dy.String(description="folder of the weights, relative to the checkpoints folder")
+    parent_model_id = _id("model it started from, and reference of the DPO term")
+    teacher_model_id = _id("teacher")
+    input_snapshot = dy.Int64(description="lake snapshot the training set was read at")
+    n_pairs = dy.Int64(description="pairs in the training set")
+    n_steps = dy.Int64(description="optimizer steps")
+    settings = dy.String(description="training settings, JSON")
+    created_at = dy.Datetime(time_zone="UTC", description="commit time")
+    materialisation_id = _id("commit that wrote this row")
+
+
+class CheckpointPairs(dy.Schema):
+    """Which pair was used at which optimizer step."""
+
+    training_id = _id("training", primary_key=True)
+    checkpoint_id = _id("checkpoint")
+    pair_id = _id("pair", primary_key=True)
+    step = dy.Int64(description="0-based optimizer step", primary_key=True)
+    epoch = dy.Int32(description="0-based pass over the pairs")
+    slice = dy.String(description="partition of the pair")
+    materialisation_id = _id("commit that wrote this row")
+
+
+TrainingSteps = type(dy.Schema)("TrainingSteps", (dy.Schema,), {
+    "__doc__": "Metrics of one optimizer step, taken before its update, over the global batch.",
+    "training_id": _id("training", primary_key=True),
+    "step": dy.Int64(description="0-based optimizer step", primary_key=True),
+    **{metric.name: dy.Float64(description=metric.meaning) for metric in METRICS},
+    "materialisation_id": _id("commit that wrote this row"),
+})  # fmt: skip
+
+
+class Evaluations(dy.Schema):
+    """One model's answer to one held-out query."""
+
+    model_id = _id("model evaluated", primary_key=True)
+    query_id = _id("held-out query", primary_key=True)
+    settings_id = _id("hash of the decoding settings and the dtype", primary_key=True)
+    scorer_id = _id("hash of the verifier, its arguments and the reference answer", primary_key=True)
+    slice = dy.String(description="partition of the query")
+    score = dy.Float64(description="verifier score in [0, 1]")
+    correct = dy.Bool(description="score >= 1")
+    text = dy.String(description="the answer")
+    finish_reason = dy.String(description="'stop' or 'length'")
+    materialisation_id = _id("commit that wrote this row")
+
+
+class Promotions(dy.Schema):
+    """Which model became the policy, when; the latest row is the current policy."""
+
+    model_id = _id("model promoted")
+    path = dy.String(description="folder of the weights, relative to the checkpoints folder")
+    promoted_at = dy.Datetime(time_zone="UTC", description="when")
+    reason = dy.String(description="who or what promoted it, on which evidence")
+    materialisation_id = _id("commit that wrote this row")
+
+
+class Materialisations(dy.Schema):
+    """One row per commit of an asset: what ran, with which settings, from which inputs."""
+
+    materialisation_id = _id("this commit; also in the snapshot's commit_extra_info", primary_key=True)
+    asset = dy.String(description="asset or action")
+    slice = dy.String(nullable=True, description="partition, null when the asset has none")
+    run_id = dy.String(description="Dagster run id, or 'local'")
+    status = dy.String(description="'chunk' (partial result, resumable) or 'complete'")
+    n_rows = dy.Int64(description="rows written by this commit")
+    data_version = dy.String(nullable=True, description="digest of the partition's content when complete")
+    settings_id = _id("hash of the settings that matter to this asset")
+    settings = dy.String(description="those settings, JSON")
+    inputs = dy.String(description='JSON list of {"asset", "slice", "data_version", "snapshot"}')
+    profile = dy.String(description="profile name")
+    code_version = dy.String(description="version of nbg_core")
+    created_at = dy.Datetime(time_zone="UTC", description="commit time")
+
+
+TABLES: dict[str, type[dy.Schema]] = {
+    "queries": Queries,
+    "samples": Samples,
+    "scores": Scores,
+    "pairs": Pairs,
+    "rejections": Rejections,
+    "teacher_logits": TeacherLogits,
+    "reference_logprobs": ReferenceLogprobs,
+    "checkpoints": Checkpoints,
+    "checkpoint_pairs": CheckpointPairs,
+    "training_steps": TrainingSteps,
+    "evaluations": Evaluations,
+    "promotions": Promotions,
+    "lineage.materialisations": Materialisations,
+}
+
+GAP_ZERO = 1 << 23
+"""What teacher_logits.entry_gaps holds for 0: a float32 from here on has a whole number's bytes in its last three."""
+
+BYTE_SPLIT = {"teacher_logits": ("token_logprobs", "tail_logmass", "entry_gaps", "entry_logprobs")}
+"""Columns that files of a table hold byte by byte (`files.write_parquet`)."""
+
+_SQL_TYPES = {
+    pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
+    pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
+}  # fmt: skip
+
+
+def sql_type(dtype: pl.DataType) -> str:
+    """DuckDB's name of a polars type used in a schema above."""
+    if isinstance(dtype, pl.List):
+        return sql_type(dtype.inner) + "[]"
+    if isinstance(dtype, pl.Struct):
+        return "STRUCT(" + ", ".join(f"{f.name} {sql_type(f.dtype)}" for f in dtype.fields) + ")"
+    return _SQL_TYPES[dtype.base_type()]
+
+
+def polars_schema(table: str) -> dict[str, pl.DataType]:
+    """Column names and polars types of a table, in order."""
+    return {name: column.dtype for name, column in TABLES[table].columns().items()}
+
+
+def version() -> str:
+    """Digest of all tables' columns and types."""
+    return digest({t: {n: sql_type(c) for n, c in polars_schema(t).items()} for t in TABLES})
+
+
+def frame(table: str, rows: list[dict]) -> pl.DataFrame:
+    """A frame of `rows` (dicts) with the table's columns and types, validated against its contract.
+
+    Raises dataframely's ValidationError, which names the rule and column that failed."""
+    return validate(table, pl.DataFrame(rows, schema=polars_schema(table), orient="row"))
+
+
+def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
+    """`df` with the table's columns in order and cast.
+
+    Raises ValueError for a column that the table does not declare, or that `df` lacks, and dataframely's
+    ValidationError if a rule is broken."""
+    declared = TABLES[table].column_names()
+    if unknown := [name for name in df.columns if name not in declared]:
+        raise ValueError(
+            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric of "
+            "training_steps in nbg_core/losses/metrics.py), or do not write it"
+        )
+    if missing := [name for name in declared if name not in df.columns]:
+        raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")
+    return TABLES[table].validate(df.select(declared), cast=True)

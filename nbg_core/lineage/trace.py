@@ -1,0 +1,60 @@
+"""From an id to everything connected to it."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import only_one
+from nbg_core.lake.tables import TABLES
+
+
+def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
+    """Everything connected to an id, up and down: a checkpoint, training, pair, sample or query id, or its beginning.
+
+    Returns frames by name: queries, samples, pairs, checkpoints. Pairs and queries that were replaced since are found
+    too, as they last were; those of a checkpoint as they were when it was trained. Raises LookupError for an unknown
+    id, and for a beginning that several ids share."""
+    id = whole_id(lake, id)
+    checkpoints = lake.sql("SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [id])
+    if checkpoints.height:
+        pairs = _ever(
+            lake, "pairs", "pair_id IN (SELECT pair_id FROM checkpoint_pairs WHERE training_id = ?)",
+            checkpoints["training_id"][-1], snapshot=checkpoints["input_snapshot"][-1],
+        )  # fmt: skip
+    else:
+        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", id)
+        checkpoints = lake.sql(
+            "SELECT * FROM checkpoints WHERE training_id IN (SELECT training_id FROM checkpoint_pairs "
+            "WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) ORDER BY snapshot_id",
+            [pairs["pair_id"].to_list()],
+        )
+    members = pairs["chosen_id"].to_list() + pairs["rejected_id"].to_list()
+    samples = lake.sql(
+        "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?::VARCHAR[])) OR ? IN (sample_id, query_id) "
+        "ORDER BY sample_id",
+        [members, id],
+    )
+    queries = _ever(
+        lake, "queries", "query_id IN (SELECT unnest(?::VARCHAR[]))", [id, *samples["query_id"], *pairs["query_id"]]
+    )
+    return {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
+
+
+def whole_id(lake: Lake, start: str) -> str:
+    """The only id that starts with `start`. Raises LookupError when there is none, or more than one."""
+    columns = ("checkpoints.checkpoint_id", "checkpoints.training_id", "checkpoint_pairs.pair_id", "pairs.pair_id",
+               "samples.sample_id", "samples.query_id", "queries.query_id")  # fmt: skip
+    ids = " UNION ".join(f"SELECT {c} AS id FROM {c.partition('.')[0]}" for c in columns)
+    found = lake.sql(f"SELECT id FROM ({ids}) WHERE starts_with(id, ?) ORDER BY id", [start])["id"].to_list()
+    return only_one(start, found, "checkpoint, pair, sample or query")
+
+
+def _ever(lake: Lake, table: str, condition: str, param: object, snapshot: int | None = None) -> pl.DataFrame:
+    """The newest version of each row that a table had until `snapshot`, rows deleted since included, by primary key."""
+    key, newest = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
+    return lake.sql(
+        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {newest}) WHERE {condition} "
+        f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY snapshot_id DESC) = 1 ORDER BY {key}",
+        [param],
+    )

@@ -1,0 +1,116 @@
+"""The sequence-level DPO loss, in the variants that a profile can name (`training.loss.dpo_variant`).
+
+A variant is a row of DPO_VARIANTS: a function of the margin d = r+ - r- of a pair, where r = beta * (log p_policy -
+log p_reference) is a response's implicit reward. `ipo` compares sums over the response, as published (TRL averages over
+tokens there); `sigmoid_norm` is the length-normalised form. torch is imported only where it is used: the names are
+checked when a profile is read.
+
+Shapes: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbg_core.base.names import find
+from nbg_core.losses.logps import upcast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DpoVariant:
+    """A DPO loss of the margin."""
+
+    name: str
+    meaning: str
+    loss: Callable[[Tensor, float, float], Tensor]
+    """(margin [B], beta, label_smoothing) -> loss [B]."""
+    per_token: bool = False
+    """Rewards are divided by the number of response tokens before they are compared."""
+    takes_label_smoothing: bool = False
+    """Whether label_smoothing has a meaning; a value above 0 is refused where it has none."""
+    is_log_2_at_0: bool = False
+    """Whether the loss of a margin of 0 is log 2, which is checked before the first update."""
+
+
+def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(d) - e log sigmoid(-d), e = `label_smoothing` (arXiv 2305.18290; cDPO)."""
+    from torch.nn.functional import logsigmoid
+
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def ipo_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """(d / beta - 1 / (2 beta))^2 (arXiv 2310.12036)."""
+    return ((margin - 0.5) / beta).square()
+
+
+def hinge_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """max(0, 1 - d) (SLiC, arXiv 2305.10425)."""
+    return (1 - margin).relu()
+
+
+DPO_VARIANTS: dict[str, DpoVariant] = {
+    v.name: v
+    for v in (
+        DpoVariant("sigmoid", "DPO as published; cDPO with label_smoothing", sigmoid_loss,
+                   takes_label_smoothing=True, is_log_2_at_0=True),
+        DpoVariant("sigmoid_norm", "the same with rewards per token", sigmoid_loss, per_token=True,
+                   takes_label_smoothing=True, is_log_2_at_0=True),
+        DpoVariant("ipo", "squared distance of the margin from 1 / (2 beta)", ipo_loss),
+        DpoVariant("hinge", "max(0, 1 - margin)", hinge_loss),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DpoTerms:
+    """What `sequence_dpo_loss` returns for B pairs; nothing is reduced over pairs."""
+
+    loss: Tensor
+    """[B], differentiable."""
+    chosen_reward: Tensor
+    """[B], detached: beta * (log p_policy - log p_reference) of the chosen; per token if the variant is."""
+    rejected_reward: Tensor
+    """[B], detached: the same of the rejected."""
+
+
+def sequence_dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    variant: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+) -> DpoTerms:
+    """DPO loss [B] per pair from log-probabilities [B] summed (not averaged) over the response; no reduction.
+
+    float32, or float64 if given. Lengths [B] are in tokens. Raises ValueError for an unknown variant, beta <= 0, label
+    smoothing outside [0, 0.5) or with a variant that takes none, and a variant per token without lengths."""
+    kind = find(DPO_VARIANTS, variant, "DPO variant")
+    check_label_smoothing(variant, label_smoothing)
+    if not beta > 0:
+        raise ValueError(f"beta={beta}: the inverse temperature of DPO must be above 0")
+    chosen = beta * (upcast(policy_chosen) - upcast(reference_chosen))
+    rejected = beta * (upcast(policy_rejected) - upcast(reference_rejected))
+    if kind.per_token:
+        if chosen_lengths is None or rejected_lengths is None:
+            raise ValueError(f"variant={variant!r} needs chosen_lengths and rejected_lengths: pass both, in tokens")
+        chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
+    return DpoTerms(kind.loss(chosen - rejected, beta, label_smoothing), chosen.detach(), rejected.detach())
+
+
+def check_label_smoothing(variant: str, label_smoothing: float) -> None:
+    """Raise ValueError for label smoothing outside [0, 0.5), or where the variant has no use for it."""
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: it is a share of flipped preferences, from 0 to below 0.5")
+    if label_smoothing and not find(DPO_VARIANTS, variant, "DPO variant").takes_label_smoothing:
+        raise ValueError(f"label_smoothing has no meaning with dpo_variant {variant!r}; set it to 0")

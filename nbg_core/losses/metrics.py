@@ -1,0 +1,96 @@
+"""The metrics of an optimizer step. A metric is one row of METRICS, and everything else follows from it.
+
+What follows: the sum over micro-batches and ranks, the column of `training_steps` with its description, the step's
+line in `steps.jsonl`, and the curve in the Dagster UI. A metric that is not declared here is an error, not dropped.
+
+Shapes: B pairs of a micro-batch, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nbg_core.losses.dpo import DpoTerms
+
+Count = Literal["pairs", "chosen_tokens", "rejected_tokens"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What metrics are computed from. Tensors [B] and [B, 2] are of whole pairs, tensors [T] of the rows at hand; with
+    sequence parallelism a rank has some of the rows of its pairs. float64."""
+
+    policy: Tensor
+    """[B, 2]: log-probability of the whole chosen and rejected under the policy, nats."""
+    dpo: DpoTerms
+    margin: Tensor
+    """[B]: implicit reward of the chosen less that of the rejected, beta included."""
+    kl: Tensor
+    """[T]: divergence to the teacher, nats."""
+    is_chosen: Tensor
+    """[T] bool."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    """Column of `training_steps`."""
+    meaning: str
+    """Description of the column."""
+    sum: Callable[[Terms], Tensor] | None = None
+    """This micro-batch's sum. None: the training loop measures the metric once a step."""
+    mean_over: Count | None = None
+    """The count of the global batch that the sum is divided by."""
+    of: Literal["pairs", "rows"] = "pairs"
+    """Whether the sum is over whole pairs, which all ranks of a sequence-parallel group have alike, or over the rows at
+    hand, of which each has its own."""
+    plot: str | None = None
+    """Title of the figure that shows the metric's curve; metrics of one title share a figure."""
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("loss", "joint loss", plot="losses"),
+    Metric("dpo", "sequence-level DPO loss, mean over pairs", lambda t: t.dpo.loss.sum(), "pairs", plot="losses"),
+    Metric("kl_chosen", "divergence to the teacher, mean over chosen tokens, nats",
+           lambda t: t.kl.where(t.is_chosen, 0.0).sum(), "chosen_tokens", of="rows", plot="losses"),
+    Metric("kl_rejected", "divergence to the teacher, mean over rejected tokens, nats",
+           lambda t: t.kl.where(~t.is_chosen, 0.0).sum(), "rejected_tokens", of="rows", plot="losses"),
+    Metric("nll", "negative log-likelihood, mean over chosen tokens, nats",
+           lambda t: -t.policy[:, 0].sum(), "chosen_tokens"),
+    Metric("margin", "mean reward margin, beta included", lambda t: t.margin.sum(), "pairs",
+           plot="margin and accuracy"),
+    Metric("accuracy", "share of pairs with a positive margin (ties count half)",
+           lambda t: ((t.margin > 0).double() + 0.5 * (t.margin == 0).double()).sum(), "pairs",
+           plot="margin and accuracy"),
+    Metric("chosen_reward", "mean implicit reward of the chosen", lambda t: t.dpo.chosen_reward.sum(), "pairs"),
+    Metric("rejected_reward", "mean implicit reward of the rejected", lambda t: t.dpo.rejected_reward.sum(), "pairs"),
+    Metric("chosen_logp", "mean sequence log-probability of the chosen, nats", lambda t: t.policy[:, 0].sum(), "pairs",
+           plot="log-probabilities"),
+    Metric("rejected_logp", "mean sequence log-probability of the rejected, nats", lambda t: t.policy[:, 1].sum(),
+           "pairs", plot="log-probabilities"),
+    Metric("grad_norm", "global gradient norm before clipping", plot="gradient norm"),
+    Metric("learning_rate", "learning rate of this step"),
+    Metric("tokens_per_second", "tokens through the student per second, all ranks"),
+    Metric("data_wait", "share of the step's time that rank 0 waited for its data"),
+)  # fmt: skip
+
+SUMMED: tuple[Metric, ...] = tuple(m for m in METRICS if m.sum is not None)
+"""Metrics that are summed over micro-batches and ranks, in the order in which they are added up."""
+
+PLOTS: tuple[str, ...] = tuple(dict.fromkeys(m.plot for m in METRICS if m.plot))
+"""Titles of the figures."""
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """Raise ValueError unless `names` are exactly those of METRICS."""
+    names, declared = set(names), {m.name for m in METRICS}
+    if names != declared:
+        raise ValueError(
+            f"a step's metrics are {', '.join(sorted(names ^ declared))} off from those that are declared; declare "
+            "each in nbg_core/losses/metrics.py, and measure each that is declared"
+        )

@@ -1,0 +1,45 @@
+"""The stored teacher distribution as tensors.
+
+Shapes: T response positions, K stored entries of the widest position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's distribution at T response positions: its top entries exactly, and samples of the rest.
+
+    Row t is the distribution from which response token t was predicted: rows are already shifted."""
+
+    ids: Tensor
+    """[T, K] int64. Ids of top entries are distinct in a row. A tail id that was drawn twice is there twice, and its
+    weights add up. Padding holds any valid id."""
+    logprobs: Tensor
+    """[T, K] float32: teacher log p at `ids`, in nats, at the temperature it was stored at. -inf is a probability of 0;
+    padding holds anything."""
+    is_top: Tensor
+    """[T, K] bool: entries that are kept exactly."""
+    is_tail: Tensor
+    """[T, K] bool: entries that were sampled from the mass outside the top entries."""
+    tail_logmass: Tensor
+    """[T] float32: exact log of the teacher's mass outside the top entries; -inf when there is none."""
+
+    def weights(self) -> Tensor:
+        """q [T, K] in the dtype of `logprobs`: p of a top entry, an equal share of the tail mass for each tail sample.
+
+        A row sums to 1, or to the mass of its top entries when it has no tail samples."""
+        n_tail = self.is_tail.sum(-1, keepdim=True).clamp(min=1)  # [T, 1]
+        tail = (self.tail_logmass[:, None].exp() / n_tail).expand_as(self.logprobs)  # [T, K]
+        top = self.logprobs.exp().where(self.is_top, 0.0)  # [T, K]
+        return tail.where(self.is_tail, top)
+
+    def take(self, rows: slice) -> TeacherTargets:
+        """The targets of some rows; views, nothing is copied."""
+        return TeacherTargets(**{name: tensor[rows] for name, tensor in vars(self).items()})

@@ -1,0 +1,70 @@
+"""The one forward pass that scores responses: teacher, reference and trainer all take hidden states from here.
+
+Responses to the same prompt, when they are neighbours, share it (`packing`). An architecture whose packed attention is
+not tested goes the plain way: one right-padded sequence a response, the prompt computed again for each.
+
+Shapes: T response tokens of all responses behind one another, H hidden, V rows of the output matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from nbg_core.modeling.packing import MODEL_TYPES, Pack, pack, packed_hidden
+from nbg_core.modeling.padded import Padded, pad, padded_hidden
+
+_HEAD_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
+    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
+    "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
+)  # fmt: skip
+
+
+def collate(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -> Pack | Padded:
+    """The inputs of one forward pass; prompts[i] is before responses[i], token ids as lists or integer arrays.
+
+    Packed, or padded with `pad_id` if one is given. [T] rows are in order of response, then position."""
+    if pad_id is not None:
+        return pad(prompts, responses, pad_id)
+    trees: list[tuple[Sequence, list]] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        if trees and np.array_equal(trees[-1][0], prompt):
+            trees[-1][1].append(response)
+        else:
+            trees.append((prompt, [response]))
+    return pack([p for p, _ in trees], [branches for _, branches in trees])
+
+
+def response_hidden(model: PreTrainedModel, inputs: Pack | Padded, group: ProcessGroup | None = None) -> Tensor:
+    """Hidden states [T, H] in the model's dtype; row t predicts response token t. With a group (packs only) those of
+    this rank's share of T."""
+    return packed_hidden(model, inputs, group) if isinstance(inputs, Pack) else padded_hidden(model, inputs)
+
+
+def no_packing(config: PreTrainedConfig) -> str:
+    """What to tell a user whose model goes the plain way."""
+    return (
+        f"model type {config.model_type!r}: prompts are not shared and batches are padded, which is slower; packing is "
+        f"tested for {', '.join(MODEL_TYPES)}"
+    )
+
+
+def plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are hidden states times the output matrix and nothing else: no bias, scale or soft cap."""
+    head, configs = model.get_output_embeddings(), (model.config, model.config.get_text_config())
+    changed = any(getattr(config, name, None) not in (None, 1) for config in configs for name in _HEAD_SETTINGS)
+    return type(head) is nn.Linear and head.bias is None and not changed
+
+
+def output_matrix(model: PreTrainedModel) -> Tensor:
+    """The output matrix [V, H]. Raises ValueError for a model whose logits are not simply hidden states times it."""
+    if not plain_head(model):
+        raise ValueError(
+            f"model type {model.config.model_type!r} adds a bias, scales or caps its logits, which scoring does not "
+            "do; use a model with a plain output matrix"
+        )
+    return model.get_output_embeddings().weight

@@ -1,0 +1,78 @@
+"""How far the sampler's log-probabilities are from the reference's, on the same tokens under the same weights.
+
+Sampler and trainer run other kernels, so they never agree exactly; when they disagree much, what is trained on is not
+what was drawn. Both sides are of the model's own distribution, temperature 1 and nothing cut, whatever the tokens were
+drawn at (`samples.logprobs`), so sampling settings do not matter here. Only responses that the reference itself drew
+are compared: those of the teacher, or of an earlier policy, have other log-probs for good reasons.
+
+`step_0_bound` is how far the trainer itself may be from the reference before its first update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.queries import RESPONSES_OF_PAIRS, made_with
+
+BOUND = 0.1
+"""Nats a token may drift: some five times what rounding logits to bfloat16 costs."""
+MAX_SHARE = 0.01
+"""Share of tokens past the bound that is worth a warning."""
+
+
+def step_0_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
+    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
+
+    Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
+    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
+    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
+
+
+_DRIFTS = f"""
+    SELECT r.sample_id, unnest(list_transform(list_zip(s.logprobs, r.token_logprobs), x -> abs(x[1] - x[2]))) AS drift
+    FROM reference_logprobs r JOIN samples s ON s.sample_id = r.sample_id AND s.model_id = r.model_id
+    WHERE r.model_id = $2 AND r.settings_id = $3 AND len(s.logprobs) = len(r.token_logprobs) AND r.sample_id IN
+      (SELECT sample_id FROM {RESPONSES_OF_PAIRS})"""
+
+
+def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
+    """Drift of each compared response of a slice's pairs, widest first: sample_id, tokens, mean, max (nats a token),
+    past_bound (tokens)."""
+    return _sql(
+        lake,
+        "SELECT sample_id, count(*) AS tokens, avg(drift) AS mean, max(drift) AS max, "
+        f"count(*) FILTER (drift > {BOUND}) AS past_bound FROM ({_DRIFTS}) GROUP BY sample_id "
+        "ORDER BY max DESC, sample_id",
+        slice_name,
+    )
+
+
+def summary(lake: Lake, slice_name: str) -> dict[str, float | int | None]:
+    """Over all compared tokens of a slice: their number, mean and max drift in nats, and the share past BOUND.
+
+    All but the number are None when nothing was compared."""
+    df = by_response(lake, slice_name)
+    tokens = int(df["tokens"].sum())
+    return {
+        "compared_tokens": tokens,
+        "sampler_drift_mean": (df["mean"] * df["tokens"]).sum() / tokens if tokens else None,
+        "sampler_drift_max": df["max"].max(),
+        "sampler_drift_share": df["past_bound"].sum() / tokens if tokens else None,
+    }
+
+
+def histogram(lake: Lake, slice_name: str) -> pl.DataFrame:
+    """Compared tokens by drift: log10 (lower edge of a quarter decade; all below 1e-8 is in the first), tokens."""
+    return _sql(
+        lake,
+        f"SELECT floor(4 * log10(greatest(drift, 1e-8))) / 4 AS log10, count(*) AS tokens FROM ({_DRIFTS}) "
+        "GROUP BY ALL ORDER BY ALL",
+        slice_name,
+    )
+
+
+def _sql(lake: Lake, query: str, slice_name: str) -> pl.DataFrame:
+    made = made_with(lake, "reference_logprobs", slice_name)
+    return lake.sql(query, [slice_name, made["reference"], made["scoring_id"]])

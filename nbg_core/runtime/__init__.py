@@ -1,0 +1,1 @@
+"""The processes that stages run in: the worker, and the supervisor that leaves none of them behind."""

@@ -1,0 +1,222 @@
+"""Verifiers: rules that say whether a response is right, as a score in [0, 1]. A verifier is one row of VERIFIERS.
+
+A response that a verifier cannot digest, or not within TIME_LIMIT seconds, scores 0. A specification that no response
+could satisfy (unknown name, bad arguments, a scorer that fails on the reference answer) is a SpecError: `check_spec`
+finds it when queries are ingested. The time limit is an alarm signal, so `verify` runs in a process's main thread, as
+every worker does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+import polars as pl
+
+from nbg_core.base.ids import digest
+from nbg_core.base.names import nearest
+
+VERSION = "1"
+"""Raised when a verifier would score differently: everything scored before is then scored again."""
+
+TIME_LIMIT = 5.0
+"""Seconds a verifier may take over one response."""
+
+
+class SpecError(ValueError):
+    """A query whose verifier cannot work: says which field is wrong and what to write instead."""
+
+
+class _TimedOut(BaseException):
+    """Not an Exception, so that a scorer's own `except Exception` does not swallow it."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A way to check a response against a query's `answer` and `verifier_args`."""
+
+    name: str
+    meaning: str
+    """When a response is right; the README's table is made of these."""
+    score: Callable[[str, str | None, dict[str, Any], str], float]
+    """(stripped response, answer, arguments, prompt) -> score in [0, 1]; within TIME_LIMIT."""
+    arguments: Mapping[str, type] = field(default_factory=dict)
+    """Arguments that it takes, with their types."""
+    required: tuple[str, ...] = ()
+    """Those of them that it needs, each with an example in the error."""
+    needs_answer: bool = False
+    check: Callable[[str | None, dict[str, Any], str], object] = lambda answer, args, prompt: None
+    """Fails on an answer or arguments that cannot work; within TIME_LIMIT."""
+    load: Callable[[dict[str, Any]], object] = lambda args: None
+    """Imports what it needs, outside the time limit: an import that is cut off stays half done."""
+    remedy: str = "simplify it"
+    """What to do when it fails on the reference answer."""
+
+
+def verify(text: str, answer: str | None, verifier: str, args: dict[str, Any], prompt: str) -> float:
+    """The score in [0, 1] of a response.
+
+    Raises SpecError when the fault is the query's, RuntimeError outside the main thread."""
+    kind = _ready(answer, verifier, args)
+    try:
+        with _time_limit():
+            score = kind.score(text.strip(), answer, args, prompt)
+            return min(max(float(score), 0.0), 1.0)
+    except SpecError:
+        raise
+    except (Exception, _TimedOut):  # whatever a third-party scorer makes of a strange response
+        _check(kind, answer, args, prompt)
+        return 0.0
+
+
+def check_spec(answer: str | None, verifier: str, args: dict[str, Any], prompt: str) -> None:
+    """Raises SpecError if no response could be verified against this specification."""
+    _check(_ready(answer, verifier, args), answer, args, prompt)
+
+
+def scorer_ids(queries: pl.DataFrame) -> pl.Series:
+    """`scorer_id`: hash of what a score depends on besides the response: verifier, answer, verifier_args."""
+    rows = queries.select("verifier", "answer", "verifier_args").iter_rows()
+    return pl.Series("scorer_id", [digest("verifier", VERSION, *row) for row in rows], dtype=pl.String)
+
+
+def _ready(answer: str | None, verifier: str, args: dict[str, Any]) -> Verifier:
+    """The verifier, loaded, once its fields are known to be right."""
+    if verifier not in VERIFIERS:
+        raise SpecError(f"unknown verifier {verifier!r}; {nearest(verifier, VERIFIERS)}")
+    kind = VERIFIERS[verifier]
+    for name, value in args.items():
+        if name not in kind.arguments:
+            raise SpecError(f"verifier_args: {verifier} takes no {name!r}; {nearest(name, kind.arguments)}")
+        if not isinstance(value, kind.arguments[name]):
+            raise SpecError(f"verifier_args: {name} = {value!r} must be of type {kind.arguments[name].__name__}")
+    if answer is None and kind.needs_answer:
+        raise SpecError(f"verifier {verifier} needs an 'answer'")
+    for name in kind.required:
+        if name not in args:
+            raise SpecError(f"verifier {verifier} needs verifier_args with a {name!r}")
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("verifiers were called in a thread; their time limit needs a main thread: use a process")
+    kind.load(args)
+    return kind
+
+
+def _check(kind: Verifier, answer: str | None, args: dict[str, Any], prompt: str) -> None:
+    """Raises SpecError if the verifier fails on the reference answer itself (for missing metadata, say)."""
+    try:
+        with _time_limit():
+            kind.check(answer, args, prompt)
+    except SpecError:
+        raise
+    except (Exception, _TimedOut) as e:
+        raise SpecError(
+            f"verifier {kind.name} fails on the reference answer {answer!r}: {type(e).__name__.strip('_')}: {e}; "
+            f"{kind.remedy}"
+        ) from e
+
+
+@contextmanager
+def _time_limit():
+    """Raise _TimedOut in the body after TIME_LIMIT seconds, and every second from then on."""
+
+    def stop(signum, frame):
+        raise _TimedOut(f"no verdict within {TIME_LIMIT:g} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _exact(text: str, answer: str, args: dict, prompt: str) -> float:
+    answer = answer.strip()
+    if args.get("case_sensitive", True):
+        return text == answer
+    return text.casefold() == answer.casefold()
+
+
+def _regex(text: str, answer: str | None, args: dict, prompt: str) -> float:
+    return _pattern(answer, args).fullmatch(text) is not None
+
+
+def _pattern(answer: str | None, args: dict) -> re.Pattern:
+    pattern = args.get("pattern", answer)
+    if pattern is None:
+        raise SpecError("verifier regex needs verifier_args with a 'pattern', or an 'answer' to take as one")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise SpecError(f"{pattern!r} is not a regular expression: {e}") from e
+
+
+def _math_verify(text: str, answer: str, args: dict, prompt: str) -> float:
+    from math_verify import parse
+    from math_verify import verify as same
+
+    gold = _gold(answer)
+    # Its own time limits are off: they use the same alarm as ours.
+    return same(gold, parse(text, parsing_timeout=None), timeout_seconds=None)
+
+
+@lru_cache(maxsize=4096)
+def _gold(answer: str) -> list:
+    from math_verify import parse
+
+    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that their own time limit is off
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Without a delimiter only the first number would be read: 3\sqrt{2} as 3.
+    latex = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    gold = parse(latex, parsing_timeout=None)
+    if not gold:
+        raise SpecError(f"answer {answer!r} has no mathematical expression; use verifier 'exact'")
+    return gold
+
+
+def _load_math_verify(args: dict) -> None:
+    import math_verify  # noqa: F401
+
+
+def _reasoning_gym(text: str | None, answer: str | None, args: dict, prompt: str) -> float:
+    entry = {"question": prompt, "answer": answer, "metadata": args.get("metadata", {})}
+    return _dataset_scorer(args["dataset"])(text, entry)
+
+
+@cache
+def _dataset_scorer(dataset: str) -> Callable[[str | None, dict], float]:
+    from reasoning_gym.factory import DATASETS, get_score_answer_fn
+
+    if dataset not in DATASETS:
+        raise SpecError(f"verifier_args: unknown reasoning_gym dataset {dataset!r}; {nearest(dataset, DATASETS)}")
+    try:
+        return get_score_answer_fn(dataset)
+    except Exception as e:
+        raise SpecError(f"verifier_args: reasoning_gym dataset {dataset!r} has no scorer of its own: {e}") from e
+
+
+VERIFIERS: dict[str, Verifier] = {
+    v.name: v
+    for v in (
+        Verifier("exact", "the stripped response is the stripped answer; `case_sensitive` (default true)",
+                 _exact, {"case_sensitive": bool}, needs_answer=True),
+        Verifier("regex", "the stripped response matches all of `pattern` (default: the answer)",
+                 _regex, {"pattern": str}, check=lambda answer, args, prompt: _pattern(answer, args)),
+        Verifier("math_verify", "it is mathematically the answer, read as LaTeX (`$` around it is optional)",
+                 _math_verify, needs_answer=True, check=lambda answer, args, prompt: _gold(answer),
+                 load=_load_math_verify),
+        Verifier("reasoning_gym", "the scorer of that reasoning-gym `dataset` says so, partial credit included; "
+                 "`metadata` is the entry's own", _reasoning_gym, {"dataset": str, "metadata": dict},
+                 required=("dataset",), check=lambda answer, args, prompt: _reasoning_gym(answer, answer, args, prompt),
+                 load=lambda args: _dataset_scorer(args["dataset"]),
+                 remedy="give the entry's own answer and its whole metadata"),
+    )
+}  # fmt: skip

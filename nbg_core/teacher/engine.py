@@ -1,0 +1,108 @@
+"""What runs the teacher's forward passes: transformers in this process or in several, or vLLM servers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from nbg_core.config.profile import Profile, TeacherSettings
+from nbg_core.lineage.run import Run
+from nbg_core.teacher.forward import Scorer, response_logprobs
+from nbg_core.teacher.store import compress
+
+
+@contextmanager
+def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
+    """The profile's engine with the teacher at `path`: what makes frames of teacher_logits columns of `samples`."""
+    if run.profile.teacher.engine == "vllm":
+        from nbg_core.teacher.vllm_scoring import open_vllm
+
+        with open_vllm(run, path) as rows_of:
+            yield rows_of
+        return
+    if run.profile.teacher.n_processes > 1:
+        with _many(run, path) as rows_of:
+            yield rows_of
+        return
+    scorer = Scorer(run.profile, path, run.log)
+    yield lambda samples: _rows(scorer, samples, run.profile.teacher)
+
+
+def token_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) -> Iterator[pl.DataFrame]:
+    """Frames (sample_id, token_logprobs) of `samples` under the teacher at `path`, by the profile's engine."""
+    if run.profile.teacher.engine == "transformers":
+        yield from response_logprobs(run, path, samples, what)
+        return
+    with open_engine(run, path) as rows_of:
+        progress = run.progress(what, samples.height)
+        for chunk in samples.iter_slices(run.profile.teacher.chunk_samples):
+            frames = []
+            for frame in rows_of(chunk):
+                frames.append(frame.select("sample_id", "token_logprobs"))
+                progress.advance(frame.height)
+            yield pl.concat(frames)
+
+
+def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator[pl.DataFrame]:
+    for scored in scorer.score(samples):
+        ids = scored.samples["sample_id"].to_list()
+        yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, s)
+
+PIECES = 4
+"""Pieces of a chunk per process, so that none waits long for the last one."""
+
+
+@contextmanager
+def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
+    """Processes with a copy of the teacher each. Raises RuntimeError when one of them dies."""
+    n, context = run.profile.teacher.n_processes, multiprocessing.get_context("spawn")
+    arguments = (run.profile, path, context.Value("i", 0))
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_start, initargs=arguments) as pool:
+
+        def rows_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
+            samples = samples.sort("prompt_token_ids", "sample_id")  # responses that share a prompt stay together
+            pieces = samples.iter_slices(max(1, -(-samples.height // (n * PIECES))))
+            work = [pool.submit(_score_piece, piece) for piece in pieces]
+            try:
+                for done in as_completed(work):
+                    yield from done.result()
+            except BrokenProcessPool as e:
+                raise RuntimeError(
+                    "a scoring process died, perhaps for want of memory; what was finished is kept: lower "
+                    "teacher.n_processes or teacher.batch_tokens, and run again"
+                ) from e
+
+        try:
+            yield rows_of
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+_scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # of a scoring process
+
+
+def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
+    """In a scoring process: take a turn, with it a GPU, and load the teacher."""
+    global _scorer
+    with turn.get_lock():
+        number, turn.value = turn.value, turn.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    try:
+        _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
+    except Exception as e:  # raised with the first piece: raised here, it would only be a process that died
+        _scorer = e
+
+
+def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
+    if isinstance(_scorer, Exception):
+        raise _scorer
+    scorer, settings = _scorer
+    return list(_rows(scorer, samples, settings))

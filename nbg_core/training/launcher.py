@@ -1,0 +1,96 @@
+"""The deepspeed launcher as a child process of the worker: its command, its environment, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from nbg_core.lineage.run import Run
+from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
+
+LOG_TAIL = 20
+
+REMOTE_GRACE_SECONDS = 5.0
+"""What a launcher with ranks on other machines gets to end them."""
+
+
+def launch(run: Run, request: Request) -> None:
+    """Run the launcher to its end. Its output goes to `train.log`; our own lines go to the run's log, too."""
+    work = request.work
+    work.mkdir(parents=True, exist_ok=True)
+    request.error_file.unlink(missing_ok=True)
+    file = work / "request.json"
+    file.touch(mode=0o600)  # a catalog's connection string may hold a password
+    file.write_text(request.model_dump_json(indent=2))
+    run.log(
+        f"{ASSET}: starting {request.training.n_processes} rank(s); full log, until it succeeds: {work / 'train.log'}"
+    )
+    process = subprocess.Popen(
+        _command(request, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", env=_environment(request),
+    )  # fmt: skip
+    try:
+        with open(work / "train.log", "a") as log:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                if line.startswith(ASSET):
+                    run.log(line.rstrip())
+        process.wait()
+    finally:
+        _end(process, REMOTE_GRACE_SECONDS if request.training.hostfile else 0)
+    if request.error_file.exists():
+        raise TrainingError(json.loads(request.error_file.read_text())["error"])
+    if not request.final.is_dir():  # the launcher also exits with 0 when it was killed
+        tail = "".join((work / "train.log").read_text(errors="replace").splitlines(keepends=True)[-LOG_TAIL:])
+        raise TrainingError(
+            f"training ended with exit code {process.returncode} and no model; the last state is kept, so run again "
+            f"after mending the cause. End of {work / 'train.log'}:\n{tail}"
+        )
+
+
+def _command(request: Request, file: Path) -> list[str]:
+    with socket.socket() as s:  # a free port; taken by another process in between, the rendezvous fails and says so
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    hostfile = request.training.hostfile
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile) if hostfile else os.devnull,
+        "--num_accelerators", str(request.training.n_processes), "--master_port", str(port), "--no_local_rank",
+        "--module", "nbg_core.training.train", "--request", str(file),
+    ]  # fmt: skip
+
+
+def _environment(request: Request) -> dict[str, str]:
+    env = dict(os.environ)
+    if request.threads:
+        env["OMP_NUM_THREADS"] = str(max(1, request.threads // request.training.n_processes))
+    if request.training.hostfile is None:
+        env[TIED_TO_STDIN] = "1"
+    return env
+
+
+def _end(process: subprocess.Popen, grace: float) -> None:
+    """No rank outlives this: on the normal way there is nothing left to end.
+
+    Ranks on other machines are the launcher's to end, so it has `grace` seconds for it before it is killed."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    process.stdin.close()
+    if family and grace:
+        process.terminate()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+    for p in family:
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()

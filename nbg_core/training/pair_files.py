@@ -1,0 +1,265 @@
+"""The training set as files of plain values: written once from the lake, read pair by pair, never whole in memory.
+
+`write_pair_files` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
+training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
+and an index of where each response begins. `PairFiles` reads a pair by position with a few preads, in any order; what was
+read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
+responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
+little-endian, no header, whole if and only if `complete.json` is there and right about their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from nbg_core.base.files import write_json
+from nbg_core.lake.lake import JOIN_MEMORY, Lake, with_room
+from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, Check
+from nbg_core.training.request import ASSET, Request, TrainingError
+
+TABLES = {
+    "samples": ("prompt_token_ids", "token_ids"),
+    "teacher_logits": ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs"),
+    "reference_logprobs": ("token_logprobs",),
+}
+"""Columns that training reads."""
+
+COLUMNS = {
+    "prompt_token_ids": np.int32, "token_ids": np.int32, "head_counts": np.int32, "tail_counts": np.int32,
+    "tail_logmass": np.float32, "entry_gaps": np.float32, "entry_logprobs": np.float32, "token_logprobs": np.float32,
+}  # fmt: skip
+
+# Columns whose values lie at the same places as another's of their table.
+_LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_logprobs": "entry_gaps"}
+INDEXED = [c for c in COLUMNS if c not in _LIKE]
+INDEX_BYTES = 16 * len(INDEXED)
+"""An index entry is where each indexed column's values begin and how many there are, as int64."""
+FORMAT = 2
+"""Of the files; those of another one are written again."""
+BATCH_ROWS, BATCH_BYTES, TOKEN_BYTES = 256, 32 << 20, 144
+"""Responses that come out of a join at once, and their bytes; a position has so many with 16 entries."""
+JOINED_BYTES = 64
+"""What a join holds of a response. With less DuckDB would put all rows that it reads to disk, to join them there."""
+RELEASED = 64
+"""Batches after which the pages of files that are written in any order are given back to the system."""
+PAIR_COLUMNS = 6
+"""Of `pairs.bin`, int32: response numbers, prompt tokens and response tokens, of chosen and rejected each."""
+
+
+def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
+    """Write the training set of a request into `request.rows_path`, unless it is there.
+
+    Raises TrainingError when the lake's rows do not fit together (`pairs`)."""
+    folder = request.rows_path
+    if _complete(folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    where = {
+        "samples": ("true", []),
+        "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
+        "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
+    }
+    with lake.joins(request.snapshot, folder / "spill") as con:
+        n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
+        room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
+        pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
+        n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
+        index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
+        notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
+        check = Check(notes.values)
+        longest = 0
+        for table, columns in TABLES.items():
+            condition, params = where[table]
+            query = f"SELECT number, coalesce(({NOTES[table]})::UINTEGER, 0), {', '.join(columns)} FROM {table} "
+            query += f"JOIN responses ON response = md5_number(sample_id) WHERE {condition}"
+            n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (TOKEN_BYTES * max(1, longest))))
+
+            def write(table=table, query=query, params=params, n_rows=n_rows) -> int:
+                if (folder / f"{TABLES[table][0]}.bin").exists():  # a try that had too little memory
+                    check.forget(table)
+                batches = con.execute(query, params).to_arrow_reader(n_rows)
+                return _write_columns(batches, folder, table, index, notes, check)
+
+            longest = max(longest, with_room(con, write, room))
+            log(f"{ASSET}: {table} of {n_responses} responses ready")
+        _add_lengths(pairs, folder, index, notes, check)
+        try:
+            check.end(con, request)
+        except TrainingError:
+            shutil.rmtree(folder)  # what mends it makes another training
+            raise
+    index.values.flush()
+    pairs.values.flush()
+    for name in ("notes", "order"):
+        (folder / f"{name}.bin").unlink()
+    about = {"n_pairs": n_pairs, "n_responses": n_responses, "slices": request.slices, "format": FORMAT}
+    write_json(folder / "complete.json", about | {"bytes": _sizes(folder)})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.bin"))}
+
+
+def _complete(folder: Path) -> dict | None:
+    """What `complete.json` says of a whole training set; None without one, or when files are not as it says."""
+    file = folder / "complete.json"
+    written = json.loads(file.read_text()) if file.exists() else {}
+    return written if written.get("format") == FORMAT and written["bytes"] == _sizes(folder) else None
+
+
+class _File:
+    """An array in a file, of which little is in memory, whatever the order in which it is written or read."""
+
+    def __init__(self, path: Path, dtype: np.dtype | type, shape: tuple[int, ...]):
+        with open(path, "wb") as file:  # a disk that is full says so here; later it would be a bus error
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        self.values = np.memmap(path, dtype, "r+", shape=shape)
+        """Zeros at first."""
+
+    def release(self) -> None:
+        """Give the pages back to the system. The mapping is shared: what was written is in the file."""
+        self.values._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
+    """Ids, slices and response numbers of the pairs, in order of pair_id, and `order.bin`: their order in the lake.
+
+    `pairs.bin`, returned, is without lengths yet. Leaves the table `responses`: hashes of their ids, and numbers in the
+    order in which the pairs lie in the lake. Their rows lie in about the same, so the index is filled in order."""
+    # Ids are joined as 128-bit hashes: a third of the memory of their text.
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE members AS SELECT (row_number() OVER (ORDER BY pair_id) - 1)::INTEGER AS "
+        "position, rowid AS place, pair_id, list_position(?::VARCHAR[], slice)::INTEGER - 1 AS slice, "
+        f"md5_number(chosen_id) AS chosen, md5_number(rejected_id) AS rejected FROM pairs WHERE {IN_SLICES}",
+        [slices, slices],
+    )
+    con.execute(
+        "CREATE OR REPLACE TEMP TABLE responses AS SELECT response, (row_number() OVER (ORDER BY min(place)) - 1)"
+        "::INTEGER AS number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place "
+        "FROM members) GROUP BY response"
+    )
+    n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
+    con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
+    with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as indices:
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
+            indices.write(batch.column(1).to_numpy())
+    con.execute("SELECT position FROM members ORDER BY place")
+    with open(folder / "order.bin", "wb") as order:
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            order.write(batch.column(0).to_numpy())
+    pairs = _File(folder / "pairs.bin", np.int32, (n_pairs, PAIR_COLUMNS))
+    for side, name in enumerate(("chosen", "rejected")):
+        con.execute(f"SELECT position, number FROM responses JOIN members ON response = {name}")
+        for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
+            pairs.values[batch.column(0).to_numpy(), side] = batch.column(1).to_numpy()
+            pairs.release()
+    con.execute("DROP TABLE members")
+    return pairs
+
+
+def _write_columns(
+    batches: pa.RecordBatchReader, folder: Path, table: str, index: _File, notes: _File, check: Check
+) -> int:
+    """Write every batch's values to the columns' files and note where each response begins and how long it is.
+
+    Returns the tokens of the longest response, 0 where there are no token ids."""
+    columns = TABLES[table]
+    files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
+    ends, longest = dict.fromkeys(columns, 0), 0
+    try:
+        for n, batch in enumerate(batches):
+            if n % RELEASED == 0:
+                index.release()
+                notes.release()
+            numbers = batch.column(0).to_numpy()
+            check.rows(table, numbers, batch.column(1).to_numpy())
+            for i, c in enumerate(columns, 2):
+                lists = batch.column(i)
+                values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
+                lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+                files[c].write(np.ascontiguousarray(values))
+                if c in INDEXED:
+                    at = INDEXED.index(c)
+                    index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
+                    index.values[numbers, at, 1] = lengths
+                ends[c] += int(lengths.sum())
+                if c == "token_ids":
+                    longest = max(longest, int(lengths.max(initial=0)))
+    finally:
+        for file in files.values():
+            file.close()
+    return longest
+
+
+def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
+    """Look at every pair, and note how long its prompts and responses are."""
+    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
+               "reference": "token_logprobs"}  # fmt: skip
+    order = np.memmap(folder / "order.bin", np.int32, "r")  # in which neighbours' rows are neighbours in the index
+    pair_ids = _pair_ids(folder, len(order))
+    for start in range(0, len(order), PAIRS_AT_ONCE):
+        for file in (pairs, index, notes):
+            file.release()
+        at = order[start : start + PAIRS_AT_ONCE]
+        both = pairs.values[at, :2]
+        lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
+        check.pairs(lambda i, at=at: pair_ids[at[i]].decode(), both, lengths)
+        pairs.values[at, 2:] = np.concatenate([lengths["prompt"], lengths["response"]], 1)
+
+
+def _pair_ids(folder: Path, n_pairs: int) -> np.ndarray:
+    """UTF-8 [n_pairs], as wide as the longest."""
+    file = folder / "pair_ids.bin"
+    return np.memmap(file, f"S{file.stat().st_size // n_pairs}", "r")
+
+
+class PairFiles:
+    """A written training set. Safe to read from several threads."""
+
+    def __init__(self, folder: Path):
+        """Raises FileNotFoundError if `folder` holds no whole training set."""
+        written = _complete(folder)
+        if written is None:
+            raise FileNotFoundError(f"no training set at {folder}; materialise student_checkpoint again to write it")
+        self.n_pairs, self.slices = written["n_pairs"], written["slices"]
+        self._ids = _pair_ids(folder, self.n_pairs)
+        self._slices = np.memmap(folder / "slices.bin", np.int32, "r")
+        pairs = np.memmap(folder / "pairs.bin", np.int32, "r", shape=(self.n_pairs, PAIR_COLUMNS))
+        self.numbers = pairs[:, :2]
+        """[pairs, 2] int32: response numbers of chosen and rejected."""
+        self.n_prompt = pairs[:, 2:4]
+        """[pairs, 2] int32: prompt tokens."""
+        self.n_tokens = pairs[:, 4:]
+        """[pairs, 2] int32: response tokens."""
+        self._files = {c: os.open(folder / f"{c}.bin", os.O_RDONLY) for c in (*COLUMNS, "index")}
+
+    def pair_id(self, pair: int) -> str:
+        return self._ids[pair].decode()
+
+    def names(self, pairs: np.ndarray) -> pl.DataFrame:
+        """pair_id and slice of `pairs`."""
+        slices = np.array(self.slices)[self._slices[pairs]]
+        return pl.DataFrame({"pair_id": [id.decode() for id in self._ids[pairs]], "slice": slices.tolist()})
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """The values of a response, by column."""
+        record = os.pread(self._files["index"], INDEX_BYTES, INDEX_BYTES * int(number))
+        places = dict(zip(INDEXED, np.frombuffer(record, np.int64).reshape(-1, 2).tolist(), strict=True))
+        found = {}
+        for column, dtype in COLUMNS.items():
+            start, length = places[_LIKE.get(column, column)]
+            size = np.dtype(dtype).itemsize
+            found[column] = np.frombuffer(os.pread(self._files[column], size * length, size * start), dtype)
+        return found
