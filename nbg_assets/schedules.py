@@ -45,7 +45,11 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
         present = set(context.instance.get_dynamic_partitions("slice"))
         stale = stale_slices(status(nbg.lake(), nbg.load()))
         busy = busy_slices(context.instance)
-        due = {slice_name: assets for slice_name, assets in stale.items() if slice_name in present and slice_name not in busy}
+        due = {
+            slice_name: assets
+            for slice_name, assets in stale.items()
+            if slice_name in present and slice_name not in busy
+        }
         if not due:
             waiting = f"; already running: {', '.join(sorted(busy & set(stale)))}" if busy & set(stale) else ""
             return dg.SkipReason(f"no slice is stale{waiting}" if not stale else f"no stale slice can start{waiting}")

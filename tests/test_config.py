@@ -131,12 +131,16 @@ def test_ids_of_settings_change_with_what_matters_only():
     for id in ("sampling_id", "answering_id"):
         assert getattr(identity, id)(of_vllm) != getattr(identity, id)(base)
         assert getattr(identity, id)(changed(of_vllm, "vllm", version="1.0")) != getattr(identity, id)(of_vllm)
-        assert (
-            getattr(identity, id)(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1)) == getattr(identity, id)(of_vllm)
-        )
+        assert getattr(identity, id)(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1)) == getattr(
+            identity, id
+        )(of_vllm)
     assert identity.storage_id(changed(of_vllm, "vllm", version="1.0")) == identity.storage_id(base)
     scored = changed(base, "teacher", engine="vllm")
-    assert identity.storage_id(changed(scored, "vllm", version="1.0")) != identity.storage_id(scored) != identity.storage_id(base)
+    assert (
+        identity.storage_id(changed(scored, "vllm", version="1.0"))
+        != identity.storage_id(scored)
+        != identity.storage_id(base)
+    )
     rounded = changed(base, "models", dtype="bfloat16")
     for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
         assert getattr(identity, id)(rounded) != getattr(identity, id)(base)

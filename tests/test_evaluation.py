@@ -58,7 +58,9 @@ def open_parrot(run: Run, path: Path, batch_size: int):
 def profile(tmp_path, monkeypatch) -> Profile:
     monkeypatch.setattr(evaluation_stage, "open_sampler", open_parrot)
     monkeypatch.setattr(Parrot, "asked", [])
-    profile = load_profile(write_profile(tmp_path / "p", ("a",), evaluation={"batch_size": 5, "auto_promote": True, "min_queries": N}))
+    profile = load_profile(
+        write_profile(tmp_path / "p", ("a",), evaluation={"batch_size": 5, "auto_promote": True, "min_queries": N})
+    )
     run = open_run(profile)
     put_queries(run, "right")
     put_checkpoint(run)

@@ -56,7 +56,9 @@ def rows_of(batch, rows):
 
 
 def fused(batch, s, tile_bytes=WIDE, **changes):
-    return lm_head_joint_loss(**(batch | changes), settings=s, denominators=Denominators(3, 20, 30), tile_bytes=tile_bytes)
+    return lm_head_joint_loss(
+        **(batch | changes), settings=s, denominators=Denominators(3, 20, 30), tile_bytes=tile_bytes
+    )
 
 
 def whole(batch, s, **changes):

@@ -60,7 +60,10 @@ def give_queries(profile) -> None:
         messages = [[{"role": "user", "content": p}] for p in frame["prompt"]]
         frame = frame.with_columns(pl.Series("messages", messages))
         run.commit(
-            "queries", slice_name, [Write("queries", frame)], data_version=ids.content_version(frame["query_id"].to_list())
+            "queries",
+            slice_name,
+            [Write("queries", frame)],
+            data_version=ids.content_version(frame["query_id"].to_list()),
         )
 
 

@@ -190,7 +190,9 @@ def put_samples(run, texts, slice_name="a", source="student", **more):
             } | more)  # fmt: skip
     inputs = [input_of(run.lake, "queries", slice_name, run.lake.snapshot())]
     version = content_version([r["sample_id"] for r in rows])
-    run.commit("student_samples", slice_name, [Write("samples", pl.DataFrame(rows))], inputs=inputs, data_version=version)
+    run.commit(
+        "student_samples", slice_name, [Write("samples", pl.DataFrame(rows))], inputs=inputs, data_version=version
+    )
 
 
 def exact(prompt, answer, split="train"):

@@ -259,7 +259,9 @@ def test_a_scoring_process_that_cannot_start_says_why(run, tmp_path):
 def test_finished_rows_do_not_wait_for_the_end_of_a_chunk(run, monkeypatch):
     monkeypatch.setattr("nbg_core.base.progress.COMMIT_SECONDS", 0.0)
     whole = run.profile.teacher.model_copy(update={"chunk_samples": 100})
-    teacher_stage.materialise(Run(run.profile.model_copy(update={"teacher": whole}), run.lake, log=lambda line: None), "a")
+    teacher_stage.materialise(
+        Run(run.profile.model_copy(update={"teacher": whole}), run.lake, log=lambda line: None), "a"
+    )
     commits = run.lake.sql("SELECT count(*) FROM lineage.commits WHERE asset = 'teacher_logits' AND n_rows > 0").item()
     assert commits > 1
 

@@ -217,9 +217,7 @@ def test_targets_line_up_positions_of_several_samples():
     t = targets(rows)
     weights = t.weights()
     for r, p in enumerate(positions(rows)):
-        assert (
-            dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True)) == p["head"]
-        )
+        assert dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True)) == p["head"]
         assert t.ids[r][t.is_tail[r]].tolist() == p["tail"]
         assert float(t.tail_logmass[r]) == p["mass"]
         assert float(weights[r].sum()) == pytest.approx(1, abs=1e-3)

@@ -138,6 +138,7 @@ class TeacherSettings(Section):
     chunk_samples: Annotated[int, Field(ge=1)] = 512
     """Responses per commit; what finishes is also committed every 30 s: what a crash can lose."""
 
+
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 """The training precision that goes with a dtype of the models: it makes the policy start at its reference."""
 
@@ -175,6 +176,7 @@ class RefreshSettings(Section):
         if self.timezone not in zoneinfo.available_timezones():
             raise ValueError(f"timezone {self.timezone!r} is not known; use a name like 'UTC' or 'Europe/Berlin'")
         return self
+
 
 CRON = {"minute": range(60), "hour": range(24), "day": range(1, 32), "month": range(1, 13), "weekday": range(8)}
 """Fields of a cron line, and the numbers that each may hold."""

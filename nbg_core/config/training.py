@@ -101,5 +101,6 @@ class TrainingSettings(Section):
         that died on 8 ranks is the same training on 4, and goes on from its state there."""
         return self.model_dump(mode="json", exclude=_HOW_A_TRAINING_RUNS)
 
+
 _HOW_A_TRAINING_RUNS = {"micro_batch_tokens", "zero_stage", "offload_optimizer", "n_processes", "hostfile",
                         "sequence_parallel", "gradient_checkpointing", "compile", "save_every"}  # fmt: skip

@@ -60,6 +60,7 @@ class VllmSettings(Section):
 def _name(arg: str) -> str:
     return arg.partition("=")[0].replace("_", "-")
 
+
 _HOW_A_SERVER_RUNS = {
     "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
     "--distributed-executor-backend", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--cpu-offload-gb",

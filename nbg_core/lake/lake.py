@@ -90,7 +90,12 @@ class Input:
 
     def as_json(self) -> dict:
         """As `lineage.materialisations.inputs` holds it."""
-        return {"asset": self.asset, "slice": self.slice_name, "data_version": self.data_version, "snapshot": self.snapshot}
+        return {
+            "asset": self.asset,
+            "slice": self.slice_name,
+            "data_version": self.data_version,
+            "snapshot": self.snapshot,
+        }
 
 
 @dataclass(frozen=True)

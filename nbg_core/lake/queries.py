@@ -117,9 +117,7 @@ def samples_of_pairs(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame
     )
 
 
-def scored_samples(
-    lake: Lake, table: str, model_id: str, settings_id: str, sample_ids: Sequence[str]
-) -> pl.DataFrame:
+def scored_samples(lake: Lake, table: str, model_id: str, settings_id: str, sample_ids: Sequence[str]) -> pl.DataFrame:
     """Those of `sample_ids` that `teacher_logits` or `reference_logprobs` has a row of, of this model and these
     settings: sample_id."""
     return lake.sql(

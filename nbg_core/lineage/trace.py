@@ -16,7 +16,9 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
     too, as they last were; those of a checkpoint as they were when it was trained. Raises LookupError for an unknown
     id, and for a beginning that several ids share."""
     id = whole_id(lake, id)
-    checkpoints = lake.sql("SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [id])
+    checkpoints = lake.sql(
+        "SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [id]
+    )
     if checkpoints.height:
         pairs = _ever(
             lake, "pairs", "pair_id IN (SELECT pair_id FROM checkpoint_pairs WHERE training_id = ?)",

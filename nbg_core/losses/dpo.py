@@ -111,6 +111,8 @@ def sequence_dpo_loss(
 def check_label_smoothing(variant: str, label_smoothing: float) -> None:
     """Raise ValueError for label smoothing outside [0, 0.5), or where the variant has no use for it."""
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: it is a share of flipped preferences, from 0 to below 0.5")
+        raise ValueError(
+            f"label_smoothing={label_smoothing}: it is a share of flipped preferences, from 0 to below 0.5"
+        )
     if label_smoothing and not find(DPO_VARIANTS, variant, "DPO variant").takes_label_smoothing:
         raise ValueError(f"label_smoothing has no meaning with dpo_variant {variant!r}; set it to 0")

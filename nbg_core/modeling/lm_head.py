@@ -275,7 +275,9 @@ class LogitStats:
             self.log_z[rows], self.log_z_tempered[rows] = lm_head_kernels.log_z(z[:n], self.temperature)
         else:
             self.log_z[rows] = _log_z(z, scratch)[:n]
-            self.log_z_tempered[rows] = self.log_z[rows] if self.temperature == 1 else _log_z(z, scratch, self.temperature)[:n]
+            self.log_z_tempered[rows] = (
+                self.log_z[rows] if self.temperature == 1 else _log_z(z, scratch, self.temperature)[:n]
+            )
         self.logps[rows] = z[:n].gather(1, token_ids[rows, None])[:, 0] - self.log_z[rows]
         self.at_ids[rows] = z[:n].gather(1, self.targets.ids[rows])
         if self.bucket:
@@ -304,7 +306,11 @@ class LogitStats:
         log_z, log_z_tempered, log_out = (x[rows, None] for x in (self.log_z, self.log_z_tempered, self.log_out))
         at_one, at_temperature = -g[:, None], -(a.sum(-1) + b)[:, None]  # of p at temperature 1 and at the divergence's
         # One exp for p and p outside the head: log_out <= log_z_tempered, so nothing overflows, however small the tail.
-        base, scale = (log_out, b[:, None] + at_temperature * (log_out - log_z_tempered).exp()) if self.bucket else (log_z_tempered, at_temperature)
+        base, scale = (
+            (log_out, b[:, None] + at_temperature * (log_out - log_z_tempered).exp())
+            if self.bucket
+            else (log_z_tempered, at_temperature)
+        )
         if temperature == 1:
             scale = scale + at_one * (base - log_z).exp()
         scale = scale / temperature
@@ -332,7 +338,11 @@ class LogitStats:
         more = a / temperature
         if self.bucket:  # head entries have no part in the tail: there is nothing yet
             at_ids = self.at_ids[rows]
-            more = more + at_temperature / temperature * (at_ids / temperature - log_z_tempered).exp() + at_one * (at_ids - log_z).exp()
+            more = (
+                more
+                + at_temperature / temperature * (at_ids / temperature - log_z_tempered).exp()
+                + at_one * (at_ids - log_z).exp()
+            )
             more = torch.where(self.targets.is_top[rows], more, 0.0)
         z.scatter_add_(1, ids, more)
         z.scatter_add_(1, token_ids[rows, None], g[:, None])

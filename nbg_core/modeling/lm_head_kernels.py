@@ -17,7 +17,16 @@ BLOCK = 4096
 def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log sum exp [c] of z [c, V] and of z / temperature, float32, in one pass. A row of -inf gives NaN."""
     at_one, at_temperature = (z.new_empty(len(z)) for _ in range(2))
-    _log_z[(len(z),)](z, at_one, at_temperature, z.stride(0), temperature, VOCAB=z.shape[1], TEMPERATURE_IS_ONE=temperature == 1, BLOCK=BLOCK)
+    _log_z[(len(z),)](
+        z,
+        at_one,
+        at_temperature,
+        z.stride(0),
+        temperature,
+        VOCAB=z.shape[1],
+        TEMPERATURE_IS_ONE=temperature == 1,
+        BLOCK=BLOCK,
+    )
     return at_one, at_temperature
 
 
@@ -34,7 +43,16 @@ def gradient(
 
 
 @triton.jit
-def _log_z(z, at_one, at_temperature, stride, temperature, VOCAB: tl.constexpr, TEMPERATURE_IS_ONE: tl.constexpr, BLOCK: tl.constexpr):
+def _log_z(
+    z,
+    at_one,
+    at_temperature,
+    stride,
+    temperature,
+    VOCAB: tl.constexpr,
+    TEMPERATURE_IS_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     z += row.to(tl.int64) * stride
@@ -48,13 +66,17 @@ def _log_z(z, at_one, at_temperature, stride, temperature, VOCAB: tl.constexpr, 
         least = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is no number
         sum_at_one = sum_at_one * tl.exp(top - least) + tl.exp(x - least)
         if not TEMPERATURE_IS_ONE:
-            sum_at_temperature = sum_at_temperature * tl.exp((top - least) / temperature) + tl.exp((x - least) / temperature)
+            sum_at_temperature = sum_at_temperature * tl.exp((top - least) / temperature) + tl.exp(
+                (x - least) / temperature
+            )
         top = new
     best = tl.max(top, 0)
     log_at_one = best + tl.log(tl.sum(sum_at_one * tl.exp(top - best), 0))
     log_at_temperature = log_at_one
     if not TEMPERATURE_IS_ONE:
-        log_at_temperature = best / temperature + tl.log(tl.sum(sum_at_temperature * tl.exp((top - best) / temperature), 0))
+        log_at_temperature = best / temperature + tl.log(
+            tl.sum(sum_at_temperature * tl.exp((top - best) / temperature), 0)
+        )
     tl.store(at_one + row, log_at_one)
     tl.store(at_temperature + row, log_at_temperature)
 

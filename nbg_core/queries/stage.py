@@ -55,7 +55,9 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
     settings = run.settings(ASSET, slice_name)
     rows = read_rows(path)
     if unscored := sum(row.verifier is None for row in rows):
-        run.log(f"{ASSET}[{slice_name}]: {unscored} of {len(rows)} rows have no verifier: only teacher_loglik scores them")
+        run.log(
+            f"{ASSET}[{slice_name}]: {unscored} of {len(rows)} rows have no verifier: only teacher_loglik scores them"
+        )
     drops = _too_long(run, slice_name, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,16 @@ def run_worker(
 
     with tempfile.TemporaryDirectory(prefix="nbg-report-") as folder:
         report_path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "nbg_core.runtime.worker", asset, "--run-id", run_id, "--report", str(report_path)]
+        command = [
+            sys.executable,
+            "-m",
+            "nbg_core.runtime.worker",
+            asset,
+            "--run-id",
+            run_id,
+            "--report",
+            str(report_path),
+        ]
         if slice_name is not None:
             command += ["--slice", slice_name]
         code = run_process(command, env=env, on_line=each, log_path=log_path)

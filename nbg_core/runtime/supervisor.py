@@ -170,5 +170,6 @@ def main() -> None:
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
+
 if __name__ == "__main__":
     main()

@@ -82,7 +82,9 @@ def materialise(run: Run, slice_name: str) -> SamplesReport:
     )  # fmt: skip
 
 
-def _draw_missing(run: Run, slice_name: str, queries: pl.DataFrame, wanted: dict, source: str, path, model, inputs) -> int:
+def _draw_missing(
+    run: Run, slice_name: str, queries: pl.DataFrame, wanted: dict, source: str, path, model, inputs
+) -> int:
     s, sampling = run.profile.sampling, identity.sampling_id(run.profile)
     present = set(run.lake.sql(
         "SELECT sample_id FROM samples WHERE model_id = ? AND sampling_id = ? "
@@ -116,7 +118,9 @@ def _longest(run: Run, path: Path) -> int | None:
     return min(filter(None, (context_length(path), of_server)), default=None)
 
 
-def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], finished: CommitBuffer, progress: Progress) -> None:
+def _draw(
+    run: Run, sampler: Sampler, path: Path, todo: list[tuple], finished: CommitBuffer, progress: Progress
+) -> None:
     """Draw the missing (index, sample_id) of each (query_id, messages, missing) of `todo`."""
     s = run.profile.sampling
     tokenizer = load_tokenizer(run.policy.path, trust_remote_code=run.profile.models.trust_remote_code)

@@ -56,6 +56,7 @@ def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator
         ids = scored.samples["sample_id"].to_list()
         yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, s)
 
+
 PIECES = 4
 """Pieces of a chunk per process, so that none waits long for the last one."""
 
@@ -84,6 +85,7 @@ def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl
             yield rows_of
         finally:
             pool.shutdown(cancel_futures=True)
+
 
 _scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # of a scoring process
 

@@ -46,13 +46,17 @@ def materialise(run: Run, slice_name: str) -> TeacherReport:
     )  # fmt: skip
 
 
-def _score_missing(run: Run, slice_name: str, missing: pl.DataFrame, inputs, path, teacher: str, storage_id: str) -> int:
+def _score_missing(
+    run: Run, slice_name: str, missing: pl.DataFrame, inputs, path, teacher: str, storage_id: str
+) -> int:
     if missing.is_empty():
         return 0
 
     def commit(frames: list[pl.DataFrame]) -> int:
         rows = pl.concat(frames).with_columns(
-            pl.lit(slice_name).alias("slice"), pl.lit(teacher).alias("model_id"), pl.lit(storage_id).alias("settings_id")
+            pl.lit(slice_name).alias("slice"),
+            pl.lit(teacher).alias("model_id"),
+            pl.lit(storage_id).alias("settings_id"),
         )
         return run.commit(ASSET, slice_name, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
 
