@@ -21,9 +21,10 @@ from nbg_core.config import identity
 from nbg_core.config.load import load_profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import latest_summary
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import input_of, latest_materialisation
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.records import Write
+from nbg_core.lake.teacher_columns import GAP_ZERO
 from nbg_core.lineage.run import Run
 from nbg_core.runtime.run_worker import WorkerFailed
 from nbg_core.scorers.verifiers import scorer_ids

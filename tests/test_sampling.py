@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nbg_core.base import ids
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_model, load_tokenizer

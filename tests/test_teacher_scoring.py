@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from nbg_core.base import ids
 from nbg_core.checks.checks import CHECKS, Subject
 from nbg_core.config import identity
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import samples_of_pairs
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.modeling import lm_head
 from nbg_core.modeling.forward import collate

@@ -20,7 +20,8 @@ from training_lake import make_model, make_profile, naive_gradients, request_of,
 
 from nbg_core.base import ids
 from nbg_core.config.training import TrainingSettings
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_model, load_tokenizer

@@ -25,6 +25,7 @@ from nbg_core.lake.queries import (
     made_with,
     sampled_with,
 )
+from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
 from nbg_core.lineage.policy import current_policy
 from nbg_core.losses.dpo import DPO_VARIANTS
 from nbg_core.modeling.config_file import text_config
@@ -166,20 +167,13 @@ def not_scored_once(s: Subject) -> pl.DataFrame:
 
 
 def wrong_lengths(s: Subject) -> pl.DataFrame:
-    lists = ["token_logprobs"]
-    total = ""
+    wrong = "len(token_logprobs) <> len(token_ids) OR list_max(token_logprobs) > 1e-5"
     if s.asset == "teacher_logits":
-        lists += ["tail_logmass", "head_counts", "tail_counts"]
-        total = (
-            " OR len(entry_gaps) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_gaps) <> "
-            "len(entry_logprobs) OR list_max(entry_logprobs) > 1e-5"
-        )
-    wrong = " OR ".join(f"len({name}) <> len(token_ids)" for name in lists)
+        wrong += f" OR NOT ({ROW_IS_WHOLE}) OR list_max(entry_logprobs) > 1e-5"
     where, params = _rows_of(s)
     return s.sql(
         f"SELECT r.sample_id, len(token_ids) AS tokens, len(token_logprobs) AS scored FROM {RESPONSES} r "
-        f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) "
-        f"WHERE {wrong}{total} OR list_max(token_logprobs) > 1e-5 ORDER BY r.sample_id",
+        f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) WHERE {wrong} ORDER BY r.sample_id",
         s.slice_name,
         *params,
     )

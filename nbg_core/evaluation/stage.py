@@ -18,8 +18,8 @@ from nbg_core.config import identity
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import summarise
 from nbg_core.evaluation.promotion import gate, promotion
-from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import checkpoint_row
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.sampling.sampler import Decoding, Request
 from nbg_core.sampling.stage import open_sampler

@@ -13,7 +13,8 @@ from __future__ import annotations
 import polars as pl
 
 from nbg_core.lake import tables
-from nbg_core.lake.lake import Lake, quietly_rollback, retry_on_conflict
+from nbg_core.lake.conflicts import quietly_rollback, retry_on_conflict
+from nbg_core.lake.lake import Lake
 
 KEEP = "1 day"
 

@@ -36,11 +36,8 @@ from torch import Tensor
 
 from nbg_core.base.ids import seed_from
 from nbg_core.config.profile import TeacherSettings
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.teacher_columns import GAP_ZERO, TRAINED_ON
 from nbg_core.losses.targets import TeacherTargets
-
-COLUMNS = ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs")
-"""Columns of teacher_logits that hold the distribution."""
 
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Logits handled at once, so that memory does not grow with T x V; on a CPU such that they stay in the cache."""
@@ -117,16 +114,17 @@ def frame(
 
 def targets(rows: pl.DataFrame) -> TeacherTargets:
     """TeacherTargets over the positions of `rows` (teacher_logits columns) behind one another, in row order."""
-    return decode([{c: row[c][0].to_numpy() for c in COLUMNS} for row in rows.iter_slices(1)])
+    return decode([{c: row[c][0].to_numpy() for c in TRAINED_ON} for row in rows.iter_slices(1)])
 
 
 def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
-    """TeacherTargets over the positions of `responses` (arrays by name, COLUMNS among them) behind one another."""
-    found = {c: [r[c] for r in responses] for c in COLUMNS}
-    dtypes = {"head_counts": np.int32, "tail_counts": np.int32}
-    head_counts, tail_counts, tail_logmass, gaps, logp = (
-        np.concatenate(found[c] or [np.zeros(0, dtypes.get(c, np.float32))]) for c in COLUMNS
-    )
+    """TeacherTargets over the positions of `responses` (arrays by name, TRAINED_ON among them) behind one another."""
+    column = {
+        name: np.concatenate([r[name] for r in responses] or [np.zeros(0, about.dtype)])
+        for name, about in TRAINED_ON.items()
+    }
+    head_counts, tail_counts, tail_logmass = (column[c] for c in ("head_counts", "tail_counts", "tail_logmass"))
+    gaps, logp = column["entry_gaps"], column["entry_logprobs"]
     starts, n = _lists_within(head_counts, tail_counts)
     gaps = gaps.astype(np.int64) - GAP_ZERO
     entry_ids = gaps.cumsum()  # over all lists: what the lists before add up to is taken off again

@@ -23,24 +23,24 @@ import polars as pl
 import pyarrow as pa
 
 from nbg_core.base.files import write_json
-from nbg_core.lake.lake import JOIN_MEMORY, Lake, with_room
+from nbg_core.lake.joins import JOIN_MEMORY, bounded_joins, with_room
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.teacher_columns import TRAINED_ON
 from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, Check
 from nbg_core.training.request import ASSET, Request, TrainingError
 
-TABLES = {
-    "samples": ("prompt_token_ids", "token_ids"),
-    "teacher_logits": ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs"),
-    "reference_logprobs": ("token_logprobs",),
+TABLES: dict[str, dict[str, type[np.generic]]] = {
+    "samples": {"prompt_token_ids": np.int32, "token_ids": np.int32},
+    "teacher_logits": {column.name: column.dtype for column in TRAINED_ON.values()},
+    "reference_logprobs": {"token_logprobs": np.float32},
 }
-"""Columns that training reads."""
+"""Columns that training reads, with the dtype of their files."""
 
-COLUMNS = {
-    "prompt_token_ids": np.int32, "token_ids": np.int32, "head_counts": np.int32, "tail_counts": np.int32,
-    "tail_logmass": np.float32, "entry_gaps": np.float32, "entry_logprobs": np.float32, "token_logprobs": np.float32,
-}  # fmt: skip
+COLUMNS: dict[str, type[np.generic]] = {name: dtype for columns in TABLES.values() for name, dtype in columns.items()}
 
-# Columns whose values lie at the same places as another's of their table.
-_LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_logprobs": "entry_gaps"}
+# Columns whose values lie at the same places as another's of their table: the first one of their kind is indexed.
+_FIRST = {per: next(c.name for c in TRAINED_ON.values() if c.per == per) for per in ("position", "entry")}
+_LIKE = {c.name: _FIRST[c.per] for c in TRAINED_ON.values() if c.name != _FIRST[c.per]}
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
@@ -70,7 +70,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
         "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
-    with lake.joins(request.snapshot, folder / "spill") as con:
+    with bounded_joins(lake, request.snapshot, folder / "spill") as con:
         n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
         room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
         pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
@@ -86,7 +86,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
             n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (TOKEN_BYTES * max(1, longest))))
 
             def write(table=table, query=query, params=params, n_rows=n_rows) -> int:
-                if (folder / f"{TABLES[table][0]}.bin").exists():  # a try that had too little memory
+                if (folder / f"{next(iter(TABLES[table]))}.bin").exists():  # a try that had too little memory
                     check.forget(table)
                 batches = con.execute(query, params).to_arrow_reader(n_rows)
                 return _write_columns(batches, folder, table, index, notes, check)
@@ -175,7 +175,7 @@ def _write_columns(
     """Write every batch's values to the columns' files and note where each response begins and how long it is.
 
     Returns the tokens of the longest response, 0 where there are no token ids."""
-    columns = TABLES[table]
+    columns = list(TABLES[table])
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
     ends, longest = dict.fromkeys(columns, 0), 0
     try:
@@ -205,7 +205,7 @@ def _write_columns(
 
 def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
     """Look at every pair, and note how long its prompts and responses are."""
-    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
+    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": _FIRST["position"],
                "reference": "token_logprobs"}  # fmt: skip
     order = np.memmap(folder / "order.bin", np.int32, "r")  # in which neighbours' rows are neighbours in the index
     pair_ids = _pair_ids(folder, len(order))

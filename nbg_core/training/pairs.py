@@ -14,14 +14,14 @@ import duckdb
 import numpy as np
 
 from nbg_core.base.ids import content_version
-from nbg_core.lake.lake import Lake, with_room
+from nbg_core.lake.joins import bounded_joins, with_room
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
 from nbg_core.training.request import Request, TrainingError
 
 NOTES = {
     "samples": "hash(prompt_token_ids) % 4294967296",
-    "teacher_logits": "len(token_logprobs) = len(head_counts) AND len(tail_counts) = len(head_counts) "
-    "AND len(tail_logmass) = len(head_counts) AND len(entry_gaps) = len(entry_logprobs) "
-    "AND len(entry_gaps) = list_sum(head_counts) + list_sum(tail_counts)",
+    "teacher_logits": ROW_IS_WHOLE,
     "reference_logprobs": "token_logprobs IS NOT NULL",
 }
 """SQL of the number that is noted of a row besides the lengths of its lists: of its prompt, or whether it is whole."""
@@ -33,7 +33,7 @@ PAIRS_AT_ONCE = 16_384
 def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
     """How many pairs the slices have, and the content version of their ids. What does not fit into memory goes to the
     folder `spill`, which is removed at the end. Raises TrainingError for a pair that is there twice."""
-    with lake.joins(snapshot, spill) as con:
+    with bounded_joins(lake, snapshot, spill) as con:
         n, version, n_twice, twice = with_room(con, lambda: _count_and_hash(con, slices))
     if twice:
         pair, one, other = twice

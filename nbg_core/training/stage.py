@@ -25,7 +25,7 @@ from nbg_core.base.files import link_folder
 from nbg_core.config import identity
 from nbg_core.config.identity import CODE_VERSION
 from nbg_core.config.slices import slice_names
-from nbg_core.lake.lake import Commit, Write
+from nbg_core.lake.records import Commit, Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.training.launcher import launch
 from nbg_core.training.pair_files import PairFiles, write_pair_files
