@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The head takes the kernels for tensors of a CPU, too."""
-    monkeypatch.setattr(lm_head.head_kernels, "BLOCK", 64)  # so that a row has several
+    monkeypatch.setattr(lm_head.lm_head_kernels, "BLOCK", 64)  # so that a row has several
     monkeypatch.setattr(lm_head, "_has_kernels", lambda hidden: True)
 
 
@@ -66,7 +66,7 @@ def test_log_z_of_any_row():
     z[1, ::2] = -torch.inf
     z[2, 100:] = -torch.inf
     z[3, :299] = -torch.inf
-    cold, hot = lm_head.head_kernels.log_z(z, 0.7)
+    cold, hot = lm_head.lm_head_kernels.log_z(z, 0.7)
     torch.testing.assert_close(cold.double(), z.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(hot.double(), (z.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
-    assert torch.equal(lm_head.head_kernels.log_z(z, 1.0)[1], cold)
+    assert torch.equal(lm_head.lm_head_kernels.log_z(z, 1.0)[1], cold)

@@ -69,18 +69,18 @@ class TrainingSet:
         """Batches are packed, or padded with `pad_id` if one is given, for a model that cannot be packed.
 
         Raises FileNotFoundError when `folder` holds no whole training set."""
-        self.rows, self.pad_id = PairFiles(folder), pad_id
-        self.n_tokens = self.rows.n_tokens
+        self.files, self.pad_id = PairFiles(folder), pad_id
+        self.n_tokens = self.files.n_tokens
         """[pairs, 2] int32: response tokens of chosen and rejected."""
         if pad_id is None:
-            self.n_inputs = self.rows.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
+            self.n_inputs = self.files.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
         else:
-            self.n_inputs = 2 * (self.rows.n_prompt[:, 0] + self.n_tokens.max(1))
+            self.n_inputs = 2 * (self.files.n_prompt[:, 0] + self.n_tokens.max(1))
         """[pairs] int32: tokens that a pair puts through the student: its prompt once, all but the last token of each
         response; padded, two sequences of the longer one."""
 
     def __len__(self) -> int:
-        return self.rows.n_pairs
+        return self.files.n_pairs
 
     def denominators(self, pairs: np.ndarray) -> Denominators:
         """Counts of an optimizer step that uses `pairs`."""
@@ -88,12 +88,12 @@ class TrainingSet:
         return Denominators(pairs=len(pairs), chosen_tokens=int(chosen), rejected_tokens=int(rejected))
 
     def pair_id(self, pair: int) -> str:
-        return self.rows.pair_id(pair)
+        return self.files.pair_id(pair)
 
     def batch(self, pairs: Sequence[int] | np.ndarray) -> PairBatch:
         """The tensors of `pairs`."""
         pairs = np.asarray(pairs, dtype=np.int64)
-        found = [self.rows.read(number) for number in self.rows.numbers[pairs].ravel()]  # 2B
+        found = [self.files.read(number) for number in self.files.numbers[pairs].ravel()]  # 2B
         token_ids, reference = (
             torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(r[name] for r in found)]))
             for name, dtype in (("token_ids", np.int64), ("token_logprobs", np.float32))
