@@ -276,8 +276,8 @@ def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
     declared = TABLES[table].column_names()
     if unknown := [name for name in df.columns if name not in declared]:
         raise ValueError(
-            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric of "
-            "training_steps in nbg_core/losses/metrics.py), or do not write it"
+            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric "
+            "of training_steps in nbg_core/losses/metrics.py), or do not write it"
         )
     if missing := [name for name in declared if name not in df.columns]:
         raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")

@@ -3,7 +3,7 @@
 A batch is read when its turn is near, by a thread that is a few batches ahead of the training step (`prefetch`): in
 memory there are three numbers a pair (its tokens, its place in two epochs' orders), whatever its length.
 
-Shapes: B pairs of a micro-batch, T response tokens of all its responses behind one another.
+Shapes: B pairs of a micro-batch, T response tokens of all its responses, concatenated.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """The training set as files of plain values: written once from the lake, read pair by pair, never whole in memory.
 
 `write_pair_files` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
-training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
-and an index of where each response begins. `PairFiles` reads a pair by position with a few preads, in any order; what was
-read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
-responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
-little-endian, no header, whole if and only if `complete.json` is there and right about their sizes.
+training's work folder. There is one file per column, with the responses concatenated in the order in which the lake
+gives them, and an index of where each response begins. Writing holds a hash table of the responses in memory; all else
+that is noted on the way is in files, too.
+
+`PairFiles` reads a pair by position with a few preads, in any order. What was read before is in the system's page
+cache, which is given back when memory is short.
+
+The files belong to one machine: little-endian, no header. They are whole if and only if `complete.json` is there and
+right about their sizes.
 """
 
 from __future__ import annotations
