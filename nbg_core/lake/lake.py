@@ -35,6 +35,7 @@ from nbg_core.base.ids import digest
 from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.lake import tables
+from nbg_core.lake.uncommitted import claim
 
 T = TypeVar("T")
 
@@ -354,6 +355,7 @@ class Lake:
         try:
             if "://" not in self.data_path:
                 Path(self.data_path).mkdir(parents=True, exist_ok=True)
+            claim(self.catalog, self.data_path)
             if kind == "sqlite":
                 self._create_file(Path(where))
             else:
