@@ -67,7 +67,7 @@ def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
 
 
 def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    scorers = [SCORERS[name] for name, weight in profile.preference.weights.items() if weight]
+    scorers = [find(SCORERS, name, "scorer") for name, weight in profile.preference.weights.items() if weight]
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
     return {**profile.preference.model_dump(), "teacher": None, **values}

@@ -179,7 +179,7 @@ def _checkpoint(run: Run, slice_name: None) -> list:
 
 
 def _evaluations(run: Run, slice_name: None) -> list:
-    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
+    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY snapshot_id DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
     queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")

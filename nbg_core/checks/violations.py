@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from nbg_core.base.ids import model_id
+from nbg_core.base.names import find
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import latest_summary
@@ -26,7 +27,7 @@ from nbg_core.lake.queries import (
     sampled_with,
 )
 from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
-from nbg_core.lineage.policy import current_policy
+from nbg_core.lineage.policy import checkpoint_folder, current_policy
 from nbg_core.losses.dpo import DPO_VARIANTS
 from nbg_core.modeling.config_file import text_config
 from nbg_core.reference import drift
@@ -38,6 +39,10 @@ WARN_SHARE = 0.2
 
 RESPONSES = f"(SELECT sample_id, token_ids FROM samples SEMI JOIN {RESPONSES_OF_PAIRS} USING (sample_id))"
 """The responses of a slice's pairs, with their tokens."""
+
+
+SCORED_BY = {"teacher_logits": ("teacher", "storage_id"), "reference_logprobs": ("reference", "scoring_id")}
+"""Of assets whose rows a model made of responses: what their settings call the model id and the settings_id."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,9 @@ def mass_not_one(s: Subject) -> pl.DataFrame:
 
 def _rows_of(s: Subject) -> tuple[str, list[str]]:
     """The condition on the table of a model that scored the responses, and its parameters from $2 on."""
+    model, settings_id = find(SCORED_BY, s.asset, "asset that a model scores")
     made = s.made_with()
-    if s.asset == "teacher_logits":
-        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
+    return "model_id = $2 AND settings_id = $3", [made[model], made[settings_id]]
 
 
 def drifted(s: Subject) -> pl.DataFrame:
@@ -223,7 +227,7 @@ def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
     made = s.made_with()
     steps = steps.with_columns(allowed=pl.lit(_step_0_margin(s, row, made)))
     off = ~(pl.col("margin").abs() <= pl.col("allowed"))
-    if DPO_VARIANTS[made["loss"]["dpo_variant"]].is_log_2_at_0:
+    if find(DPO_VARIANTS, made["loss"]["dpo_variant"], "DPO variant").is_log_2_at_0:
         off |= ~((pl.col("dpo") - math.log(2)).abs() <= pl.col("allowed"))
     return steps.filter(off)
 
@@ -247,10 +251,10 @@ def _step_0_margin(s: Subject, checkpoint: dict, made: dict) -> float:
 
 def weights_missing(s: Subject) -> pl.DataFrame:
     row = _newest_checkpoint(s)
-    folder = s.profile.resolve(s.profile.paths.checkpoints) / row["path"]
     try:
+        folder = checkpoint_folder(s.profile, row["path"])
         found, problem = model_id(folder), f"weights at {folder} are not those of the checkpoint"
-    except FileNotFoundError as e:
+    except (FileNotFoundError, ValueError) as e:
         found, problem = None, str(e)
     return pl.DataFrame({"checkpoint_id": [row["checkpoint_id"]], "problem": [problem]}).filter(
         found != row["checkpoint_id"]

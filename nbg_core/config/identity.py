@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable
 
 from nbg_core.base.ids import digest, model_id
-from nbg_core.config.profile import Profile
+from nbg_core.base.names import unknown
+from nbg_core.config.profile import ENGINES, Profile
 
 CODE_VERSION = "1"
 """Raised when the same settings and inputs would give other rows: everything made before is then stale."""
@@ -31,10 +32,16 @@ def teacher_id(profile: Profile) -> str:
 
 
 def engine_version(profile: Profile, engine: str) -> list[str]:
-    """A sampling backend or teacher engine, with the versions of what it computes with."""
-    if engine == "vllm":
-        return [engine, profile.vllm.version, *profile.vllm.identity_args()]
-    return [engine, *(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))]
+    """A sampling backend or teacher engine, with the versions of what it computes with.
+
+    Raises ValueError for an unknown one."""
+    match engine:
+        case "transformers":
+            return [engine, *(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))]
+        case "vllm":
+            return [engine, profile.vllm.version, *profile.vllm.identity_args()]
+        case _:
+            raise unknown("engine", engine, ENGINES)
 
 
 def sampling_id(profile: Profile) -> str:

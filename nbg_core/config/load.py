@@ -14,7 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nbg_core.base.names import nearest
+from nbg_core.base.names import file_name_problem, nearest
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 
 
@@ -39,9 +39,11 @@ def load_profile(which: str | Path | None = None) -> Profile:
 
     Raises ProfileError for a missing file, bad YAML, an unknown key or a bad value."""
     which = str(which or os.environ.get("NBG_PROFILE") or "embedded")
-    path = Path(which) if which.endswith((".yaml", ".yml")) else PROJECT_ROOT / "profiles" / f"{which}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
+    folder = PROJECT_ROOT / "profiles"
+    is_path = which.endswith((".yaml", ".yml"))
+    path = Path(which) if is_path else folder / f"{which}.yaml"
+    if not is_path and file_name_problem(which) or not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce) or {}

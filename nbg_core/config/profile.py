@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,10 @@ from nbg_core.config.vllm import VllmSettings
 from nbg_core.scorers.scorers import SCORERS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+Engine = Literal["transformers", "vllm"]
+"""What runs a model for sampling or for the teacher's scoring."""
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 class Paths(Section):
@@ -68,7 +72,7 @@ class QuerySettings(Section):
 
 
 class SamplingSettings(Section):
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Engine = "transformers"
     """Sampler, of held-out answers too: `transformers` in a subprocess, or vLLM servers (section vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
     """Responses per query from the current policy."""
@@ -115,7 +119,7 @@ class PreferenceSettings(Section):
 
 
 class TeacherSettings(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
     """What runs the teacher's forward passes: `transformers`, or vLLM servers, which give top entries only."""
     k_head: Annotated[int, Field(ge=1)] = 64
     """Most probable entries kept exactly, at most."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbg_core.base.ids import model_id
+from nbg_core.base.names import file_name_problem
 from nbg_core.config.profile import Profile
 from nbg_core.lake.lake import Lake
 
@@ -21,16 +22,27 @@ class Policy:
     """False for the profile's student."""
 
 
+def checkpoint_folder(profile: Profile, name: str) -> Path:
+    """The folder of a checkpoint, from column `path` of `checkpoints` and `promotions`.
+
+    Raises ValueError for what is not the name of a folder: the lake may have been written by others, and no row of it
+    may lead out of `paths.checkpoints`."""
+    folder = profile.resolve(profile.paths.checkpoints)
+    if problem := file_name_problem(name):
+        raise ValueError(f"{name!r} cannot be a checkpoint's folder in {folder}: {problem}; promote another checkpoint")
+    return folder / name
+
+
 def current_policy(lake: Lake, profile: Profile) -> Policy:
     """The checkpoint promoted last; the profile's student before the first promotion, or when SFT was promoted.
 
-    Raises FileNotFoundError when its folder is gone, ValueError when it holds another model."""
+    Raises FileNotFoundError when its folder is gone, ValueError when it holds another model or its name is none."""
     rows = lake.sql("SELECT model_id, path FROM promotions ORDER BY snapshot_id DESC, rowid DESC LIMIT 1")
     if rows.is_empty() or rows["path"].item() == SFT:
         path = profile.resolve(profile.models.student)
         return Policy(model_id(path), path, False)
     row = rows.row(0, named=True)
-    path = profile.resolve(profile.paths.checkpoints) / row["path"]
+    path = checkpoint_folder(profile, row["path"])
     if model_id(path) != row["model_id"]:
         raise ValueError(
             f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbg_core.base.names import find
+from nbg_core.base.names import find, unknown
 from nbg_core.losses.divergence import DIVERGENCES, LOG_TINY
 from nbg_core.losses.logps import gather_logps, log_sum_exp, upcast
-from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.settings import ESTIMATORS, LossSettings
 from nbg_core.losses.targets import TeacherTargets
 
 
@@ -58,7 +58,7 @@ def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets,
             log_q = torch.cat([torch.where(targets.is_top, entries, -torch.inf), tail[:, None]], -1)  # [T, K + 1]
             return divergence.of_buckets(log_p, log_q, s.jsd_alpha)
         case _:
-            raise ValueError(f"unknown estimator {s.estimator!r}")
+            raise unknown("estimator", s.estimator, ESTIMATORS)
 
 
 def tail_logps(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:

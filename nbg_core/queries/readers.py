@@ -18,7 +18,7 @@ holding JSON. All problems of a file are collected and reported at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from typing import Any
 import polars as pl
 
 from nbg_core.base.ids import query_id
-from nbg_core.scorers.verifiers import SpecError, check_spec, nearest
+from nbg_core.base.names import find, nearest
+from nbg_core.scorers.verifiers import SpecError, check_spec
 
 SHOWN = 20
 """Problems written out in an error; the rest is counted."""
@@ -61,7 +62,7 @@ def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
     found = Problems(path)
     rows, lines_of = [], {}
-    for line, value in _parquet(path, found) if path.suffix == ".parquet" else _jsonl(path, found):
+    for line, value in find(READERS, path.suffix, "suffix of a query file")(path, found):
         row = _row(value, line, found)
         if (own := value.get("id")) is not None and not isinstance(own, list | dict):
             if own in lines_of:
@@ -146,6 +147,13 @@ def _parquet(path: Path, found: Problems) -> Iterator[tuple[int, dict[str, Any]]
         elif args is not None:
             value["verifier_args"] = _without_nulls(args)
         yield line, value
+
+
+READERS: dict[str, Callable[[Path, Problems], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+"""What reads a file, by its suffix (`config.slices.SUFFIXES`): its rows with their lines."""
 
 
 def _without_nulls(value: Any) -> Any:
