@@ -72,9 +72,8 @@ def tail_logps(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:
 
     It is summed over the tokens outside. 1 - (mass of the top entries) would lose all digits of a small mass."""
     columns = z.shape[-1]
-    ids = torch.where(
-        targets.is_top, targets.ids, columns
-    )  # [T, K]; other entries go to a column that is cut off below
+    # Entries that are not top entries are scattered to a column behind the vocabulary, which is cut off.
+    ids = torch.where(targets.is_top, targets.ids, columns)  # [T, K]
     in_top = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)  # [T, V + 1]
     in_top = in_top.scatter_(1, ids, True)[:, :columns]  # [T, V]
     # The fill is finite, because a row of -inf alone would have NaN gradients.
