@@ -17,7 +17,8 @@ class CommitBuffer(Generic[T]):
     at the end of the `with`, however it ends. `new_rows` counts what the commits say that they wrote."""
 
     def __init__(self, commit: Callable[[list[T]], int]):
-        self._commit, self._items, self._last, self.new_rows = commit, [], time.monotonic(), 0
+        self._commit, self._last, self.new_rows = commit, time.monotonic(), 0
+        self._items: list[T] = []
 
     def add(self, item: T) -> None:
         self._items.append(item)
