@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from nbg_core.base.names import nearest
 from nbg_core.config.profile import PROJECT_ROOT, Profile
@@ -25,7 +26,7 @@ class ProfileError(ValueError):
 class _EveryKeyOnce(yaml.SafeLoader):
     """YAML in which the second of two equal keys is an error; else it would silently replace the first."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
@@ -66,11 +67,11 @@ def _root(path: Path, root: object) -> object:
     return folder.parent if folder.name == "profiles" else PROJECT_ROOT
 
 
-def _explain(error: dict, model: type[BaseModel]) -> str:
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic's mark of a key of a mapping
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
-            model = _section(model.model_fields[part].annotation)
+            model = _section(model.model_fields[str(part)].annotation) or model
         return f"unknown key {where!r}; {nearest(str(error['loc'][-1]), model.model_fields)}"
     if error["type"] == "missing":
         return f"missing key {where!r}"
@@ -91,7 +92,7 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                yield f"| `{prefix}{name}` | {default} | {' '.join(field.description.split())} |"
+                yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")
 
