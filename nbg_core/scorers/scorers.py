@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -30,7 +30,7 @@ CHUNK = 2048
 class Context(Protocol):
     """What the stage `filtered_pairs` gives a scorer."""
 
-    def identity(self, name: str) -> object:
+    def identity(self, name: str) -> Any:
         """The value of an identity that the scorer depends on (`Scorer.depends_on`)."""
 
     def progress(self, total: int) -> Progress:

@@ -45,8 +45,9 @@ class Verifier:
     name: str
     meaning: str
     """When a response is right; the README's table is made of these."""
-    score: Callable[[str, str | None, dict[str, Any], str], float]
-    """(stripped response, answer, arguments, prompt) -> score in [0, 1]; within TIME_LIMIT."""
+    score: Callable[[str, Any, dict[str, Any], str], float]
+    """(stripped response, answer, arguments, prompt) -> score in [0, 1]; within TIME_LIMIT. The answer may be None unless
+    `needs_answer`."""
     arguments: Mapping[str, type] = field(default_factory=dict)
     """Arguments that it takes, with their types."""
     required: tuple[str, ...] = ()
