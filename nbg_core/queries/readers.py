@@ -60,7 +60,8 @@ class QueryRow:
 def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
     found = Problems(path)
-    rows, lines_of = [], {}
+    rows: list[QueryRow] = []
+    lines_of: dict[Any, int] = {}
     for line, value in _parquet(path, found) if path.suffix == ".parquet" else _jsonl(path, found):
         row = _row(value, line, found)
         if (own := value.get("id")) is not None and not isinstance(own, list | dict):
@@ -162,7 +163,8 @@ def _row(value: dict[str, Any], line: int, found: Problems) -> QueryRow | None:
         if key not in KEYS:
             found.add(line, repr(key), f"unknown key; {nearest(key, KEYS)}")
         elif not isinstance(content, KEYS[key]) or isinstance(content, bool):
-            wanted = JSON_NAMES[KEYS[key]] if isinstance(KEYS[key], type) else "text or a number"
+            kind = KEYS[key]
+            wanted = JSON_NAMES[kind] if isinstance(kind, type) else "text or a number"
             hint = f'; write "{content}"' if key == "answer" and isinstance(content, int | float) else ""
             found.add(line, key, f"must be {wanted}, is {JSON_NAMES.get(type(content), type(content).__name__)}{hint}")
             return None
@@ -190,7 +192,7 @@ def _row(value: dict[str, Any], line: int, found: Problems) -> QueryRow | None:
     return QueryRow(line, query_id(messages), messages, value.get("answer"), value.get("verifier"), args, split)
 
 
-def _messages(value: dict[str, Any], line: int, found: Problems) -> list[dict[str, str]]:
+def _messages(value: dict[str, Any], line: int, found: Problems) -> list[dict[str, Any]]:
     """The canonical messages of a row; problems are added to `found`, and then the result is not to be used."""
     if "messages" not in value:
         if "prompt" not in value:
