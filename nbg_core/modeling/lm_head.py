@@ -111,7 +111,7 @@ def lm_head_joint_loss(
         )  # fmt: skip
 
     with torch.no_grad():
-        if wants_weight:
+        if d_weight is not None:
             d_weight[vocab if n else 0 :].zero_()
         first = True
         for chunk, tiles in zip(chunks, tiles_of, strict=True):
@@ -319,7 +319,8 @@ class LogitStats:
             self._hide_head(z, rows)
         if scratch is None:
             dz = z if dtype == z.dtype else z.new_empty(z.shape, dtype=dtype)
-            lm_head_kernels.gradient(z, *(x[:, 0].contiguous() for x in (base, scale, log_z, at_one)), temperature, dz)
+            base_c, scale_c, log_z_c, at_one_c = (x[:, 0].contiguous() for x in (base, scale, log_z, at_one))  # [c]
+            lm_head_kernels.gradient(z, base_c, scale_c, log_z_c, at_one_c, temperature, dz)
             if dz is not z:  # z still has the logits; entries that more is added to become gradients there, in float32
                 touched = torch.cat([ids, token_ids[rows, None]], 1)
                 logits = z.gather(1, touched)
@@ -383,8 +384,10 @@ def _derivatives(loss_of, rows: slice, stats: LogitStats) -> tuple[Tensor, Tenso
         leaves = [x.detach().requires_grad_() for x in (stats.logps[rows], stats.entries(rows), stats.tail(rows))]
         loss, _ = loss_of(rows, *leaves)
         if not loss.requires_grad:  # no term has a weight
-            return tuple(torch.zeros_like(x) for x in leaves)
-        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            by_token, by_entries, by_tail = (torch.zeros_like(x) for x in leaves)
+        else:
+            by_token, by_entries, by_tail = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return by_token, by_entries, by_tail
 
 
 def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
