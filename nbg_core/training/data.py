@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,12 +53,14 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         teacher = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(self.targets).items()})
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, inputs=self.inputs.to(device), targets=teacher, **moved)
 
     def take(self, rows: slice) -> PairBatch:
         """Some of the [T] rows; inputs and pairs stay."""
-        taken = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        taken: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, targets=self.targets.take(rows), **taken)
 
 
@@ -110,7 +112,7 @@ class TrainingSet:
         )
 
 
-def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
+def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Generator[T, None, None]:
     """The results of `tasks` in order, made by a thread that is at most `ahead` of the reader.
 
     What a task raises is raised here, in its turn. The thread ends with the iterator."""
