@@ -48,6 +48,12 @@ class Subject:
     asset: str
     slice_name: str | None
 
+    def require_slice(self) -> str:
+        """The slice name. Raises ValueError for an asset without partitions."""
+        if self.slice_name is None:
+            raise ValueError(f"{self.asset} has no partitions; this check is for one that has")
+        return self.slice_name
+
     def sql(self, query: str, *params: object) -> pl.DataFrame:
         return self.lake.sql(query, params)
 
@@ -85,7 +91,7 @@ def too_few_responses(s: Subject) -> pl.DataFrame:
         f"ON samples.query_id = q.query_id AND {CURRENT_SAMPLES} "
         "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING responses < $4 + $6 ORDER BY ALL",
         s.slice_name,
-        *sampled_with(s.lake, s.slice_name).params,
+        *sampled_with(s.lake, s.require_slice()).params,
     )
 
 
@@ -109,7 +115,7 @@ def share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
             f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
             f"AND {CURRENT_SAMPLES} GROUP BY source HAVING share > $7 ORDER BY source",
             s.slice_name,
-            *sampled_with(s.lake, s.slice_name).params,
+            *sampled_with(s.lake, s.require_slice()).params,
             WARN_SHARE,
         )
 
@@ -210,13 +216,16 @@ def _rows_of(s: Subject) -> tuple[str, list[str]]:
 
 
 def drifted(s: Subject) -> pl.DataFrame:
-    responses = drift.by_response(s.lake, s.slice_name)
-    bad = responses["past_bound"].sum() > drift.MAX_SHARE * responses["tokens"].sum()
+    responses = drift.by_response(s.lake, s.require_slice())
+    bad = int(responses["past_bound"].sum()) > drift.MAX_SHARE * int(responses["tokens"].sum())
     return responses.filter(bad & (pl.col("past_bound") > 0))
 
 
 def _newest_checkpoint(s: Subject) -> dict:
-    return checkpoint_row(s.lake, latest_materialisation(s.lake, "student_checkpoint", None)["data_version"])
+    made = latest_materialisation(s.lake, "student_checkpoint", None)
+    if made is None:
+        raise LookupError("student_checkpoint has not been materialised; materialise it first (nbg run, or the UI)")
+    return checkpoint_row(s.lake, made["data_version"])
 
 
 def not_reference_at_step_0(s: Subject) -> pl.DataFrame:

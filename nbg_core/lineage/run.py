@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbg_core.assets import settings_of, upstream_partitions
 from nbg_core.base.progress import Progress
@@ -34,7 +35,7 @@ class Report:
     """Rows that this run made; 0 when everything was there."""
 
     @classmethod
-    def of(cls, commit: Commit, asset: str, slice_name: str | None, data_version: str, **values: object):
+    def of(cls, commit: Commit, asset: str, slice_name: str | None, data_version: str, **values: Any):
         """The report of a partition that `commit` has completed."""
         return cls(asset=asset, slice=slice_name, snapshot=commit.snapshot, data_version=data_version, **values)
 

@@ -23,14 +23,7 @@ from pathlib import Path
 import psutil
 
 from nbg_core.base.errors import redact
-from nbg_core.base.processes import (
-    _PR_SET_CHILD_SUBREAPER,
-    _PR_SET_PDEATHSIG,
-    GRACE_SECONDS,
-    _libc,
-    die_with_parent,
-    is_alive,
-)
+from nbg_core.base.processes import GRACE_SECONDS, adopt_orphans, die_with_parent, is_alive
 
 _POLL_SECONDS = 0.05
 
@@ -54,6 +47,7 @@ def run_process(
         stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
     )  # fmt: skip
     # What a killed supervisor leaves behind still holds our end of its output: reading on would wait for it.
+    assert process.stdout is not None  # a pipe
     watch = threading.Thread(target=_end_what_a_killed_one_left, args=[process], daemon=True)
     watch.start()
     try:
@@ -113,9 +107,8 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _frame: stop.append(n))
-    if sys.platform == "linux":
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    die_with_parent(signal.SIGTERM)
+    adopt_orphans()
     try:
         main = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as e:

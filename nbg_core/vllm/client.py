@@ -133,7 +133,8 @@ class Client:
     ) -> AsyncIterator[tuple[int, T]]:
         n, timeout = self.settings.max_in_flight, httpx.Timeout(self.settings.timeout_s, connect=10, pool=None)
         limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
-        todo, flying = enumerate(bodies), set()
+        todo = enumerate(bodies)
+        flying: set[asyncio.Task[tuple[int, T]]] = set()
         async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._http) as http:
             try:
                 while True:
@@ -222,7 +223,7 @@ class Client:
         now = time.monotonic()
         if now - self._said >= 1:  # a server that restarts fails all requests in flight
             self._said = now
-            self._log(f"vLLM: attempt {state.attempt_number} failed, trying again: {state.outcome.exception()}")
+            self._log(f"vLLM: attempt {state.attempt_number} failed, trying again: {_error(state)}")
 
     def _models(self, address: str) -> list[str]:
         return [m["id"] for m in self._talk(address, "/v1/models").get("data", [])]
@@ -268,9 +269,16 @@ class Client:
             ) from e
 
 
+def _error(state: RetryCallState) -> BaseException | None:
+    """What the attempt just made has raised."""
+    return state.outcome.exception() if state.outcome else None
+
+
 def _is_enough(state: RetryCallState) -> bool:
-    unanswered = isinstance(state.outcome.exception(), _Unavailable)  # wrong answers are counted where they come
-    return unanswered and state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
+    """Whether to give up on a server that does not answer. Wrong answers are counted in `Client._answer`."""
+    if not isinstance(_error(state), _Unavailable):
+        return False
+    return state.attempt_number >= ATTEMPTS_UNANSWERED and (state.seconds_since_start or 0.0) >= PATIENCE_SECONDS
 
 
 async def _next(answers: AsyncIterator[T]) -> T | None:
