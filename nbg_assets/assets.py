@@ -107,7 +107,9 @@ def _check(made: metadata.Made) -> list[dg.AssetCheckResult]:
     results = []
     for check in checks_of(made.asset.name):
         violations = check.violations(subject)
-        found = {"violations": violations.height, "partition": made.slice_name or ""}
+        found: dict[str, dg.MetadataValue | int | str] = {
+            "violations": violations.height, "partition": made.slice_name or "",
+        }  # fmt: skip
         why = f" ({violations['why'][0]})" if violations.height and "why" in violations.columns else ""
         if violations.height:
             found["first violations"] = dg.MetadataValue.md(metadata.table(violations))

@@ -156,7 +156,8 @@ def _run(
         raise KeyboardInterrupt from None
     if interrupted() or _interrupted(instance, outcome):  # Dagster turns the signal into one more failed step
         raise KeyboardInterrupt
-    made = {e.asset_key.path[-1]: e.materialization.metadata for e in outcome.get_asset_materialization_events()}
+    events = outcome.get_asset_materialization_events()
+    made = {e.asset_key.path[-1]: e.materialization.metadata for e in events if e.asset_key}
     failures = {e.step_key: _sentence(e) for e in outcome.all_events if e.is_step_failure}
     refused = [check for check in outcome.get_asset_check_evaluations() if not check.passed]
     results = []
@@ -206,7 +207,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     here, there = socket.socketpair()
-    here.setblocking(False), there.setblocking(False)
+    here.setblocking(False)
+    there.setblocking(False)
 
     def came() -> bool:
         try:
@@ -224,14 +226,16 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
     before, hook = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), sys.unraisablehook
     sys.unraisablehook = say_lost
-    logging.lastResort.addFilter(is_no_loss)  # what prints records of loggers that nobody has set up
+    last_resort = logging.lastResort or logging.NullHandler()  # prints the records of loggers without a handler
+    last_resort.addFilter(is_no_loss)
     try:
         yield came
     finally:
-        logging.lastResort.removeFilter(is_no_loss)
+        last_resort.removeFilter(is_no_loss)
         signal.set_wakeup_fd(before)
         sys.unraisablehook = hook
-        here.close(), there.close()
+        here.close()
+        there.close()
 
 
 @contextmanager

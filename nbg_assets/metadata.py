@@ -28,6 +28,12 @@ class Made:
     report: dict
     seconds: float
 
+    def require_slice(self) -> str:
+        """The slice name. Raises ValueError for an asset without partitions."""
+        if self.slice_name is None:
+            raise ValueError(f"{self.asset.name} has no partitions; this plot is for an asset that has")
+        return self.slice_name
+
     def sql(self, query: str, *params: object) -> pl.DataFrame:
         """Rows as they are now, right after the commit: attaching at its snapshot would cost 0.2 s a step."""
         return self.lake.sql(query, params)
@@ -53,7 +59,7 @@ def describe(made: Made) -> dict[str, dg.MetadataValue]:
     """The metadata of one materialisation: every field of the worker's report, a preview and the asset's plots."""
     report = dict(made.report)
     rows = report.pop("rows")
-    result = {
+    result: dict[str, dg.MetadataValue] = {
         "profile": dg.MetadataValue.text(made.profile.name),
         "snapshot": dg.MetadataValue.int(report.pop("snapshot")),
         "data version": dg.MetadataValue.text(report.pop("data_version")),

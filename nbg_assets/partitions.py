@@ -12,13 +12,16 @@ from nbg_core.config.load import load_profile
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
 
-slice_partitions = dg.DynamicPartitionsDefinition(name="slice")
+SLICE = "slice"
+"""Name of the partitions definition, under which Dagster stores the partition keys."""
+
+slice_partitions = dg.DynamicPartitionsDefinition(name=SLICE)
 
 
 def sync_partitions(instance: dg.DagsterInstance, profile: Profile | None = None) -> list[str]:
     """Make a partition of every query file that has none; return those added."""
-    present = set(instance.get_dynamic_partitions(slice_partitions.name))
+    present = set(instance.get_dynamic_partitions(SLICE))
     added = [name for name in slice_names(profile or load_profile()) if name not in present]
     if added:
-        instance.add_dynamic_partitions(slice_partitions.name, added)
+        instance.add_dynamic_partitions(SLICE, added)
     return added

@@ -86,12 +86,12 @@ def entries_per_position(made: Made) -> Plot | None:
 
 def _current(made: Made) -> list:
     """The slice, and the parameters of CURRENT_SAMPLES."""
-    return [made.slice_name, *sampled_with(made.lake, made.slice_name).params]
+    return [made.slice_name, *sampled_with(made.lake, made.require_slice()).params]
 
 
 def sampler_drift(made: Made) -> Plot | None:
     """Tokens by how far the sampler's log-prob is from the reference's; the line is the bound of the check."""
-    df = drift.histogram(made.lake, made.slice_name)
+    df = drift.histogram(made.lake, made.require_slice())
     if df.is_empty():
         return None
     figure, axes = _figure("sampler drift")
@@ -173,7 +173,7 @@ def _histogram(made: Made, query: str, params: list, label: str, title: str) -> 
     figure, axes = _figure(title)
     low, width, whole = df.row(0, named=True)["low"], df["width"][0], df["whole"][0]
     start = low - width / 2 if whole else low
-    edges = [start + i * width for i in range(df["bin"].max() + 2)]
+    edges = [start + i * width for i in range(max(df["bin"].to_list()) + 2)]
     names = df["name"].unique(maintain_order=True).to_list()
     parts = [df.filter(pl.col("name") == name) for name in names]
     axes.hist(

@@ -11,6 +11,7 @@ from dagster import DagsterRunStatus, RunsFilter
 from dagster._core.definitions.run_request import InstigatorType  # no public way to ask whether a schedule is on
 
 from nbg_assets.jobs import refresh_slice
+from nbg_assets.partitions import SLICE
 from nbg_assets.resources import NbgResource
 from nbg_assets.stale import stale_slices
 from nbg_core.assets import UNPARTITIONED
@@ -42,7 +43,7 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
         "slice is fresh (sensor train_when_slices_fresh).",
     )
     def schedule(context: dg.ScheduleEvaluationContext, nbg: NbgResource):
-        present = set(context.instance.get_dynamic_partitions("slice"))
+        present = set(context.instance.get_dynamic_partitions(SLICE))
         stale = stale_slices(status(nbg.lake(), nbg.load()))
         busy = busy_slices(context.instance)
         due = {

@@ -8,7 +8,7 @@ import time
 import dagster as dg
 
 from nbg_assets.jobs import refresh_slice, train
-from nbg_assets.partitions import slice_partitions
+from nbg_assets.partitions import SLICE, slice_partitions
 from nbg_assets.resources import NbgResource
 from nbg_assets.schedules import is_on, training_is_running
 from nbg_assets.stale import stale_slices, stale_student, training_key
@@ -30,7 +30,7 @@ def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
     good, refused = find_slices(profile)
     for reason in refused.values():
         context.log.warning(reason)
-    present = set(context.instance.get_dynamic_partitions(slice_partitions.name))
+    present = set(context.instance.get_dynamic_partitions(SLICE))
     files = {name: query_file(profile, name).stat().st_mtime for name in good if name not in present}
     settled = [name for name, changed in files.items() if time.time() - changed >= SETTLE_SECONDS]
     if not settled:

@@ -10,9 +10,10 @@ import sys
 import psutil
 
 GRACE_SECONDS = 10.0
+"""How long a process may take to end after SIGTERM, before it is killed."""
+
 START_TOLERANCE = 2.0
 """Seconds by which a process's start may seem to move: systems give the machine's start to the second."""
-"""How long a process may take to end after SIGTERM, before it is killed."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # from <sys/prctl.h>
 
@@ -25,6 +26,14 @@ def die_with_parent() -> None:
     Called in a child between fork and exec (`preexec_fn`)."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent has ended, and send it SIGTERM when its own parent
+    ends. So a supervisor can find and end everything that its command has started."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def process_mark() -> str:
@@ -44,19 +53,13 @@ def process_is_there(mark: str) -> bool:
         return False
 
 
-def _start(process: psutil.Process) -> float:
-    return process.create_time() - psutil.boot_time()
-def adopt_orphans() -> None:
-    """Make this process the parent of descendants whose own parent has ended, and send it SIGTERM when its own parent
-    ends. So a supervisor can find and end everything that its command has started."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process still runs. A zombie, which has ended but was not waited for, does not."""
+    """Whether it runs. A zombie, which has ended and waits to be collected, does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _start(process: psutil.Process) -> float:
+    return process.create_time() - psutil.boot_time()

@@ -73,7 +73,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     for role, model in models.items():
         one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
         wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
-    if wide.is_empty():
+    if wide is None or wide.is_empty():
         raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
     names = wide["slice"].unique().sort().to_list()
     groups = [(name, wide.filter(pl.col("slice") == name)) for name in names]

@@ -189,9 +189,10 @@ def _checked(write: Write, record: Record) -> Frames:
     def check(rows: pl.DataFrame) -> pl.DataFrame:
         return tables.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))
 
-    if callable(write.rows):
-        return lambda: map(check, write.rows())
-    rows = check(write.rows)
+    given = write.rows
+    if callable(given):
+        return lambda: map(check, given())
+    rows = check(given)
     return lambda: [rows]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import dataframely as dy
 import numpy as np
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
 from nbg_core.lake import teacher_columns
@@ -165,7 +166,7 @@ class CheckpointPairs(dy.Schema):
     materialisation_id = _id("commit that wrote this row")
 
 
-TrainingSteps = type(dy.Schema)("TrainingSteps", (dy.Schema,), {
+TrainingSteps = type(dy.Schema)("TrainingSteps", (dy.Schema,), {  # type: ignore[misc]  # mypy knows no called metaclass
     "__doc__": "Metrics of one optimizer step, taken before its update, over the global batch.",
     "training_id": _id("training", primary_key=True),
     "step": dy.Int64(description="0-based optimizer step", primary_key=True),
@@ -236,13 +237,13 @@ TABLES: dict[str, type[dy.Schema]] = {
 BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""
 
-_SQL_TYPES = {
+_SQL_TYPES: dict[DataTypeClass, str] = {
     pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
     pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
 }  # fmt: skip
 
 
-def sql_type(dtype: pl.DataType) -> str:
+def sql_type(dtype: pl.DataType | DataTypeClass) -> str:
     """DuckDB's name of a polars type used in a schema above."""
     if isinstance(dtype, pl.List):
         return sql_type(dtype.inner) + "[]"

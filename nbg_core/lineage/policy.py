@@ -1,4 +1,4 @@
-"""The current policy: the model that samples, that training starts from, and that is the reference of the DPO term."""
+"""The current policy: the model that samples responses, that training starts from, and that is the DPO reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbg_core.config.profile import Profile
 from nbg_core.lake.lake import Lake
 
 SFT = "sft"
-"""In the place of a path in `promotions`: the profile's student."""
+"""The value of `promotions.path` that stands for the profile's student."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Policy:
     model_id: str
     path: Path
     promoted: bool
-    """False for the profile's student."""
+    """Whether it is a promoted checkpoint; False for the profile's student."""
 
 
 def checkpoint_folder(profile: Profile, name: str) -> Path:
@@ -34,9 +34,10 @@ def checkpoint_folder(profile: Profile, name: str) -> Path:
 
 
 def current_policy(lake: Lake, profile: Profile) -> Policy:
-    """The checkpoint promoted last; the profile's student before the first promotion, or when SFT was promoted.
+    """The checkpoint promoted last; the profile's student before the first promotion and after promoting SFT.
 
-    Raises FileNotFoundError when its folder is gone, ValueError when it holds another model or its name is none."""
+    Raises FileNotFoundError when the model's folder is missing, ValueError when it holds another model or its name
+    cannot be that of a folder."""
     rows = lake.sql("SELECT model_id, path FROM promotions ORDER BY snapshot_id DESC, rowid DESC LIMIT 1")
     if rows.is_empty() or rows["path"].item() == SFT:
         path = profile.resolve(profile.models.student)

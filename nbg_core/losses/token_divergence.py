@@ -57,8 +57,10 @@ def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets,
     log_p = targets.logprobs.to(entries.dtype)  # [T, K]
     match settings.estimator:
         case "sampled_tail":
+            assert divergence.of_samples is not None  # LossSettings refuses the other divergences
             return divergence.of_samples(targets.weights().to(entries.dtype), log_p, entries)
         case "bucket":
+            assert tail is not None  # whoever has this estimator computes it
             log_p = torch.where(targets.is_top, log_p, -torch.inf)
             log_p = torch.cat([log_p, targets.tail_logmass[:, None].to(entries.dtype)], -1)  # [T, K + 1]
             log_q = torch.cat([torch.where(targets.is_top, entries, -torch.inf), tail[:, None]], -1)  # [T, K + 1]

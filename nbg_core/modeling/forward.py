@@ -60,7 +60,7 @@ def has_plain_lm_head(model: PreTrainedModel) -> bool:
     return type(head) is nn.Linear and head.bias is None and not changed
 
 
-def output_matrix(model: PreTrainedModel) -> Tensor:
+def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     """The output matrix [V, H]. Raises ValueError for a model whose logits are not simply hidden states times it."""
     if not has_plain_lm_head(model):
         raise ValueError(

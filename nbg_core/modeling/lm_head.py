@@ -94,7 +94,7 @@ def lm_head_joint_loss(
         )  # fmt: skip
 
     with torch.no_grad():
-        if wants_weight:
+        if d_weight is not None:
             d_weight[vocab if n else 0 :].zero_()
         first = True
         for chunk, tiles in zip(chunks, tiles_of, strict=True):
@@ -190,8 +190,10 @@ def _derivatives(loss_of, rows: slice, stats: LogitStats) -> tuple[Tensor, Tenso
         leaves = [x.detach().requires_grad_() for x in (stats.logps[rows], stats.entries(rows), stats.tail(rows))]
         loss, _ = loss_of(rows, *leaves)
         if not loss.requires_grad:  # no term has a weight
-            return tuple(torch.zeros_like(x) for x in leaves)
-        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            by_token, by_entries, by_tail = (torch.zeros_like(x) for x in leaves)
+        else:
+            by_token, by_entries, by_tail = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return by_token, by_entries, by_tail
 
 
 def _chunks(pair_index: Tensor, rows: int) -> list[slice]:

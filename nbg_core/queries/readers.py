@@ -70,7 +70,8 @@ class QueryRow:
 def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
     problems = Problems(path)
-    rows, line_of_id = [], {}
+    rows: list[QueryRow] = []
+    line_of_id: dict[str | int, int] = {}
     for line, value in find(READERS, path.suffix, "suffix of a query file")(path, problems):
         row = _row(value, line, problems)
         if (row_id := value.get("id")) is not None and not isinstance(row_id, list | dict):
@@ -182,7 +183,8 @@ def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | Non
         if key not in KEYS:
             problems.add(line, repr(key), f"unknown key; {nearest(key, KEYS)}")
         elif not isinstance(content, KEYS[key]) or isinstance(content, bool):
-            wanted = JSON_NAMES[KEYS[key]] if isinstance(KEYS[key], type) else "text or a number"
+            kind = KEYS[key]
+            wanted = JSON_NAMES[kind] if isinstance(kind, type) else "text or a number"
             hint = f'; write "{content}"' if key == "answer" and isinstance(content, int | float) else ""
             problems.add(line, key, f"must be {wanted}, is {_json_name(content)}{hint}")
             return None
@@ -210,7 +212,7 @@ def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | Non
     return QueryRow(line, query_id(messages), messages, value.get("answer"), value.get("verifier"), args, split)
 
 
-def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, str]]:
+def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, Any]]:
     """The messages of a row, each with role and content only. When it adds to `problems`, the result is of no use."""
     if "messages" not in value:
         if "prompt" not in value:

@@ -10,6 +10,8 @@ are compared: those of the teacher, or of an earlier policy, have other log-prob
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
@@ -55,7 +57,7 @@ def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
     )
 
 
-def summary(lake: Lake, slice_name: str) -> dict[str, float | int | None]:
+def summary(lake: Lake, slice_name: str) -> dict[str, Any]:
     """Over all compared tokens of a slice: their number, mean and max drift in nats, and the share past BOUND.
 
     All but the number are None when nothing was compared."""

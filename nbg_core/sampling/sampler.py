@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_tokenizer
@@ -58,7 +59,8 @@ class Sampler(ABC):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        # A list of ids is one text; transformers returns a list of texts for a list of lists.
+        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
         """All responses to each request, in its order of seeds."""

@@ -42,7 +42,7 @@ class TransformersSampler(Sampler):
                 start = end
 
     @torch.inference_mode()
-    def _batch(self, requests: list[Request], decoding: Decoding) -> list[list[Response]]:
+    def _batch(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
         device = self.model.device
         width = max(len(r.prompt_token_ids) for r in requests)
         ids = torch.zeros((len(requests), width), dtype=torch.long)
@@ -74,7 +74,7 @@ class TransformersSampler(Sampler):
             logits = out.logits[:, -1]
         return self._responses(requests, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
-    def _responses(self, requests: list[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
+    def _responses(self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
         ends = torch.isin(tokens, self.stop)
         stopped = ends.any(1)
         lengths = torch.where(stopped, ends.int().argmax(1) + 1, tokens.shape[1]).tolist()

@@ -112,5 +112,6 @@ def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
 def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
     if isinstance(_scorer, Exception):
         raise _scorer
+    assert _scorer is not None  # `_start` has run
     scorer, settings = _scorer
     return list(_rows(scorer, samples, settings))

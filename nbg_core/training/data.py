@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class PairBatch:
 
     def take(self, rows: slice) -> PairBatch:
         """Some of the [T] rows; inputs and pairs stay."""
-        taken = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        taken: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, targets=self.targets.take(rows), **taken)
 
 
@@ -120,7 +120,7 @@ class TrainingSet:
         ).pin()
 
 
-def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
+def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Generator[T, None, None]:
     """The results of `tasks` in order, made by a thread that is at most `ahead` of the reader.
 
     What a task raises is raised here, in its turn. The thread ends with the iterator."""

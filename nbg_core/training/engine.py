@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -209,7 +210,7 @@ def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.Proce
 def _config(s: TrainingSettings, n_parameters: int) -> dict:
     """DeepSpeed's configuration. Buckets are no larger than the model: each is a buffer of its own."""
     bucket = min(n_parameters, BUCKET)
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it and only counts with it
         "managed_gradient_accumulation": False,
         "gradient_clipping": s.max_grad_norm if zero_stage(s) else 0.0,  # stage 0: `take_step` clips

@@ -75,10 +75,10 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
     with bounded_joins(lake, request.snapshot, folder / "spill") as con:
-        n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
+        [(n_pairs,)] = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchall()
         room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
         pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
-        n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
+        [(n_responses,)] = con.execute("SELECT count(*) FROM responses").fetchall()
         index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
         notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
         check = Check(notes.values)
@@ -133,7 +133,7 @@ class _File:
 
     def release(self) -> None:
         """Give the pages back to the system. The mapping is shared: what was written is in the file."""
-        self.values._mmap.madvise(mmap.MADV_DONTNEED)
+        self.values._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy has no public way to it
 
 
 def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
@@ -153,11 +153,11 @@ def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]
         "::INTEGER AS number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place "
         "FROM members) GROUP BY response"
     )
-    n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
+    [(n_pairs, id_bytes)] = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchall()
     con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as indices:
         for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
-            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
+            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}").data)
             indices.write(batch.column(1).to_numpy())
     con.execute("SELECT position FROM members ORDER BY place")
     with open(folder / "order.bin", "wb") as order:
@@ -193,7 +193,7 @@ def _write_columns(
                 lists = batch.column(i)
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
                 lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-                files[c].write(np.ascontiguousarray(values))
+                files[c].write(np.ascontiguousarray(values).data)
                 if c in INDEXED:
                     at = INDEXED.index(c)
                     index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
@@ -219,7 +219,11 @@ def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: 
         at = order[start : start + PAIRS_AT_ONCE]
         both = pairs.values[at, :2]
         lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
-        check.pairs(lambda i, at=at: pair_ids[at[i]].decode(), both, lengths)
+
+        def id_of(i: int, at: np.ndarray = at) -> str:
+            return pair_ids[at[i]].decode()
+
+        check.pairs(id_of, both, lengths)
         pairs.values[at, 2:] = np.concatenate([lengths["prompt"], lengths["response"]], 1)
 
 

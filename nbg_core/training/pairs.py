@@ -51,7 +51,9 @@ RECORD = np.dtype([("n_rows", np.uint16), ("note", np.uint32)])
 
 def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
     """Pairs, content version, pairs that are there twice, and the first of these with its slices."""
-    n, n_twice, twice, last = 0, 0, (), (None, None)
+    n, n_twice = 0, 0
+    twice: tuple = ()
+    last: tuple = (None, None)
     con.execute(f"SELECT pair_id, slice FROM pairs WHERE {IN_SLICES} ORDER BY pair_id, slice", [list(slices)])
 
     def pair_ids() -> Iterator[str]:
@@ -76,7 +78,8 @@ class Check:
         self.n_rows, self.notes = (
             {table: records[:, i][name] for i, table in enumerate(NOTES)} for name in ("n_rows", "note")
         )
-        self.n_unfit, self.first = 0, {}  # what is known of the first repeated response, and of the first unfit one
+        self.n_unfit = 0
+        self.first: dict[str, dict] = {}  # what is known of the first repeated response, and of the first unfit one
 
     def forget(self, table: str) -> None:
         """The rows of a table come again from the first."""
@@ -123,10 +126,10 @@ class Check:
         r = self.worst()
         if r is None:
             return
-        slice_name, sample = con.execute(
+        [(slice_name, sample)] = con.execute(
             f"SELECT slice, {r['side']}_id FROM pairs WHERE {IN_SLICES} AND pair_id = ?",
             [request.slices, r["pair_id"]],
-        ).fetchone()
+        ).fetchall()
         what, remedy = _problem(r, request.teacher_id, request.policy_id)
         raise TrainingError(
             f"pair {r['pair_id']} of slice {slice_name!r}: its {r['side']} response, sample {sample}, has {what} at "
