@@ -31,7 +31,7 @@ def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient(
-    z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, at_one: Tensor, temperature: float, out: Tensor
+    z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, at_one: Tensor, *, temperature: float, out: Tensor
 ) -> None:
     """out [c, V] = scale exp(z / temperature - base) + at_one exp(z - log_z), with vectors [c]; in float32, then in
     the dtype of `out`, which may be z. The second term is left out at temperature 1."""
