@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
-import psutil
 from dagster import DagsterExecutionInterruptedError, DagsterRunStatus, RunsFilter
 
 from nbg_assets.assets import worker_log
@@ -26,6 +25,7 @@ from nbg_assets.definitions import build
 from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core.base.files import hold
+from nbg_core.base.processes import process_is_there, process_mark
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 from nbg_core.config.slices import find_slices
 from nbg_core.lake.lake import Lake
@@ -36,7 +36,15 @@ if TYPE_CHECKING:
     from dagster._utils.error import SerializableErrorInfo  # has no public name
 
 PROCESS_TAG = "nbg/process"
-"""Host and pid of the command that holds a run, so that the next one can tell a run that was killed."""
+"""Host and process (`base.processes.process_mark`) of the command that holds a run, so that the next one can tell a run
+that was killed."""
+UNFINISHED = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+"""What a run can be in when its command is killed."""
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """Run configuration that keeps Dagster's own log lines off the terminal."""
 
@@ -166,7 +174,7 @@ def _run(
             partition_key=slice_name,
             asset_selection=[dg.AssetKey(a) for a in assets],
             run_config=QUIET,
-            tags={PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
+            tags={PROCESS_TAG: f"{socket.gethostname()}:{process_mark()}"},
             raise_on_error=False,
         )
     except DagsterExecutionInterruptedError:
@@ -282,8 +290,8 @@ def worker_lines_to(on_line: Callable[[str], None], interrupted: Callable[[], bo
 
 def _end_killed_runs(instance: dg.DagsterInstance) -> None:
     """Fail runs whose command was killed on this machine, and free their place in the pool: no daemon may be there."""
-    for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.NOT_STARTED])):
-        host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+    for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
+        host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
+        if host == socket.gethostname() and not process_is_there(process):
             instance.report_run_failed(run, "the command that ran this was killed")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

@@ -21,9 +21,10 @@ from nbg_core.config import identity
 from nbg_core.config.load import load_profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import latest_summary
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import input_of, latest_materialisation
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.records import Write
+from nbg_core.lake.teacher_columns import GAP_ZERO
 from nbg_core.lineage.run import Run
 from nbg_core.runtime.run_worker import WorkerFailed
 from nbg_core.scorers.verifiers import scorer_ids
@@ -178,7 +179,7 @@ def _checkpoint(run: Run, slice_name: None) -> list:
 
 
 def _evaluations(run: Run, slice_name: None) -> list:
-    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
+    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY snapshot_id DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
     queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")

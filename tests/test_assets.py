@@ -20,8 +20,9 @@ from nbg_assets.definitions import build
 from nbg_assets.driver import Result, materialise_stale
 from nbg_core.checks.checks import checks_of
 from nbg_core.config.load import load_profile
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lake.records import Record, Write
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
 

@@ -25,7 +25,8 @@ from nbg_assets.cli import sql, upkeep
 from nbg_assets.cli.main import app
 from nbg_core.base.files import hold
 from nbg_core.config.profile import PROJECT_ROOT
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
 
 
 @pytest.fixture

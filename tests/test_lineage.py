@@ -12,8 +12,9 @@ from nbg_core.base.ids import content_version, digest, model_id
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.promotion import promote
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import input_of
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.policy import current_policy
 from nbg_core.lineage.run import Run
 from nbg_core.lineage.staleness import status

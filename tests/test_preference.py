@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from nbg_core.base.ids import content_version, query_id, sample_id
 from nbg_core.config.profile import PreferenceSettings
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import current_samples, input_of, latest_materialisation
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
 from nbg_core.lineage.staleness import status
 from nbg_core.preference.pairs import REASONS, select_pairs

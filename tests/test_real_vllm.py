@@ -23,7 +23,8 @@ from test_vllm import stored
 
 from nbg_core.base.processes import is_alive
 from nbg_core.config.profile import PROJECT_ROOT, Profile
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.sampler import Decoding, Request

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from nbg_core.base import ids
 from nbg_core.checks.checks import CHECKS, Subject
 from nbg_core.config import identity
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import samples_of_pairs
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
-from nbg_core.modeling import lm_head
+from nbg_core.modeling import lm_head_tiles
 from nbg_core.modeling.forward import collate
 from nbg_core.modeling.loading import check_same_tokenizer, load_model
 from nbg_core.preference.scoring import score_samples
@@ -271,7 +272,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length(run, tiny_models, mon
 
     def largest(n: int) -> int:
         samples = pl.DataFrame({"sample_id": ["s"], "prompt_token_ids": [[257, 258]], "token_ids": [[65] * n]})
-        monkeypatch.setattr(lm_head, "TILE_BYTES", {"cpu": 16 * 4 * 260})
+        monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 16 * 4 * 260})
         monkeypatch.setattr(store, "BLOCK_BYTES", {"cpu": 16 * 4 * 260})
         with open_engine(run, tiny_models.teacher) as rows_of:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nbg_core.base.files import write_parquet
 from nbg_core.config.profile import TeacherSettings
 from nbg_core.lake import tables
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.teacher_columns import GAP_ZERO
 from nbg_core.teacher.store import _uniforms, compress, targets
 
 

@@ -14,13 +14,17 @@ from nbg_core.lineage.policy import SFT, current_policy
 
 @app.command("compact")
 def compact_files() -> None:
-    """Merge the lake's small files into larger ones. No snapshot changes its content."""
+    """Merge the lake's small files into larger ones, and delete files that killed writers left behind. No snapshot changes
+    its content."""
     from nbg_core.lake.compact import KEEP, compact
+    from nbg_core.lake.uncommitted import delete_uncommitted
 
     _, lake = open_lake()
     for name, before, after in compact(lake).iter_rows():
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
+    if deleted := delete_uncommitted(lake):
+        console.print(f"{len(deleted)} files that no commit knows deleted: a writer was killed before its commit")
 
 
 @app.command()

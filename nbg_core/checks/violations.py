@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from nbg_core.base.ids import model_id
+from nbg_core.base.names import find
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import latest_summary
@@ -26,7 +27,8 @@ from nbg_core.lake.queries import (
     made_with,
     sampled_with,
 )
-from nbg_core.lineage.policy import current_policy
+from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
+from nbg_core.lineage.policy import checkpoint_folder, current_policy
 from nbg_core.losses.dpo import DPO_VARIANTS
 from nbg_core.modeling.config_file import text_config
 from nbg_core.reference import drift
@@ -38,6 +40,10 @@ WARN_SHARE = 0.2
 
 RESPONSES = f"(SELECT sample_id, token_ids FROM samples SEMI JOIN {RESPONSES_OF_PAIRS} USING (sample_id))"
 """SQL of the responses of a slice's pairs: sample_id, token_ids. $1 is the slice name."""
+
+
+SCORED_BY = {"teacher_logits": ("teacher", "storage_id"), "reference_logprobs": ("reference", "scoring_id")}
+"""Of assets whose rows a model made of responses: what their settings call the model id and the settings_id."""
 
 
 @dataclass(frozen=True)
@@ -187,20 +193,13 @@ def not_scored_once(s: Subject) -> pl.DataFrame:
 
 def wrong_lengths(s: Subject) -> pl.DataFrame:
     """Responses with a list that has not one item per token, or with a log-prob above 0."""
-    lists = ["token_logprobs"]
-    total = ""
+    wrong = "len(token_logprobs) <> len(token_ids) OR list_max(token_logprobs) > 1e-5"
     if s.asset == "teacher_logits":
-        lists += ["tail_logmass", "head_counts", "tail_counts"]
-        total = (
-            " OR len(entry_gaps) <> list_sum(head_counts) + list_sum(tail_counts) OR len(entry_gaps) <> "
-            "len(entry_logprobs) OR list_max(entry_logprobs) > 1e-5"
-        )
-    wrong = " OR ".join(f"len({name}) <> len(token_ids)" for name in lists)
+        wrong += f" OR NOT ({ROW_IS_WHOLE}) OR list_max(entry_logprobs) > 1e-5"
     where, params = _made_rows(s)
     return s.sql(
         f"SELECT r.sample_id, len(token_ids) AS tokens, len(token_logprobs) AS scored FROM {RESPONSES} r "
-        f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) "
-        f"WHERE {wrong}{total} OR list_max(token_logprobs) > 1e-5 ORDER BY r.sample_id",
+        f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) WHERE {wrong} ORDER BY r.sample_id",
         s.slice_name,
         *params,
     )
@@ -225,11 +224,10 @@ def mass_not_one(s: Subject) -> pl.DataFrame:
 
 def _made_rows(s: Subject) -> tuple[str, list[str]]:
     """SQL condition for the rows of the model and settings that the partition was made with, and its parameters, $2 and
-    $3. The asset is teacher_logits or reference_logprobs."""
+    $3. Raises ValueError for an asset that no model scores."""
+    model, settings_id = find(SCORED_BY, s.asset, "asset that a model scores")
     made = s.made_with()
-    if s.asset == "teacher_logits":
-        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
+    return "model_id = $2 AND settings_id = $3", [made[model], made[settings_id]]
 
 
 def drifted(s: Subject) -> pl.DataFrame:
@@ -258,7 +256,7 @@ def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
     made = s.made_with()
     steps = steps.with_columns(allowed=pl.lit(_step_0_margin(s, row, made)))
     off = ~(pl.col("margin").abs() <= pl.col("allowed"))
-    if DPO_VARIANTS[made["loss"]["dpo_variant"]].is_log_2_at_0:
+    if find(DPO_VARIANTS, made["loss"]["dpo_variant"], "DPO variant").is_log_2_at_0:
         off |= ~((pl.col("dpo") - math.log(2)).abs() <= pl.col("allowed"))
     return steps.filter(off)
 
@@ -284,10 +282,10 @@ def _step_0_margin(s: Subject, checkpoint: dict, made: dict) -> float:
 def weights_missing(s: Subject) -> pl.DataFrame:
     """The newest checkpoint if its folder is missing, or holds a model with another id."""
     row = _newest_checkpoint(s)
-    folder = s.profile.resolve(s.profile.paths.checkpoints) / row["path"]
     try:
+        folder = checkpoint_folder(s.profile, row["path"])
         found, problem = model_id(folder), f"weights at {folder} are not those of the checkpoint"
-    except FileNotFoundError as e:
+    except (FileNotFoundError, ValueError) as e:
         found, problem = None, str(e)
     return pl.DataFrame({"checkpoint_id": [row["checkpoint_id"]], "problem": [problem]}).filter(
         found != row["checkpoint_id"]

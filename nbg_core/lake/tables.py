@@ -7,16 +7,28 @@ is what makes a row the same row on the second run. Every row names the commit t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import dataframely as dy
+import numpy as np
 import polars as pl
 from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
+from nbg_core.lake import teacher_columns
+from nbg_core.lake.teacher_columns import TEACHER_COLUMNS, TeacherColumn
 from nbg_core.losses.metrics import METRICS
+from nbg_core.scorers.scorers import SCORERS
+from nbg_core.scorers.verifiers import VERIFIERS
 
 
 def _id(what: str, **kwargs) -> dy.String:
     return dy.String(min_length=1, description=what, **kwargs)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *others, last = (repr(name) for name in names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _ints(what: str) -> dy.List:
@@ -42,7 +54,7 @@ class Queries(Produced):
     messages = dy.List(dy.Struct({"role": dy.String(), "content": dy.String()}), description="chat messages")
     prompt = dy.String(description="text of the last user message")
     answer = dy.String(nullable=True, description="reference answer")
-    verifier = dy.String(nullable=True, description="'exact', 'regex', 'math_verify' or 'reasoning_gym'")
+    verifier = dy.String(nullable=True, description=_one_of(VERIFIERS))
     verifier_args = dy.String(nullable=True, description="verifier arguments, JSON")
     source_file = dy.String(description="file the row came from")
     source_line = dy.Int64(description="1-based line or row in that file")
@@ -69,7 +81,7 @@ class Scores(Produced):
     """One score of one response by one scorer."""
 
     sample_id = _id("response scored", primary_key=True)
-    scorer = dy.String(description="'verifier' or 'teacher_loglik'", primary_key=True)
+    scorer = dy.String(description=_one_of(SCORERS), primary_key=True)
     scorer_id = _id("hash of what the scorer depends on", primary_key=True)
     score = dy.Float64(description="higher is better")
 
@@ -97,25 +109,24 @@ class Rejections(Produced):
     detail = dy.String(description="the values behind the reason")
 
 
-class TeacherLogits(Produced):
-    """The teacher's distribution at every position of one response, as flat lists over positions.
+def _teacher_column(column: TeacherColumn) -> dy.List:
+    if column.dtype is np.int32:
+        return _ints(column.meaning)
+    return _floats(column.meaning, allow_inf=column.may_be_inf)
 
-    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries, head first. Head entries are exact; tail
-    entries are systematic samples of the mass outside the head, each of weight exp(tail_logmass) / tail_count. The view
-    `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
-    """
 
-    sample_id = _id("response scored", primary_key=True)
-    model_id = _id("teacher", primary_key=True)
-    settings_id = _id("hash of the storage settings and the dtype", primary_key=True)
-    token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
-    tail_logmass = _floats(
-        "log of the mass outside the head, known exactly and kept to 1e-4 of itself; -inf when none", allow_inf=True
-    )
-    head_counts = _ints("entries kept exactly, per position")
-    tail_counts = _ints("entries sampled from the tail, per position")
-    entry_gaps = _floats("2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries")
-    entry_logprobs = _floats("teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats")
+TeacherLogits = type(dy.Schema)("TeacherLogits", (Produced,), {
+    "__doc__": """The teacher's distribution at every position of one response, as flat lists over positions.
+
+    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries. The first of them, the head, are its most
+    probable tokens, exactly. The others are systematic samples of the mass outside, each of weight exp(tail_logmass) /
+    tail_count. The view `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
+    """,
+    "sample_id": _id("response scored", primary_key=True),
+    "model_id": _id("teacher", primary_key=True),
+    "settings_id": _id("hash of the storage settings and the dtype", primary_key=True),
+    **{column.name: _teacher_column(column) for column in TEACHER_COLUMNS},
+})  # fmt: skip
 
 
 class ReferenceLogprobs(Produced):
@@ -223,10 +234,7 @@ TABLES: dict[str, type[dy.Schema]] = {
     "lineage.materialisations": Materialisations,
 }
 
-GAP_ZERO = 1 << 23
-"""What teacher_logits.entry_gaps holds for 0: a float32 from here on has a whole number's bytes in its last three."""
-
-BYTE_SPLIT = {"teacher_logits": ("token_logprobs", "tail_logmass", "entry_gaps", "entry_logprobs")}
+BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""
 
 _SQL_TYPES: dict[DataTypeClass, str] = {
@@ -269,8 +277,8 @@ def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
     declared = TABLES[table].column_names()
     if unknown := [name for name in df.columns if name not in declared]:
         raise ValueError(
-            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric of "
-            "training_steps in nbg_core/losses/metrics.py), or do not write it"
+            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric "
+            "of training_steps in nbg_core/losses/metrics.py), or do not write it"
         )
     if missing := [name for name in declared if name not in df.columns]:
         raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbg_core.base.ids import model_id
+from nbg_core.base.names import file_name_problem
 from nbg_core.config.profile import Profile
 from nbg_core.lake.lake import Lake
 
@@ -21,16 +22,28 @@ class Policy:
     """Whether it is a promoted checkpoint; False for the profile's student."""
 
 
+def checkpoint_folder(profile: Profile, name: str) -> Path:
+    """The folder of a checkpoint, from column `path` of `checkpoints` and `promotions`.
+
+    Raises ValueError for what is not the name of a folder: the lake may have been written by others, and no row of it
+    may lead out of `paths.checkpoints`."""
+    folder = profile.resolve(profile.paths.checkpoints)
+    if problem := file_name_problem(name):
+        raise ValueError(f"{name!r} cannot be a checkpoint's folder in {folder}: {problem}; promote another checkpoint")
+    return folder / name
+
+
 def current_policy(lake: Lake, profile: Profile) -> Policy:
     """The checkpoint promoted last; the profile's student before the first promotion and after promoting SFT.
 
-    Raises FileNotFoundError when the model's folder is missing, ValueError when it holds another model."""
+    Raises FileNotFoundError when the model's folder is missing, ValueError when it holds another model or its name
+    cannot be that of a folder."""
     rows = lake.sql("SELECT model_id, path FROM promotions ORDER BY snapshot_id DESC, rowid DESC LIMIT 1")
     if rows.is_empty() or rows["path"].item() == SFT:
         path = profile.resolve(profile.models.student)
         return Policy(model_id(path), path, False)
     row = rows.row(0, named=True)
-    path = profile.resolve(profile.paths.checkpoints) / row["path"]
+    path = checkpoint_folder(profile, row["path"])
     if model_id(path) != row["model_id"]:
         raise ValueError(
             f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"

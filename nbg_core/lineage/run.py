@@ -11,8 +11,9 @@ from nbg_core.base.progress import Progress
 from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
-from nbg_core.lake.lake import Commit, Input, Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import input_of
+from nbg_core.lake.records import Commit, Input, Record, Write
 from nbg_core.lineage.policy import Policy, current_policy
 
 

@@ -1,4 +1,4 @@
-"""The head's passes over a tile of logits on a GPU, in Triton: each reads the tile once, where torch's operators take
+"""Passes of `lm_head` over a tile of logits on a GPU, in Triton: each reads the tile once, where torch's operators take
 six passes for a log-sum-exp and seven for a gradient.
 
 A float32 tile z [c, V] is more than a GPU's cache holds: what a pass costs is its bytes.
@@ -37,8 +37,8 @@ def gradient(
     the dtype of `out`, which may be z. The second term is left out at temperature 1."""
     rows, vocab = z.shape
     _gradient[(rows, triton.cdiv(vocab, BLOCK))](
-        z, out, base, scale, log_z, at_one, vocab, z.stride(0), out.stride(0), temperature, TEMPERATURE_IS_ONE=temperature == 1,
-        BLOCK=BLOCK,
+        z, out, base, scale, log_z, at_one, vocab, z.stride(0), out.stride(0), temperature,
+        TEMPERATURE_IS_ONE=temperature == 1, BLOCK=BLOCK,
     )  # fmt: skip
 
 

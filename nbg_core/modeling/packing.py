@@ -1,7 +1,7 @@
 """The packed forward pass: no padding is computed, and a prompt is computed once for all responses that share it.
 
-A *tree* is a prompt with one or more branches, its responses; a pair is a tree with two. Trees lie behind one another
-in one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch sees its prompt and itself, and its
+A *tree* is a prompt with one or more branches, its responses; a pair is a tree with two. Trees are concatenated
+into one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch sees its prompt and itself, and its
 positions go on from the prompt's. The last token of a branch is no input: its hidden state would predict nothing. The
 prompt's last hidden row predicts the first token of every branch.
 
@@ -12,7 +12,7 @@ branch 1] and then each further branch alone; a segment attends to [prompt | its
 over the whole sequence exists. On CPU a segment is a call of its own: padding segments of similar lengths into batched
 calls made forward and backward of a 384-wide model 2 to 11% slower (of a 64-wide one 12 to 38%).
 
-Shapes: L input tokens of a pack, T response tokens of all its branches, K keys of all segments behind one another, H
+Shapes: L input tokens of a pack, T response tokens of all its branches, K keys of all segments, concatenated, H
 hidden.
 """
 
@@ -44,7 +44,7 @@ ATTENTION = "packed_trees"
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees behind one another in one sequence."""
+    """Trees, concatenated into one sequence."""
 
     ids: Tensor
     """[1, L] int64."""
@@ -114,7 +114,7 @@ def pack(prompts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of every range, ranges behind one another."""
+    """start, start + 1, ... of every range, concatenated."""
     return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
 
 

@@ -114,7 +114,6 @@ def supervise(command: Sequence[str], parent: int, grace: float) -> int:
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _frame: received.append(n))
-    die_with_parent(signal.SIGTERM)
     adopt_orphans()
     try:
         main = subprocess.Popen(command, preexec_fn=die_with_parent)

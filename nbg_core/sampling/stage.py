@@ -17,9 +17,11 @@ from pathlib import Path
 import polars as pl
 
 from nbg_core.base import ids
+from nbg_core.base.names import unknown
 from nbg_core.base.progress import CommitBuffer, Progress
 from nbg_core.config import identity
-from nbg_core.lake.lake import Write
+from nbg_core.config.profile import ENGINES
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import check_same_tokenizer, context_length, load_tokenizer
@@ -30,18 +32,21 @@ ASSET = "student_samples"
 
 @contextmanager
 def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
-    """The profile's sampler for the model at `path`."""
+    """The profile's sampler for the model at `path`. Raises ValueError for an unknown backend."""
     profile = run.profile
-    if profile.sampling.backend == "vllm":
-        from nbg_core.sampling.vllm_sampler import VllmSampler
-        from nbg_core.vllm.server import served
+    match profile.sampling.backend:
+        case "transformers":
+            from nbg_core.sampling.transformers_sampler import TransformersSampler
 
-        with served(run, path) as client:
-            yield VllmSampler(client, path, trust_remote_code=profile.models.trust_remote_code)
-    else:
-        from nbg_core.sampling.transformers_sampler import TransformersSampler
+            yield TransformersSampler(profile, path, batch_size)
+        case "vllm":
+            from nbg_core.sampling.vllm_sampler import VllmSampler
+            from nbg_core.vllm.server import served
 
-        yield TransformersSampler(profile, path, batch_size)
+            with served(run, path) as client:
+                yield VllmSampler(client, path, trust_remote_code=profile.models.trust_remote_code)
+        case _:
+            raise unknown("sampling.backend", profile.sampling.backend, ENGINES)
 
 
 @dataclass(frozen=True, kw_only=True)
