@@ -1,5 +1,5 @@
-"""Two sensors: a new query file becomes a partition with a run; while the refresh schedule is on, training starts once
-all slices are fresh."""
+"""The two sensors: `new_query_files` adds a partition for a new query file and starts a run of it;
+`train_when_slices_fresh` starts training once all slices are fresh, while the refresh schedule is on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbg_core.config.slices import find_slices, query_file
 from nbg_core.lineage.staleness import status
 
 SETTLE_SECONDS = 3
-"""A file younger than this may still be being copied: it waits for the next tick."""
+"""A file that changed less than this long ago may still be being written. It waits for the next tick."""
 
 
 @dg.sensor(
