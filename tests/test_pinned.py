@@ -27,7 +27,7 @@ def test_every_tensor_of_a_batch_is_pinned(monkeypatch):
     for pad_id in (None, 0):
         plain, pinned = batch(pad_id), set()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(Tensor, "pin_memory", lambda t: pinned.add(c := t.clone()) or c)
+        monkeypatch.setattr(Tensor, "pin_memory", lambda t, to=pinned: to.add(c := t.clone()) or c)
         made = plain.pin()
         assert {id(t) for t in tensors(made)} == {id(t) for t in pinned} and len(pinned) >= 12
         assert all(torch.equal(a, b) for a, b in zip(tensors(plain), tensors(made), strict=True))
