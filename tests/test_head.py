@@ -1,4 +1,5 @@
-"""nbg_core.modeling.lm_head against `joint_loss` of the whole logits, which test_losses holds against naive references, and against
+"""nbg_core.modeling.lm_head against `joint_loss` of the whole logits, which test_losses holds against naive references,
+and against
 such a reference itself; gradients also against finite differences.
 
 Shapes: T tokens, H hidden, V vocabulary, K stored entries, B pairs.

@@ -210,7 +210,8 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(json.loads(profile.model_dump_json())))
     add_queries(Run(profile, Lake.of(profile)), PROMPTS)
-    code = f"from nbg_core.runtime.run_worker import run_worker; run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    call = f"run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    code = f"from nbg_core.runtime.run_worker import run_worker; {call}"
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in caller.stdout:
         if "tokens/s" in line:

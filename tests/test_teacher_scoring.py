@@ -151,7 +151,8 @@ def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
         scoring = identity.scoring_id(r.profile)
         request = Request(
             training_id="t", catalog=run.lake.catalog, data_path=run.lake.data_path, snapshot=run.lake.snapshot(),
-            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path, storage_id=identity.storage_id(r.profile),
+            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path,
+            storage_id=identity.storage_id(r.profile),
             teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)), scoring_id=scoring, temperature=1.0,
             training=r.profile.training, work=tmp_path / scoring,
         )  # fmt: skip
@@ -248,7 +249,7 @@ def test_forward_passes_stay_within_the_budget(run, tiny_models, packed):
     inputs = [collate(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)
               for s in scored]  # fmt: skip
     assert len(scored) > 2 and all(i.ids.numel() <= 60 for i in inputs)
-    assert sorted(id for s in scored for id in s.samples["sample_id"]) == samples["sample_id"].to_list()
+    assert sorted(sample for s in scored for sample in s.samples["sample_id"]) == samples["sample_id"].to_list()
 
 
 def test_a_scoring_process_that_cannot_start_says_why(run, tmp_path):

@@ -14,8 +14,8 @@ from nbg_core.lineage.policy import SFT, current_policy
 
 @app.command("compact")
 def compact_files() -> None:
-    """Merge the lake's small files into larger ones, and delete files that killed writers left behind. No snapshot changes
-    its content."""
+    """Merge the lake's small files into larger ones, and delete files that killed writers left behind. What a snapshot
+    shows stays the same."""
     from nbg_core.lake.compact import KEEP, compact
     from nbg_core.lake.uncommitted import delete_uncommitted
 

@@ -58,7 +58,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     """Accuracy per slice and, in the last row, over all, for `models`: {'before', 'after', 'teacher'} -> model id.
 
     Columns: slice, is_overall, n (queries), and for each role its accuracy, low, high (95%); fixed and broken (queries
-    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after -
+    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after
     before. Only queries held out at `snapshot` (now) count, and answers verified as those queries then say.
     Raises LookupError when there is none that all the models have answered."""
     queries = lake.sql(

@@ -1,10 +1,11 @@
 """The stored teacher distribution: its top entries exactly and systematic samples of the tail, per response position.
 
 The top entries are the smallest set of most probable tokens that leaves at most `epsilon` outside, up to `k_head` of
-them. If more than `epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number per
-position, seeded by sample and position). Each stands for an equal share of the tail mass, so the cross-entropy against
-these weights is an unbiased estimate of that against the whole distribution (random-sampling distillation, arXiv
-2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is outside, never 1 - sum.
+them. If more than `epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number
+per position, seeded by sample and position). Each stands for an equal share of the tail mass, so the cross-entropy
+against these weights is an unbiased estimate of that against the whole distribution (random-sampling distillation,
+arXiv 2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is outside, never
+1 - sum.
 
 `min_weight` spends entries where they count. A token that is less probable is not kept exactly but may be sampled, and
 there are no more samples than each can stand for that much mass (one at least). A position then has at most

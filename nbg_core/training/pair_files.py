@@ -259,7 +259,7 @@ class PairFiles:
     def names(self, pairs: np.ndarray) -> pl.DataFrame:
         """pair_id and slice of `pairs`."""
         slices = np.array(self.slices)[self._slices[pairs]]
-        return pl.DataFrame({"pair_id": [id.decode() for id in self._ids[pairs]], "slice": slices.tolist()})
+        return pl.DataFrame({"pair_id": [pair_id.decode() for pair_id in self._ids[pairs]], "slice": slices.tolist()})
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """The values of a response, by column."""
