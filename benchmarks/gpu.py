@@ -392,7 +392,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
                 backward(engine, engine(batch, counts)[0])
             take_step(engine, settings, 1e-6)
 
-        done = timed(device, {"trainer, compiled" if compile else "trainer": optimizer_step}, repeats)
+        done = timed(device, {"trainer, compiled" if compiled else "trainer": optimizer_step}, repeats)
         for values in done.values():
             if isinstance(values, dict):
                 seconds = values["median_s"]
