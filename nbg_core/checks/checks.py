@@ -14,6 +14,7 @@ import polars as pl
 
 from nbg_core import assets
 from nbg_core.base.names import find
+from nbg_core.checks import training_violations as tv
 from nbg_core.checks import violations as v
 from nbg_core.checks.violations import Subject
 from nbg_core.config.profile import Profile
@@ -70,12 +71,12 @@ CHECKS: dict[str, Check] = {
               f"log-prob more than {drift.BOUND} nats from the reference's", v.drifted, blocking=False),
         # student_checkpoint
         Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",
-              v.not_reference_at_step_0),
-        Check("weights_intact", "the weights are there and hash to the checkpoint's id", v.weights_missing),
-        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", v.training_set_lost),
+              tv.not_reference_at_step_0),
+        Check("weights_intact", "the weights are there and hash to the checkpoint's id", tv.weights_missing),
+        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", tv.training_set_lost),
         # student_eval
         Check("better_than_before", "the promotion gate: better overall and no slice worse, beyond noise",
-              v.gate_refuses, blocking=False),
+              tv.gate_refuses, blocking=False),
     )
 }  # fmt: skip
 

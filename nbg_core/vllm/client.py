@@ -42,13 +42,8 @@ PAUSE: wait_base = wait_random_exponential(multiplier=1, max=30)
 """Seconds before the next attempt."""
 REST_SECONDS = 60.0
 """How long a server that did not answer gets no request, if another server is available."""
-PROBES = (
-    "Hello, world!",
-    "  two  spaces\n\ttab",
-    "déjà vu — 東京 🙂",
-    "1234567890 + 0.5 = x²",
-    "def f(x):\n    return x",
-)
+PROBES = ("Hello, world!", "  two  spaces\n\ttab", "déjà vu — 東京 🙂", "1234567890 + 0.5 = x²",
+          "def f(x):\n    return x")  # fmt: skip
 """Texts whose tokens must be the same here and at a server."""
 
 
