@@ -115,7 +115,7 @@ def _teacher_column(column: TeacherColumn) -> dy.List:
     return _floats(column.meaning, allow_inf=column.may_be_inf)
 
 
-TeacherLogits = type(dy.Schema)("TeacherLogits", (Produced,), {
+TeacherLogits = type(dy.Schema)("TeacherLogits", (Produced,), {  # type: ignore[misc]  # mypy knows no called metaclass
     "__doc__": """The teacher's distribution at every position of one response, as flat lists over positions.
 
     Position r owns `head_counts[r] + tail_counts[r]` consecutive entries. The first of them, the head, are its most
