@@ -83,7 +83,8 @@ class LogitStats:
             self._hide_top(z, rows)
         if scratch is None:
             dz = z if dtype == z.dtype else z.new_empty(z.shape, dtype=dtype)
-            lm_head_kernels.gradient(z, *(x[:, 0].contiguous() for x in (base, scale, log_z, at_one)), temperature, dz)
+            base_c, scale_c, log_z_c, at_one_c = (x[:, 0].contiguous() for x in (base, scale, log_z, at_one))  # [c]
+            lm_head_kernels.gradient(z, base_c, scale_c, log_z_c, at_one_c, temperature, dz)
             if dz is not z:  # z still has the logits; entries that more is added to become gradients there, in float32
                 touched = torch.cat([ids, token_ids[rows, None]], 1)
                 logits = z.gather(1, touched)
