@@ -59,12 +59,11 @@ class PairBatch:
         return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
-        parts = {"inputs": self.inputs, "targets": self.targets}
-        changed = {
-            name: replace(part, **{n: change(v) for n, v in vars(part).items() if isinstance(v, Tensor)})
-            for name, part in parts.items()
-        }
-        return replace(self, **changed, **{n: change(v) for n, v in vars(self).items() if isinstance(v, Tensor)})
+        def changed(part: Any) -> dict[str, Any]:
+            return {name: change(value) for name, value in vars(part).items() if isinstance(value, Tensor)}
+
+        inputs, targets = replace(self.inputs, **changed(self.inputs)), replace(self.targets, **changed(self.targets))
+        return replace(self, inputs=inputs, targets=targets, **changed(self))
 
     def take(self, rows: slice) -> PairBatch:
         """Some of the [T] rows; inputs and pairs stay."""
