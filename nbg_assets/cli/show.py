@@ -69,7 +69,9 @@ def tables() -> None:
 
 
 @app.command()
-def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or query id, or its beginning.")]) -> None:
+def trace(
+    start: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint, pair, sample or query id, or its beginning.")],
+) -> None:
     """Show what an id was made from and what was made from it: queries, samples, pairs, checkpoints."""
     shown = {
         "queries": ("query_id", "slice", "split", "prompt", "answer"),
@@ -78,7 +80,7 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
         "checkpoints": ("checkpoint_id", "parent_model_id", "n_pairs", "n_steps", "input_snapshot"),
     }
     _, lake = open_lake()
-    for name, df in tracing.trace(lake, id).items():
+    for name, df in tracing.trace(lake, start).items():
         table = Table(*shown[name], title=f"{name}: {df.height}", title_justify="left")
         for row in df.select(shown[name]).head(8).iter_rows():
             table.add_row(*(short(v, 34) for v in row))

@@ -9,16 +9,16 @@ from nbg_core.lake.queries import only_one
 from nbg_core.lake.tables import TABLES
 
 
-def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
+def trace(lake: Lake, start: str) -> dict[str, pl.DataFrame]:
     """The rows connected to an id: what it was made from, and what was made from it.
 
-    `id` is a checkpoint, training, pair, sample or query id, or the beginning of one. Returns frames by table name:
+    `start` is a checkpoint, training, pair, sample or query id, or the beginning of one. Returns frames by table name:
     queries, samples, pairs, checkpoints. Pairs and queries that have been replaced are included, in their last version;
     for a checkpoint, in the version at the time of its training. Raises LookupError for an unknown id, and for a
     beginning that several ids share."""
-    id = whole_id(lake, id)
+    full_id = whole_id(lake, start)
     checkpoints = lake.sql(
-        "SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [id]
+        "SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [full_id]
     )
     if checkpoints.height:
         pairs = _ever(
@@ -26,7 +26,7 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
             checkpoints["training_id"][-1], snapshot=checkpoints["input_snapshot"][-1],
         )  # fmt: skip
     else:
-        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", id)
+        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", full_id)
         checkpoints = lake.sql(
             "SELECT * FROM checkpoints WHERE training_id IN (SELECT training_id FROM checkpoint_pairs "
             "WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) ORDER BY snapshot_id",
@@ -36,10 +36,13 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
     samples = lake.sql(
         "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?::VARCHAR[])) OR ? IN (sample_id, query_id) "
         "ORDER BY sample_id",
-        [members, id],
+        [members, full_id],
     )
     queries = _ever(
-        lake, "queries", "query_id IN (SELECT unnest(?::VARCHAR[]))", [id, *samples["query_id"], *pairs["query_id"]]
+        lake,
+        "queries",
+        "query_id IN (SELECT unnest(?::VARCHAR[]))",
+        [full_id, *samples["query_id"], *pairs["query_id"]],
     )
     return {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
 
