@@ -20,8 +20,9 @@ from nbg_core.lake.lake import Lake
 @app.command()
 def sql(
     query: str,
-    output_format: Annotated[
-        Literal["table", "json", "csv"], typer.Option("--format", help="For people, or for programs.")
+    output: Annotated[
+        Literal["table", "json", "csv"],
+        typer.Option("--format", help="table is for people, json and csv for programs."),
     ] = "table",
     snapshot: Annotated[int | None, typer.Option(min=0, help="Read the lake as it was at this snapshot.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows shown in a table (json and csv give all).")] = 40,
@@ -38,11 +39,11 @@ def sql(
             df = lake.sql(_intervals_as_text(lake, query, snapshot), snapshot=snapshot)
     except duckdb.Error as e:
         raise LookupError(f"{e}") from e
-    if output_format == "csv":
+    if output == "csv":
         nested = [c for c, t in df.schema.items() if t.is_nested()]
         texts = {c: [None if v is None else _json(v) for v in df[c].to_list()] for c in nested}
         sys.stdout.write(df.with_columns(pl.Series(c, v, pl.String) for c, v in texts.items()).write_csv())
-    elif output_format == "json":
+    elif output == "json":
         sys.stdout.write(_json(df.to_dicts()) + "\n")
     else:
         table = Table(*df.columns)

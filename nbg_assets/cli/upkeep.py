@@ -14,8 +14,9 @@ from nbg_core.lineage.policy import SFT, current_policy
 
 @app.command("compact")
 def compact_files() -> None:
-    """Merge the lake's small files into larger ones, and delete files that killed writers left behind. What a snapshot
-    shows stays the same."""
+    """Merge the lake's small files into larger ones, and delete files that killed writers left behind.
+
+    No snapshot changes its content."""
     from nbg_core.lake.compact import KEEP, compact
     from nbg_core.lake.uncommitted import delete_uncommitted
 
@@ -24,7 +25,9 @@ def compact_files() -> None:
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
     if deleted := delete_uncommitted(lake):
-        console.print(f"{len(deleted)} files that no commit knows deleted: a writer was killed before its commit")
+        console.print(
+            f"{len(deleted)} files deleted that writers left behind when they were killed before their commit"
+        )
 
 
 @app.command()

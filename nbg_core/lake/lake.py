@@ -78,7 +78,7 @@ class Lake:
         """The newest snapshot id."""
         with self.connection(read_only=True) as con:
             [(newest,)] = con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchall()
-            return newest
+        return newest
 
     def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
         """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
@@ -141,7 +141,7 @@ class Lake:
                 "SELECT snapshot_id FROM lineage.materialisations WHERE materialisation_id = ?",
                 [record.materialisation_id],
             ).fetchall()
-            return snapshot
+        return snapshot
 
     def _landed(self, record: Record) -> int | None:
         """The rows that a commit has written, None if it is not in the lake."""
