@@ -26,8 +26,7 @@ from nbg_core.config.profile import PROJECT_ROOT, Profile
 from nbg_core.lake.lake import Lake, Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.sampling import stage as sampling_stage
-from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
+from nbg_core.sampling.sampler import Decoding, Request, open_sampler
 from nbg_core.sampling.transformers_sampler import TransformersSampler
 from nbg_core.teacher.forward import response_logprobs
 from nbg_core.teacher.stage import materialise

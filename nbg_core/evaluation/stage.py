@@ -21,8 +21,7 @@ from nbg_core.evaluation.promotion import gate, promotion
 from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import checkpoint_row
 from nbg_core.lineage.run import Report, Run
-from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
+from nbg_core.sampling.sampler import Decoding, Request, open_sampler
 from nbg_core.scorers.verifiers import scorer_ids, verify
 
 ASSET = "student_eval"
