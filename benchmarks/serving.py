@@ -41,8 +41,8 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.loading import load_model, load_tokenizer
 from nbg_core.modeling.padded import pad
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
 from nbg_core.teacher.engine import open_engine
 
 N, MAX_TOKENS, LONG, TOP = 4, 64, 1024, 64

@@ -27,8 +27,8 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.sampling import stage as sampling_stage
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
 from nbg_core.sampling.transformers_sampler import TransformersSampler
 from nbg_core.teacher.forward import response_logprobs
 from nbg_core.teacher.stage import materialise

@@ -33,7 +33,7 @@ from nbg_core.losses.token_divergence import bucket_divergence, divergence_of
 from nbg_core.preference.scoring import StageContext, score_samples
 from nbg_core.queries.readers import READERS, read_rows
 from nbg_core.reference.drift import step_0_bound
-from nbg_core.sampling.stage import open_sampler
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.scorers.scorers import SCORERS
 from nbg_core.scorers.verifiers import VERIFIERS, SpecError, verify
 from nbg_core.teacher.engine import open_engine

@@ -22,8 +22,8 @@ from nbg_core.lake.queries import checkpoint_row
 from nbg_core.lake.records import Write
 from nbg_core.lineage.policy import checkpoint_folder
 from nbg_core.lineage.run import Report, Run
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
 from nbg_core.scorers.verifiers import scorer_ids, verify
 
 ASSET = "student_eval"

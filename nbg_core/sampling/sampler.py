@@ -1,4 +1,4 @@
-"""What a sampler is: prompts as token ids in, responses as token ids with log-probs out."""
+"""The interface of samplers, which take prompts as token ids and give responses as token ids with log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbg_core.modeling.loading import load_tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """`len(seeds)` responses to one prompt, each drawn with its own seed."""
+    """Asks for `len(seeds)` responses to one prompt, each drawn with its own seed."""
 
     prompt_token_ids: list[int]
     seeds: list[int]
@@ -22,28 +22,33 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """A response. `logprobs` are of the model's own distribution (temperature 1, nothing cut), in nats."""
+    """A response to a prompt."""
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # 'stop' or 'length'
+    """Log-probability of each token in nats, under the model's own distribution: temperature 1, no top-p."""
+    finish_reason: str
+    """'stop' if it ends with a stop token, 'length' if it was cut off at `max_tokens`."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sampling parameters; temperature 0 is greedy."""
+    """Sampling parameters."""
 
     temperature: float
+    """0 is greedy."""
     top_p: float
+    """Mass of nucleus sampling; 1 draws from all tokens."""
     max_tokens: int
+    """Longest response, in tokens."""
 
 
 Drawn = tuple[int, int, Response]
-"""Number of the request, number of its seed, and the response."""
+"""(index of the request, index of the seed in it, response)."""
 
 
 class Sampler(ABC):
-    """The model at `path`, served, and its tokenizer."""
+    """Draws responses of the model at `path`, and has its tokenizer."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False):
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -51,10 +56,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
-        """One response per seed of each request, as they finish. A seed decides its response, whatever the batch."""
+        """Draw one response per seed of each request, and give them as they finish.
+
+        A response depends on its prompt and its seed, and not on the other requests."""
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, ready for the assistant's turn."""
+        """Token ids of a chat, up to where the assistant's turn begins."""
         return encode_prompt(self.tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -63,6 +70,6 @@ class Sampler(ABC):
         return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
-        """All responses to each request, in its order of seeds."""
+        """All responses to each request, in the order of its seeds."""
         drawn = {(i, j): response for i, j, response in self.stream(requests, decoding)}
         return [[drawn[i, j] for j in range(len(request.seeds))] for i, request in enumerate(requests)]
