@@ -23,8 +23,11 @@ def compact_files() -> None:
     for name, before, after in compact(lake).iter_rows():
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
-    if deleted := delete_uncommitted(lake):
-        console.print(f"{len(deleted)} files that no commit knows deleted: a writer was killed before its commit")
+    try:
+        if deleted := delete_uncommitted(lake):
+            console.print(f"files of killed writers, which no commit knows, deleted: {len(deleted)}")
+    except ValueError as e:  # what was merged stays merged
+        console.print(f"note: {e}", soft_wrap=True)
 
 
 @app.command()

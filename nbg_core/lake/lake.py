@@ -35,7 +35,7 @@ from nbg_core.base.ids import digest
 from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.lake import tables
-from nbg_core.lake.uncommitted import claim
+from nbg_core.lake.claims import claim
 
 T = TypeVar("T")
 
