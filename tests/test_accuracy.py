@@ -1,5 +1,6 @@
 """Intervals, the summary and the promotion gate, against figures worked out elsewhere."""
 
+import time
 from datetime import UTC, datetime
 
 import numpy as np
@@ -62,6 +63,12 @@ def test_mcnemars_test_against_counted_tosses():
             tosses = [bin(i).count("1") for i in range(2**n)]  # heads of every sequence of n tosses
             extreme = sum(abs(2 * heads - n) >= abs(fixed - broken) for heads in tosses)
             assert mcnemar_p_value(fixed, broken) == pytest.approx(extreme / 2**n)
+
+
+def test_mcnemars_test_of_thousands_of_changed_answers_is_quick():
+    start = time.monotonic()
+    assert mcnemar_p_value(5100, 4900) == pytest.approx(0.0466, abs=1e-4)  # by math.comb, in 43 s
+    assert time.monotonic() - start < 2
 
 
 @pytest.fixture

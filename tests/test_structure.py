@@ -33,7 +33,6 @@ ROOMS = (
 FOR_TYPES_ALONE = {
     ("nbg_assets.plots", "nbg_assets.metadata"),
     ("nbg_core.lake.catalog", "nbg_core.lake.lake"),
-    ("nbg_core.lake.uncommitted", "nbg_core.lake.lake"),
     ("nbg_core.losses.metrics", "nbg_core.losses.dpo"),
     ("nbg_core.scorers.scorers", "nbg_core.base.progress"),
 }

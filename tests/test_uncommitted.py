@@ -12,8 +12,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from fake_worker import write_profile
 from test_lake import record, score, teacher_row
 
+from nbg_assets.cli import upkeep
+from nbg_core.config.load import load_profile
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Write
 from nbg_core.lake.uncommitted import KEEP_SECONDS, delete_uncommitted
@@ -127,3 +130,22 @@ def test_a_lake_that_was_moved_with_its_files_is_alone_there(lake, tmp_path):
     moved._create()
     assert delete_uncommitted(moved) == []
     assert moved.sql("SELECT count(*) FROM teacher_logits").item() == 20
+
+
+def test_the_command_deletes_them_and_says_so_or_why_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NBG_PROFILE", str(write_profile(tmp_path / "p", ("a",))))
+    lake = Lake.of(load_profile())
+    (claim,) = (Path(lake.data_path) / ".catalogs").iterdir()
+    age([claim], 20)
+    put(lake, "a")
+    ours = next(p for p in files(lake) if p.parent.name == "teacher_logits")
+    (left := ours.with_name(f"{'0' * 32}-{'1' * 32}.parquet")).write_bytes(ours.read_bytes())
+    age([left], 5)
+    other = Lake(f"sqlite:{tmp_path}/other.sqlite", lake.data_path)
+    other._create()
+    upkeep.compact_files()
+    assert f"note: files without a commit are not deleted: sqlite:{tmp_path}/other.sqlite" in capsys.readouterr().out
+    Path(other.catalog.removeprefix("sqlite:")).unlink()
+    upkeep.compact_files()
+    assert "files of killed writers, which no commit knows, deleted: 1" in capsys.readouterr().out
+    assert not left.exists() and ours.exists()

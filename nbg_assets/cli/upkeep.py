@@ -24,10 +24,13 @@ def compact_files() -> None:
     for name, before, after in compact(lake).iter_rows():
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
-    if deleted := delete_uncommitted(lake):
-        console.print(
-            f"{len(deleted)} files deleted that writers left behind when they were killed before their commit"
-        )
+    try:
+        if deleted := delete_uncommitted(lake):
+            console.print(
+                f"{len(deleted)} files deleted that writers left behind when they were killed before their commit"
+            )
+    except ValueError as e:  # what was merged stays merged
+        console.print(f"note: {e}", soft_wrap=True)
 
 
 @app.command()

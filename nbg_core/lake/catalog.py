@@ -12,9 +12,9 @@ from filelock import FileLock
 from nbg_core.base.ids import digest
 from nbg_core.lake import tables
 from nbg_core.lake.attach import LakeError, lake_error
+from nbg_core.lake.claims import claim
 from nbg_core.lake.conflicts import retry_on_conflict
 from nbg_core.lake.teacher_columns import GAP_ZERO
-from nbg_core.lake.uncommitted import claim
 from nbg_core.lake.views import VIEWS
 
 if TYPE_CHECKING:

@@ -11,19 +11,13 @@ In an object store nothing is deleted.
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nbg_core.base.errors import redact
-from nbg_core.base.files import write_json
-from nbg_core.base.ids import digest
-
-if TYPE_CHECKING:
-    from nbg_core.lake.lake import Lake
+from nbg_core.lake.claims import claim_path, other_claims
+from nbg_core.lake.conflicts import retry_on_conflict
+from nbg_core.lake.lake import Lake
 
 KEEP_SECONDS = 24 * 3600.0
 """Age at which a file without a commit is deleted: its writer has ended."""
@@ -34,59 +28,31 @@ _OURS = re.compile(
 """Below the data path: what DuckLake writes for an insert or a delete, and what `Lake.commit` writes and registers."""
 
 
-def claim(catalog: str, data_path: str) -> None:
-    """Note in the data path that this catalog keeps its files there. Does nothing in an object store, or where this
-    user may not write."""
-    path = _claim_path(catalog, data_path)
-    if path is None or path.exists():
-        return
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {"catalog": redact(catalog), "data_path": data_path})
-    except OSError:  # a lake that may only be read
-        pass
-
-
 def delete_uncommitted(lake: Lake) -> list[Path]:
     """Delete the files of this lake that no commit knows and that are older than KEEP_SECONDS; safe beside writers.
 
     Returns what was deleted. Raises ValueError, naming it, when another catalog keeps its files in the same place."""
-    mine = _claim_path(lake.catalog, lake.data_path)
+    mine = claim_path(lake.catalog, lake.data_path)
     if mine is None or not mine.exists():
         return []
-    if others := list(_other_claims(mine, lake.data_path)):
+    if others := list(other_claims(mine, lake.data_path)):
         raise ValueError(
             f"files without a commit are not deleted: {', '.join(others)} keeps its files in {lake.data_path}, too; "
             "give each lake a lake.data_path of its own"
         )
     since, until = mine.stat().st_mtime, time.time() - KEEP_SECONDS
     deleted = []
-    for path in _unknown(lake):
-        if since < path.stat().st_mtime < until:
-            path.unlink(missing_ok=True)
-            deleted.append(path)
+    for path in retry_on_conflict(_unknown, lake):
+        try:
+            if since < path.stat().st_mtime < until:
+                path.unlink()
+                deleted.append(path)
+        except FileNotFoundError:  # another `nbg compact` was quicker, or its writer put it in its place
+            pass
     return deleted
 
 
-def _claim_path(catalog: str, data_path: str) -> Path | None:
-    if "://" in data_path:
-        return None
-    return Path(data_path) / ".catalogs" / f"{digest('claim', redact(catalog), data_path)}.json"
-
-
-def _other_claims(mine: Path, data_path: str) -> Iterator[str]:
-    """Catalogs that keep their files here, besides ours. The claim of a lake that was moved or copied together with its
-    files, or whose SQLite catalog is gone, is void."""
-    for path in sorted(mine.parent.glob("*.json")):
-        if path == mine:
-            continue
-        other = json.loads(path.read_text())
-        kind, _, where = other["catalog"].partition(":")
-        if other["data_path"] == data_path and (kind != "sqlite" or Path(where).exists()):
-            yield other["catalog"]
-
-
-def _unknown(lake: Lake) -> Iterator[Path]:
+def _unknown(lake: Lake) -> list[Path]:
     """Files below the data path that a writer of a lake made and that the catalog does not know."""
     con = lake.connect(read_only=False)  # DuckLake lists them to writers alone
     try:
@@ -95,6 +61,5 @@ def _unknown(lake: Lake) -> Iterator[Path]:
     finally:
         con.close()
     folder = Path(lake.data_path)
-    for path in sorted({*found, *folder.glob("registered/*/*.tmp")}):
-        if path.is_file() and path.is_relative_to(folder) and _OURS.fullmatch(path.relative_to(folder).as_posix()):
-            yield path
+    inside = [p for p in {*found, *folder.glob("registered/*/*.tmp")} if p.is_file() and p.is_relative_to(folder)]
+    return sorted(p for p in inside if _OURS.fullmatch(p.relative_to(folder).as_posix()))
