@@ -94,7 +94,7 @@ def test_what_a_killed_writer_left_is_deleted_a_day_later_and_nothing_else(lake)
 
 def test_files_of_another_catalog_in_the_same_place_stay(lake, tmp_path):
     other = Lake(f"sqlite:{tmp_path}/other.sqlite", lake.data_path)
-    other._create()
+    other.create()
     put(lake, "a")
     put(other, "b")
     age(files(lake), 5)
@@ -127,7 +127,7 @@ def test_a_lake_that_was_moved_with_its_files_is_alone_there(lake, tmp_path):
     shutil.copytree(tmp_path / "files", tmp_path / "new" / "files")
     shutil.copy2(tmp_path / "catalog.sqlite", tmp_path / "new" / "catalog.sqlite")
     moved = Lake(f"sqlite:{tmp_path}/new/catalog.sqlite", str(tmp_path / "new" / "files"))
-    moved._create()
+    moved.create()
     assert delete_uncommitted(moved) == []
     assert moved.sql("SELECT count(*) FROM teacher_logits").item() == 20
 
@@ -142,7 +142,7 @@ def test_the_command_deletes_them_and_says_so_or_why_not(tmp_path, monkeypatch, 
     (left := ours.with_name(f"{'0' * 32}-{'1' * 32}.parquet")).write_bytes(ours.read_bytes())
     age([left], 5)
     other = Lake(f"sqlite:{tmp_path}/other.sqlite", lake.data_path)
-    other._create()
+    other.create()
     upkeep.compact_files()
     assert f"note: files without a commit are not deleted: sqlite:{tmp_path}/other.sqlite" in capsys.readouterr().out
     Path(other.catalog.removeprefix("sqlite:")).unlink()

@@ -158,7 +158,7 @@ def test_columns_catalogs_and_files_of_an_unknown_kind(tmp_path):
     with pytest.raises(ValueError, match="the rows for table scores lack its columns score"):
         tables.validate("scores", rows.drop("score"))
     with pytest.raises(LakeError, match="starts with 'mysql'; use 'sqlite:PATH' or 'postgres:"):
-        Lake("mysql:x", str(tmp_path / "files"))._create()
+        Lake("mysql:x", str(tmp_path / "files")).create()
     (tmp_path / "a.csv").write_text("prompt\nx\n")
     with pytest.raises(ValueError, match="unknown suffix of a query file '.csv'; known: .jsonl, .parquet"):
         read_rows(tmp_path / "a.csv")
