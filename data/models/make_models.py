@@ -6,10 +6,10 @@ CPU may round differently and give slightly different scores.
 
 There are three slices of short tasks. During training, accuracy is measured with reasoning-gym's scorers, which give 1
 for a right answer and nearly always 0 for a wrong one. (`spell_backward` and `word_sorting` give points for near
-misses, so they are not used.) The scorer of `number_sorting` accepts an error of 1 per number. The numbers of a list therefore
-differ by at least 3, so that it accepts no skipped, repeated or swapped number. Where only one text is right, the query
-file names the verifier `exact` instead. The accuracies on the model cards use the verifiers of the query files. Each
-slice mixes difficulties, because a tiny model learns a single difficulty abruptly.
+misses, so they are not used.) The scorer of `number_sorting` accepts an error of 1 per number. The numbers of a list
+therefore differ by at least 3, so that it accepts no skipped, repeated or swapped number. Where only one text is right,
+the query file names the verifier `exact` instead. The accuracies on the model cards use the verifiers of the query
+files. Each slice mixes difficulties, because a tiny model learns a single difficulty abruptly.
 
 Both models are byte-level Llamas. They are trained on tasks drawn at random, never on a prompt of the query files. At
 intervals the greedy accuracy of each slice is measured on validation prompts, which are in neither set; the further a
