@@ -361,14 +361,14 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     init_distributed()
     be_deterministic()
     rows = []
-    for case, compile in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
+    for case, compiled in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
         if cases and case.name not in cases:
             continue
         if quick:
             case = replace(case, tokens=case.tokens // 32)
         shape = small(SHAPES[case.student]) if quick else SHAPES[case.student]
         with saved(shape, device) as folder:
-            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compile)
+            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compiled)
             engine, _ = build_engine(Request(
                 training_id="", catalog="", data_path="", snapshot=0, slices=[], policy_id="", policy_path=folder,
                 teacher_id="", storage_id="", scoring_id="", temperature=1.0, training=settings, work=folder,
@@ -392,7 +392,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
                 backward(engine, engine(batch, counts)[0])
             take_step(engine, settings, 1e-6)
 
-        done = timed(device, {"trainer, compiled" if compile else "trainer": optimizer_step}, repeats)
+        done = timed(device, {"trainer, compiled" if compiled else "trainer": optimizer_step}, repeats)
         for values in done.values():
             if isinstance(values, dict):
                 seconds = values["median_s"]

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import report
 
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.teacher_columns import GAP_ZERO
 
 PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
 
 def make_lake(folder: Path, n_pairs: int) -> None:
     lake = lake_at(folder)
-    lake._create()
+    lake.create()
     n = RESPONSE * ENTRIES
     with lake.connect(read_only=False) as con:
         con.execute(f"""

@@ -70,8 +70,8 @@ def sample(folder: Path, backend: str) -> dict:
     ):
         started = time.perf_counter() - began
         prompts = [sampler.encode([{"role": "user", "content": p}]) for p in PROMPTS]
-        for round in range(2):
-            asked = [Request(p, [100 * round + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
+        for turn in range(2):
+            asked = [Request(p, [100 * turn + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
             began = time.perf_counter()
             drawn = sampler.sample(asked, Decoding(1.0, 1.0, MAX_TOKENS))
             seconds = time.perf_counter() - began

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbg_core.base.ids import query_file_id
 from nbg_core.base.names import find
@@ -33,8 +34,9 @@ class Asset:
     """Module whose `materialise(run, slice_name)` makes it and returns a Report; it runs in a worker process."""
     tables: tuple[str, ...]
     """Lake tables that it writes; the first one holds its rows."""
-    settings: Callable[[Profile, str, str | None], dict]
-    """(profile, model id of the current policy, slice name) -> the settings that decide its content.
+    settings: Callable[[Profile, str, Any], dict]
+    """(profile, model id of the current policy, slice name, None if it has no partitions) -> the settings that decide
+    its content.
 
     Raises FileNotFoundError for a missing query file or model folder."""
     upstream: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
 
 
 def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    scorers = [SCORERS[name] for name, weight in profile.preference.weights.items() if weight]
+    scorers = [find(SCORERS, name, "scorer") for name, weight in profile.preference.weights.items() if weight]
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
     return {**profile.preference.model_dump(), "teacher": None, **values}

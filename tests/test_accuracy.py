@@ -9,7 +9,8 @@ import pytest
 from nbg_core.evaluation.accuracy import summarise
 from nbg_core.evaluation.intervals import mcnemar_p_value, paired_difference, wilson
 from nbg_core.evaluation.promotion import gate, promotion_blocker
-from nbg_core.lake.lake import Input, Lake, Record, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Input, Record, Write
 from nbg_core.scorers.verifiers import scorer_ids
 
 
@@ -66,7 +67,7 @@ def test_mcnemars_test_against_counted_tosses():
 @pytest.fixture
 def lake(tmp_path):
     lake = Lake(f"sqlite:{tmp_path}/catalog.sqlite", str(tmp_path / "files"))
-    lake._create()
+    lake.create()
     return lake
 
 

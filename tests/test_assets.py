@@ -20,8 +20,9 @@ from nbg_assets.definitions import build
 from nbg_assets.driver import Result, materialise_stale
 from nbg_core.checks.checks import checks_of
 from nbg_core.config.load import load_profile
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lake.records import Record, Write
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
 
@@ -57,7 +58,7 @@ def run_slice(instance, slice_name: str, selection=None) -> dg.ExecuteInProcessR
 def step_failure(result) -> tuple[str, str]:
     """Asset and sentence of the only failed step."""
     (event,) = [e for e in result.all_events if e.is_step_failure]
-    return event.step_key, driver._sentence(event)
+    return event.step_key, driver.failure_message(event)
 
 
 def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(instance, profile, fake):

@@ -15,7 +15,7 @@ from fake_worker import Fake, write_profile
 from nbg_core.assets import get
 from nbg_core.checks.checks import Subject, broken_upstream, checks_of
 from nbg_core.config.load import load_profile
-from nbg_core.lake.lake import Record, Write
+from nbg_core.lake.records import Record, Write
 from nbg_core.reference import drift
 
 SPOILED = {

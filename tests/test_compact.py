@@ -6,7 +6,8 @@ from test_lake import lake, record, score, teacher_row  # noqa: F401  (the fixtu
 
 from nbg_core.lake import compact as compaction
 from nbg_core.lake.compact import compact
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
 
 TABLES = ("scores", "teacher_logits", "lineage.materialisations")
 

@@ -10,7 +10,8 @@ from test_sampling import add_queries
 
 from nbg_core.base import ids
 from nbg_core.checks.checks import CHECKS, Subject
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
 from nbg_core.reference import drift
 from nbg_core.reference import stage as reference_stage

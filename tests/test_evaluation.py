@@ -17,8 +17,9 @@ from nbg_core.config.load import load_profile
 from nbg_core.config.profile import Profile
 from nbg_core.evaluation import stage as evaluation_stage
 from nbg_core.evaluation.accuracy import latest_summary
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import latest_materialisation
+from nbg_core.lake.records import Write
 from nbg_core.lineage.policy import current_policy
 from nbg_core.lineage.run import Run
 from nbg_core.lineage.staleness import status

@@ -16,16 +16,18 @@ import duckdb
 import polars as pl
 import pytest
 
-from nbg_core.lake import lake as lake_module
-from nbg_core.lake import tables
-from nbg_core.lake.lake import Lake, LakeError, Record, Write, with_room
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake import catalog, conflicts, tables
+from nbg_core.lake.attach import LakeError
+from nbg_core.lake.joins import bounded_joins, with_room
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
+from nbg_core.lake.teacher_columns import GAP_ZERO
 
 
 @pytest.fixture
 def lake(tmp_path):
     lake = Lake(f"sqlite:{tmp_path}/catalog.sqlite", str(tmp_path / "files"))
-    lake._create()
+    lake.create()
     return lake
 
 
@@ -194,7 +196,7 @@ def test_sql_for_people_cannot_write(lake):
 
 def test_a_join_goes_to_disk_in_a_folder_that_is_made_and_removed(lake, tmp_path):
     spill = tmp_path / "work" / "training" / "spill"
-    with lake.joins(lake.snapshot(), spill) as con:
+    with bounded_joins(lake, lake.snapshot(), spill) as con:
         con.execute("SET memory_limit = '30MB'")
         batches = con.execute("SELECT i FROM range(2_000_000) t(i) ORDER BY hash(i)").to_arrow_reader(65536)
         assert next(iter(batches)).num_rows and list(spill.iterdir())
@@ -208,7 +210,7 @@ def test_a_query_gets_more_memory_until_there_is_no_more(lake, tmp_path):
         limits.append(con.execute("SELECT current_setting('memory_limit')").fetchone()[0])
         return con.execute("SELECT len(list(i)) FROM range(3_000_000) t(i)").fetchone()[0]
 
-    with lake.joins(lake.snapshot(), tmp_path / "spill") as con:
+    with bounded_joins(lake, lake.snapshot(), tmp_path / "spill") as con:
         assert with_room(con, attempt, 8 << 20) == 3_000_000
         assert limits[0] == "8.0 MiB" and limits[-1] in ("32.0 MiB", "128.0 MiB")
         with pytest.raises(ZeroDivisionError):
@@ -242,7 +244,7 @@ def test_every_table_takes_an_empty_frame_and_describes_its_columns(lake, table)
 def test_a_lake_whose_folder_was_moved_still_opens_and_one_without_its_files_says_so(tmp_path):
     def opened(folder, files="files") -> Lake:
         lake = Lake(f"sqlite:{folder}/catalog.sqlite", str(folder / files))
-        lake._create()
+        lake.create()
         return lake
 
     old, new = tmp_path / "old", tmp_path / "new"
@@ -272,11 +274,13 @@ def test_a_catalog_that_does_not_open_shows_no_password(tmp_path, monkeypatch):
 READ_ONLY = """
 import sys
 import polars as pl
-from nbg_core.lake.lake import Lake, LakeError, Record, Write
+from nbg_core.lake.attach import LakeError
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
 folder, act = sys.argv[1:]
 lake = Lake(f"sqlite:{folder}/catalog.sqlite", f"{folder}/files")
 try:
-    lake._create()
+    lake.create()
     if act == "read":
         print(lake.sql("SELECT count(*) AS n FROM scores").item())
     else:
@@ -298,7 +302,7 @@ def test_a_folder_that_may_only_be_read_is_named_with_a_remedy(act):
             place.mkdir()
         else:
             lake = Lake(f"sqlite:{place}/catalog.sqlite", str(place / "files"))
-            lake._create()
+            lake.create()
             lake.commit(record(), [Write("scores", pl.DataFrame([score("s1")]))])
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]
         out = subprocess.run(
@@ -320,8 +324,8 @@ def test_a_folder_that_may_only_be_read_is_named_with_a_remedy(act):
     ],
 )
 def test_only_another_writer_is_waited_for(message, expected):
-    assert lake_module._is_contention(duckdb.IOException(message)) is expected
-    assert not lake_module._is_contention(duckdb.BinderException('column "lock" not found'))
+    assert conflicts.is_conflict(duckdb.IOException(message)) is expected
+    assert not conflicts.is_conflict(duckdb.BinderException('column "lock" not found'))
 
 
 def test_tables_that_another_process_makes_at_the_same_time_are_waited_for(tmp_path, monkeypatch):
@@ -332,8 +336,8 @@ def test_tables_that_another_process_makes_at_the_same_time_are_waited_for(tmp_p
         if len(calls) < 3:
             raise duckdb.TransactionException("Transaction conflict: schema already made")
 
-    monkeypatch.setattr(Lake, "_create_tables", create_tables)
-    Lake("postgres:host=nowhere", str(tmp_path))._create()
+    monkeypatch.setattr(catalog, "create_tables", create_tables)
+    Lake("postgres:host=nowhere", str(tmp_path)).create()
     assert len(calls) == 3
 
 

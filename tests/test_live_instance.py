@@ -20,7 +20,8 @@ from training_lake import make_profile as make_training_profile
 
 from nbg_core.base import ids
 from nbg_core.config.load import load_profile
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,8 @@ from test_vllm import stored
 
 from nbg_core.base.processes import is_alive
 from nbg_core.config.profile import PROJECT_ROOT, Profile
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.sampler import Decoding, Request, open_sampler
@@ -208,7 +209,8 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(json.loads(profile.model_dump_json())))
     add_queries(Run(profile, Lake.of(profile)), PROMPTS)
-    code = f"from nbg_core.runtime.run_worker import run_worker; run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    call = f"run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    code = f"from nbg_core.runtime.run_worker import run_worker; {call}"
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in caller.stdout:
         if "tokens/s" in line:

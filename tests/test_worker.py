@@ -15,7 +15,8 @@ from test_sampling import add_queries
 
 from nbg_core.base.ids import pair_id
 from nbg_core.config.profile import Profile
-from nbg_core.lake.lake import Lake, Write
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
 from nbg_core.runtime.worker import only_worker
 

@@ -14,8 +14,9 @@ from nbg_core.base import ids
 from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
-from nbg_core.lake.lake import Lake, Write
-from nbg_core.lake.tables import GAP_ZERO
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Write
+from nbg_core.lake.teacher_columns import GAP_ZERO
 from nbg_core.lineage.policy import current_policy
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.loading import load_model

@@ -24,8 +24,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def find(table: Mapping[str, T], name: str, what: str) -> T:
     """`table[name]`. Raises ValueError for an unknown name: what kind of name it is (`what`), and the known ones."""
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table) or 'none'}")
+        raise unknown(what, name, table)
     return table[name]
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the `known` ones: what the last case of a `match` raises."""
+    return ValueError(f"unknown {what} {name!r}; known: {', '.join(known) or 'none'}")
 
 
 @dataclass(frozen=True)

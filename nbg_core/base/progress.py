@@ -19,7 +19,8 @@ class CommitBuffer(Generic[T]):
     `commit` writes a list of items and returns the number of rows that are new; `new_rows` is their sum."""
 
     def __init__(self, commit: Callable[[list[T]], int]):
-        self._commit, self._items, self._last, self.new_rows = commit, [], time.monotonic(), 0
+        self._commit, self._last, self.new_rows = commit, time.monotonic(), 0
+        self._items: list[T] = []
 
     def add(self, item: T) -> None:
         self._items.append(item)

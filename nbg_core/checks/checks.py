@@ -1,7 +1,8 @@
-"""What must hold of a partition once it is made. A check is one row of CHECKS; an asset names its checks (`assets`).
+"""The checks that a partition must pass once it is made. A check is one row of CHECKS; an asset lists its checks by
+name (`Asset.checks`).
 
-A *blocking* check stops what comes next: the run that made the partition (Dagster), and any later run that would read
-it (`broken_upstream`, asked before every stage). The others warn.
+When a *blocking* check fails, Dagster stops the run that made the partition, and later runs that would read the
+partition are refused (`broken_upstream`, called before every stage). Other checks only warn.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from nbg_core.vllm.environment import missing_environment
 class Check:
     name: str
     description: str
+    """What holds when the check passes."""
     violations: Callable[[Subject], pl.DataFrame]
-    """The rows that break the rule; none when all is well. A column `why` is shown beside the description."""
+    """Returns the rows that break the rule, none when the check passes. The first value of a column `why`, if there is
+    one, is shown beside the description."""
     blocking: bool = True
 
 
@@ -78,12 +81,12 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_of(asset: str) -> list[Check]:
-    """The checks of an asset, in the order in which it names them."""
+    """The checks of an asset, in the order of `Asset.checks`."""
     return [find(CHECKS, name, "check") for name in assets.get(asset).checks]
 
 
 def cannot_run(profile: Profile) -> list[str]:
-    """What stands in the way of running a valid profile on this machine, a sentence each."""
+    """Why a valid profile cannot run on this machine, one sentence per reason."""
     models = {"student": profile.models.student, "teacher": profile.models.teacher}
     missing = [
         f"models.{role}: no model at {profile.resolve(path)} (a folder with config.json)"
@@ -94,13 +97,13 @@ def cannot_run(profile: Profile) -> list[str]:
 
 
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice_name: str | None) -> str | None:
-    """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
-    for upstream, part in assets.upstream_partitions(asset, slice_name, slice_names(profile)):
-        if latest_materialisation(lake, upstream, part) is None:
-            continue  # the stage itself says that it is missing
-        subject = Subject(lake, profile, upstream, part)
+    """A sentence on the first blocking check that an upstream partition of `asset` fails; None when all pass."""
+    for upstream, upstream_slice in assets.upstream_partitions(asset, slice_name, slice_names(profile)):
+        if latest_materialisation(lake, upstream, upstream_slice) is None:
+            continue  # the stage reports a missing partition itself
+        subject = Subject(lake, profile, upstream, upstream_slice)
         for check in checks_of(upstream):
             if check.blocking and (n := check.violations(subject).height):
-                name = assets.partition_name(upstream, part)
+                name = assets.partition_name(upstream, upstream_slice)
                 return f"{name} fails its check {check.name} ({n} violations): {check.description}"
     return None

@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable
 
 from nbg_core.base.ids import digest, model_id
-from nbg_core.config.profile import Profile
+from nbg_core.base.names import unknown
+from nbg_core.config.profile import ENGINES, Profile
 
 CODE_VERSION = "1"
 """Increment it when the same settings and inputs give other rows than before: every partition is then stale."""
@@ -31,11 +32,17 @@ def teacher_id(profile: Profile) -> str:
 
 
 def engine_version(profile: Profile, engine: str) -> list[str]:
-    """The name of a sampling backend or teacher engine, then the versions and arguments that it computes with."""
-    if engine == "vllm":
-        return [engine, profile.vllm.version, *profile.vllm.identity_args()]
-    packages = ("torch", "transformers")
-    return [engine, *(f"{package} {importlib.metadata.version(package)}" for package in packages)]
+    """The name of a sampling backend or teacher engine, then the versions and arguments that it computes with.
+
+    Raises ValueError for an unknown one."""
+    match engine:
+        case "transformers":
+            packages = ("torch", "transformers")
+            return [engine, *(f"{package} {importlib.metadata.version(package)}" for package in packages)]
+        case "vllm":
+            return [engine, profile.vllm.version, *profile.vllm.identity_args()]
+        case _:
+            raise unknown("engine", engine, ENGINES)
 
 
 def sampling_id(profile: Profile) -> str:

@@ -14,8 +14,9 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from nbg_core.base.names import nearest
+from nbg_core.base.names import file_name_problem, nearest
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 
 
@@ -26,7 +27,7 @@ class ProfileError(ValueError):
 class _EveryKeyOnce(yaml.SafeLoader):
     """YAML loader that raises an error for a key that a mapping has twice, where the second would replace the first."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
@@ -41,9 +42,11 @@ def load_profile(which: str | Path | None = None) -> Profile:
 
     Raises ProfileError for a missing file, bad YAML, an unknown key or a bad value."""
     which = str(which or os.environ.get("NBG_PROFILE") or "embedded")
-    path = Path(which) if which.endswith((".yaml", ".yml")) else PROJECT_ROOT / "profiles" / f"{which}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
+    folder = PROJECT_ROOT / "profiles"
+    is_path = which.endswith((".yaml", ".yml"))
+    path = Path(which) if is_path else folder / f"{which}.yaml"
+    if not is_path and file_name_problem(which) or not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce) or {}
@@ -71,15 +74,15 @@ def _root(path: Path, root: object) -> object:
     return folder.parent if folder.name == "profiles" else PROJECT_ROOT
 
 
-def _explain(error: dict, model: type[BaseModel]) -> str:
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic marks a mapping's key by "[key]"
     if error["type"] in ("extra_forbidden", "missing"):
         for part in error["loc"][:-1]:
-            model = _section(model.model_fields[part].annotation)
+            model = _section(model.model_fields[str(part)].annotation) or model
         key = str(error["loc"][-1])
         if error["type"] == "extra_forbidden":
             return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
-        return f"missing key {where!r}; add it: {' '.join(model.model_fields[key].description.split())}"
+        return f"missing key {where!r}; add it: {' '.join((model.model_fields[key].description or '').split())}"
     return f"{where} = {error['input']!r}: {error['msg']}" if where else error["msg"]
 
 
@@ -97,7 +100,7 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                yield f"| `{prefix}{name}` | {default} | {' '.join(field.description.split())} |"
+                yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,10 @@ from nbg_core.config.vllm import VllmSettings
 from nbg_core.scorers.scorers import SCORERS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+Engine = Literal["transformers", "vllm"]
+"""What runs a model for sampling or for the teacher's scoring."""
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 class Paths(Section):
@@ -70,7 +74,7 @@ class QuerySettings(Section):
 
 
 class SamplingSettings(Section):
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Engine = "transformers"
     """What draws responses, and the answers of the evaluation: `transformers` in a subprocess, or vLLM servers (section
     vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
@@ -118,7 +122,7 @@ class PreferenceSettings(Section):
 
 
 class TeacherSettings(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
     """What runs the teacher's forward passes: `transformers`, or vLLM servers, which give top entries only."""
     k_head: Annotated[int, Field(ge=1)] = 64
     """Most top entries per position: the teacher's most probable tokens, each stored with its log-probability."""

@@ -58,7 +58,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     """Accuracy per slice and, in the last row, over all, for `models`: {'before', 'after', 'teacher'} -> model id.
 
     Columns: slice, is_overall, n (queries), and for each role its accuracy, low, high (95%); fixed and broken (queries
-    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after -
+    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after
     before. Only queries held out at `snapshot` (now) count, and answers verified as those queries then say.
     Raises LookupError when there is none that all the models have answered."""
     queries = lake.sql(
@@ -73,7 +73,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     for role, model in models.items():
         one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
         wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
-    if wide.is_empty():
+    if wide is None or wide.is_empty():
         raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
     names = wide["slice"].unique().sort().to_list()
     groups = [(name, wide.filter(pl.col("slice") == name)) for name in names]

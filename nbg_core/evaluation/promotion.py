@@ -10,8 +10,9 @@ from nbg_core.base.ids import model_id
 from nbg_core.config.profile import Profile
 from nbg_core.evaluation.accuracy import latest_summary
 from nbg_core.evaluation.intervals import mcnemar_p_value
-from nbg_core.lake.lake import Lake, Record, Write
+from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import checkpoint_row
+from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.policy import SFT
 
 SIGNIFICANCE = 0.05

@@ -18,8 +18,9 @@ from nbg_core.config import identity
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import summarise
 from nbg_core.evaluation.promotion import gate, promotion
-from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import checkpoint_row
+from nbg_core.lake.records import Write
+from nbg_core.lineage.policy import checkpoint_folder
 from nbg_core.lineage.run import Report, Run
 from nbg_core.sampling.sampler import Decoding, Request, open_sampler
 from nbg_core.scorers.verifiers import scorer_ids, verify
@@ -123,7 +124,7 @@ def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) ->
 
 
 def _folder(run: Run, checkpoint: str) -> Path:
-    return run.profile.resolve(run.profile.paths.checkpoints) / checkpoint_row(run.lake, checkpoint)["path"]
+    return checkpoint_folder(run.profile, checkpoint_row(run.lake, checkpoint)["path"])
 
 
 def _parent(run: Run, checkpoint: str) -> Path:

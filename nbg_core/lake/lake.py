@@ -11,132 +11,25 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import duckdb
 import polars as pl
-import psutil
-from duckdb_extensions import import_extension
-from filelock import FileLock
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from nbg_core.base.errors import redact
 from nbg_core.base.files import write_parquet
-from nbg_core.base.ids import digest
 from nbg_core.config import identity
 from nbg_core.config.profile import Profile
-from nbg_core.lake import tables
-
-T = TypeVar("T")
-
-RETRY_SECONDS = 120
-
-JOIN_MEMORY = 200 << 20
-"""Bytes that DuckDB may use to join tables that do not fit into memory."""
-
-VIEWS = {
-    "teacher_entries": """
-        WITH p AS (
-          SELECT sample_id, model_id, settings_id, slice, unnest(range(len(head_counts))) AS position,
-                 unnest(head_counts) AS n_head, unnest(tail_counts) AS n_tail, unnest(tail_logmass) AS logmass
-          FROM {lake}.teacher_logits),
-        owners AS (
-          SELECT *, unnest(range(n_head + n_tail)) AS i FROM p),
-        o AS (
-          SELECT *, i < n_head AS is_head,
-                 row_number() OVER (PARTITION BY sample_id, model_id, settings_id ORDER BY position, i) AS entry
-          FROM owners),
-        e AS (
-          SELECT sample_id, model_id, settings_id, unnest(range(1, len(entry_gaps) + 1)) AS entry,
-                 unnest(entry_gaps) AS gap, unnest(entry_logprobs) AS logprob
-          FROM {lake}.teacher_logits)
-        SELECT sample_id, model_id, settings_id, slice, position, is_head,
-               (sum(gap - {zero}) OVER (PARTITION BY sample_id, model_id, settings_id, position, is_head ORDER BY i)
-                 )::INTEGER AS token_id,
-               logprob, CASE WHEN is_head THEN exp(logprob) ELSE exp(logmass) / n_tail END AS weight
-        FROM o JOIN e USING (sample_id, model_id, settings_id, entry)""",
-    "lineage.commits": """
-        SELECT m.*, m.snapshot_id, s.snapshot_time
-        FROM {lake}.lineage.materialisations m
-        LEFT JOIN ducklake_snapshots('{lake}') s ON s.snapshot_id = m.snapshot_id""",
-}
-
+from nbg_core.lake import catalog, tables
+from nbg_core.lake.attach import attach, lake_error
+from nbg_core.lake.conflicts import quietly_rollback, retry_on_conflict
+from nbg_core.lake.records import Commit, Frames, Record, Write
 
 _MEDIUM = re.compile(r"readonly|read-only|IO Error|disk is full|No space", re.IGNORECASE)
 """What DuckDB and SQLite say when the disk is the problem, not the statement."""
-
-
-class LakeError(RuntimeError):
-    """The lake cannot be opened or written: names the place and the remedy."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a materialisation read: an upstream partition's content and the snapshot it was read at."""
-
-    asset: str
-    slice_name: str | None
-    data_version: str
-    snapshot: int
-
-    def as_json(self) -> dict:
-        """As `lineage.materialisations.inputs` holds it."""
-        return {
-            "asset": self.asset,
-            "slice": self.slice_name,
-            "data_version": self.data_version,
-            "snapshot": self.snapshot,
-        }
-
-
-@dataclass(frozen=True)
-class Record:
-    """The lineage of one commit. `settings` are those that matter to the asset, nothing else."""
-
-    asset: str
-    slice_name: str | None
-    run_id: str
-    profile: str
-    status: str = "complete"
-    settings: dict = field(default_factory=dict)
-    settings_id: str = "none"
-    inputs: Sequence[Input] = ()
-    data_version: str | None = None
-    materialisation_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass(frozen=True)
-class Write:
-    """Rows for one table, without `materialisation_id` (the commit adds it).
-
-    Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
-    (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
-    it, for tables with large arrays; in an object store it is an insert like the others, whose files are larger.
-
-    Rows that do not fit in memory at once come from a function that gives them frame by frame; it is called again when
-    the commit is retried."""
-
-    table: str
-    rows: pl.DataFrame | Callable[[], Iterable[pl.DataFrame]]
-    replace: str | None = None
-    params: tuple = ()
-    as_file: bool = False
-
-
-@dataclass(frozen=True)
-class Commit:
-    materialisation_id: str
-    snapshot: int
-    n_rows: int
 
 
 class Lake:
@@ -154,8 +47,12 @@ class Lake:
         if "://" not in data_path:
             data_path = str(profile.resolve(data_path))
         lake = cls(f"{kind}:{where}", data_path, profile.lake.author)
-        lake._create()
+        lake.create()
         return lake
+
+    def create(self) -> None:
+        """Make catalog, tables and views where they are missing. Raises LakeError when that is not possible."""
+        catalog.create(self)
 
     def connect(self, *, read_only: bool = True, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection whose default catalog is the lake, optionally as it was at `snapshot`.
@@ -166,81 +63,22 @@ class Lake:
             if snapshot is not None:  # one past snapshot is enough to keep
                 for old in [k for k in self._attached if k[1] is not None]:
                     self._attached.pop(old).close()
-            self._attached[key] = self._attach(read_only, snapshot)
+            self._attached[key] = attach(self.catalog, self.data_path, read_only=read_only, snapshot=snapshot)
         con = self._attached[key].cursor()
         con.execute("USE lake")
         con.execute("SET TimeZone = 'UTC'")
         return con
 
-    def _attach(self, read_only: bool, snapshot: int | None) -> duckdb.DuckDBPyConnection:
-        kind = self.catalog.partition(":")[0]
-        options = [f"DATA_PATH '{_quoted(self.data_path)}'"]
-        if kind == "sqlite":
-            options.append("META_BUSY_TIMEOUT 10000")
-            if not read_only:  # setting it is a write; the file remembers it
-                options.append("META_JOURNAL_MODE 'WAL'")
-        if read_only:
-            options.append("READ_ONLY")
-        if snapshot is not None:
-            options.append(f"SNAPSHOT_VERSION {int(snapshot)}")
-        con = duckdb.connect()
-        try:
-            _import_extensions(kind)
-            for extension in _extensions(kind):
-                con.load_extension(extension)
-            con.execute(f"ATTACH 'ducklake:{_quoted(self.catalog)}' AS lake ({', '.join(options)})")
-        except duckdb.Error as e:  # its text holds the connection string: it may not be shown, nor be a cause
-            con.close()
-            if _is_contention(e):
-                raise
-            if snapshot is not None and "No snapshot found" in str(e):
-                raise LookupError(f"the lake has no snapshot {snapshot}; the newest is {self.snapshot()}") from None
-            raise self._error("opened", e) from None
-        return con
-
-    def _error(self, what: str, error: Exception) -> LakeError:
-        """The sentence for a user: place, cause without secrets, remedy."""
-        kind, _, where = self.catalog.partition(":")
-        if kind == "sqlite":
-            folders = f"{Path(where).parent} and {self.data_path}"
-            remedy = f"{folders} must be writable for this user, for reading too (SQLite keeps files of its own beside "
-            remedy += "the catalog): make them so, or set `lake` in the profile to a folder that is"
-        else:
-            remedy = "check lake.catalog in the profile, and that the database is up and lets this user in"
-        return LakeError(redact(f"the lake at {self.catalog} cannot be {what}: {error}; {remedy}"))
-
     def sql(self, query: str, params: Sequence = (), *, snapshot: int | None = None) -> pl.DataFrame:
         """The rows of a read-only query, at `snapshot` if given. Lists and structs come as polars types."""
-        with self._connection(read_only=True, snapshot=snapshot) as con:
+        with self.connection(read_only=True, snapshot=snapshot) as con:
             return con.execute(query, list(params)).pl()
-
-    @contextmanager
-    def joins(self, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection for joins of large tables that stay within JOIN_MEMORY: what does not fit goes to the folder
-        `spill`, which is removed at the end. A query names the smaller table last; without ORDER BY its rows come in
-        any order. `with_room` is for those that need more."""
-        shutil.rmtree(spill, ignore_errors=True)  # of one that was killed
-        spill.parent.mkdir(parents=True, exist_ok=True)  # DuckDB makes the folder alone
-        con = self._attach(True, snapshot)
-        try:
-            con.execute("USE lake")
-            con.execute(f"SET memory_limit = '{JOIN_MEMORY}B'")
-            con.execute("SET allocator_flush_threshold = '8MB'")  # give back to the system what was freed
-            con.execute("SET allocator_bulk_deallocation_flush_threshold = '8MB'")
-            con.execute("SET temp_directory = ?", [str(spill)])
-            con.execute("SET threads = 2")  # each needs its share of the memory
-            con.execute("SET preserve_insertion_order = false")
-            # Fewer rows can be more bytes: the side that is held is the one that the query has last.
-            con.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
-            yield con
-        finally:
-            con.close()
-            shutil.rmtree(spill, ignore_errors=True)
 
     def snapshot(self) -> int:
         """The newest snapshot id."""
-        with self._connection(read_only=True) as con:
-            return con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchone()[0]
+        with self.connection(read_only=True) as con:
+            [(newest,)] = con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchall()
+            return newest
 
     def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
         """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
@@ -264,11 +102,11 @@ class Lake:
         except (duckdb.Error, OSError) as e:  # a folder that is read-only, a disk that is full
             if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
                 raise
-            raise self._error("written", e) from None
+            raise lake_error(self.catalog, self.data_path, "written", e) from None
 
     def _try_commit(self, record: Record, ready: list[tuple[Write, Frames]]) -> int:
         files: list[Path] = []
-        with self._connection(read_only=False) as con:
+        with self.connection(read_only=False) as con:
             con.execute("BEGIN")
             try:
                 n_rows = 0
@@ -298,12 +136,12 @@ class Lake:
         return n_rows
 
     def _snapshot_of(self, record: Record) -> int:
-        with self._connection(read_only=False) as con:  # it is attached already
-            return con.execute(
-                "SELECT max(snapshot_id) FROM ducklake_snapshots('lake') "
-                "WHERE json_extract_string(commit_extra_info, '$.materialisation_id') = ?",
+        with self.connection(read_only=False) as con:  # it is attached already
+            [(snapshot,)] = con.execute(
+                "SELECT snapshot_id FROM lineage.materialisations WHERE materialisation_id = ?",
                 [record.materialisation_id],
-            ).fetchone()[0]
+            ).fetchall()
+            return snapshot
 
     def _landed(self, record: Record) -> int | None:
         """The rows that a commit has written, None if it is not in the lake."""
@@ -339,104 +177,12 @@ class Lake:
         }])  # fmt: skip
 
     @contextmanager
-    def _connection(self, **kwargs):
-        con = self.connect(**kwargs)
+    def connection(self, *, read_only: bool, snapshot: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+        con = self.connect(read_only=read_only, snapshot=snapshot)
         try:
             yield con
         finally:
             con.close()
-
-    def _create(self) -> None:
-        """Make catalog, tables and views where they are missing.
-
-        One process at a time in a SQLite catalog; in a Postgres one, whoever comes second tries again."""
-        kind, _, where = self.catalog.partition(":")
-        try:
-            if "://" not in self.data_path:
-                Path(self.data_path).mkdir(parents=True, exist_ok=True)
-            if kind == "sqlite":
-                self._create_file(Path(where))
-            else:
-                retry_on_conflict(self._create_tables)
-        except (OSError, sqlite3.Error) as e:
-            raise self._error("created", e) from None
-
-    def _create_file(self, catalog: Path) -> None:
-        ready = catalog.with_suffix(".ready")  # holds the data path and what the tables look like
-        wanted = f"{self.data_path}\n{tables.version()} {digest(VIEWS)}"
-        if catalog.exists() and ready.exists() and ready.read_text() == wanted:
-            return
-        catalog.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(catalog.with_suffix(".lock")):
-            if catalog.exists():
-                self._follow_move(catalog)
-            self._create_tables()
-            temporary = ready.with_suffix(".tmp")
-            temporary.write_text(wanted)
-            temporary.rename(ready)
-
-    def _follow_move(self, catalog: Path) -> None:
-        """A catalog holds absolute paths: when its folder was moved or copied, point it at the files' new place."""
-        with closing(sqlite3.connect(catalog, timeout=10)) as con, con:
-            known = con.execute("SELECT 1 FROM sqlite_master WHERE name = 'ducklake_metadata'").fetchone()
-            old = known and con.execute("SELECT value FROM ducklake_metadata WHERE key = 'data_path'").fetchone()
-            if not old or Path(old[0]) == Path(self.data_path):
-                return
-            old, new = old[0].rstrip("/") + "/", self.data_path.rstrip("/") + "/"
-            paths = [p for (p,) in con.execute("SELECT path FROM ducklake_data_file WHERE NOT path_is_relative")]
-            gone = [p for p in paths if not Path(new, p.removeprefix(old)).exists()]
-            if gone:
-                raise LakeError(
-                    f"the lake at {catalog} was made with its files in {old}; now they should be in {new}, but "
-                    f"{gone[0].removeprefix(old)} is not there ({len(gone)} missing); move the files there, or set "
-                    "lake.data_path to where they are"
-                )
-            con.execute("UPDATE ducklake_metadata SET value = ? WHERE key = 'data_path'", [new])
-            for table in ("ducklake_data_file", "ducklake_delete_file"):
-                there = "NOT path_is_relative AND substr(path, 1, ?) = ?"
-                moved = f"UPDATE {table} SET path = ? || substr(path, ?) WHERE {there}"
-                con.execute(moved, [new, len(old) + 1, len(old), old])
-
-    def _create_tables(self) -> None:
-        with self._connection(read_only=False) as con:
-            con.execute("BEGIN")
-            con.execute("CREATE SCHEMA IF NOT EXISTS lineage")
-            for table in tables.TABLES:
-                columns = {n: tables.sql_type(t) for n, t in tables.polars_schema(table).items()}
-                made = ", ".join(f"{n} {t}" for n, t in columns.items())
-                con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({made})")
-                there = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
-                # Made by an earlier version: its rows were made with other settings, and are not read.
-                for n in columns.keys() - there:
-                    con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
-            for name, body in VIEWS.items():
-                con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake', zero=tables.GAP_ZERO)}")
-            con.execute("COMMIT")
-            # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
-            con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")
-
-
-def with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: int = JOIN_MEMORY) -> T:
-    """`attempt()` within `memory` bytes of DuckDB's, else again with more: it reads 2,048 rows of a file at once,
-    however long they are, and not all that it does can go to disk.
-
-    Raises LakeError when the machine has no more."""
-    while True:
-        try:
-            con.execute(f"SET memory_limit = '{memory}B'")
-            return attempt()
-        except (duckdb.OutOfMemoryException, OSError) as e:  # Arrow makes the latter of the former
-            if "Out of Memory" not in str(e):
-                raise
-            if 4 * memory > (free := psutil.virtual_memory().available):
-                raise LakeError(
-                    f"joining the lake's tables needs more than {memory >> 20} MiB of memory, and {free >> 20} MiB are "
-                    "free; end other programs, or train on fewer slices"
-                ) from e
-            memory *= 4
-
-
-Frames = Callable[[], Iterable[pl.DataFrame]]
 
 
 def _checked(write: Write, record: Record) -> Frames:
@@ -445,9 +191,10 @@ def _checked(write: Write, record: Record) -> Frames:
     def check(rows: pl.DataFrame) -> pl.DataFrame:
         return tables.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))
 
-    if callable(write.rows):
-        return lambda: map(check, write.rows())
-    rows = check(write.rows)
+    given = write.rows
+    if callable(given):
+        return lambda: map(check, given())
+    rows = check(given)
     return lambda: [rows]
 
 
@@ -459,46 +206,3 @@ def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
     keys = rows.select(key)  # noqa: F841  (DuckDB reads it by name)
     present = con.execute(f"SELECT DISTINCT {', '.join(key)} FROM {table} SEMI JOIN keys USING ({', '.join(key)})").pl()
     return rows.join(present, on=key, how="anti", maintain_order="left")
-
-
-_CONTENTION = re.compile(r"\b(lock|locked|deadlock|busy|conflict|conflicts|conflicting|serialize)\b", re.IGNORECASE)
-
-
-def _is_contention(error: BaseException) -> bool:
-    """Whether another writer was in the way and the transaction can simply be tried again."""
-    mistakes = (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)  # may name any word
-    return isinstance(error, duckdb.Error) and not isinstance(error, mistakes) and bool(_CONTENTION.search(str(error)))
-
-
-def retry_on_conflict(attempt, *args):
-    """`attempt(*args)`, again and again while other writers are in the way, for RETRY_SECONDS at most."""
-    return retry(
-        retry=retry_if_exception(_is_contention),
-        wait=wait_random_exponential(multiplier=0.05, max=5),
-        stop=stop_after_delay(RETRY_SECONDS),
-        reraise=True,
-    )(attempt)(*args)
-
-
-def quietly_rollback(con) -> None:
-    try:
-        con.execute("ROLLBACK")
-    except duckdb.Error:  # a failed COMMIT has already ended the transaction
-        pass
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")
-
-
-def _extensions(kind: str) -> list[str]:
-    metadata = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner"}
-    if kind not in metadata:
-        raise LakeError(f"lake.catalog starts with {kind!r}; use 'sqlite:PATH' or 'postgres:CONNECTION STRING'")
-    return ["ducklake", metadata[kind]]
-
-
-@cache
-def _import_extensions(kind: str) -> None:
-    for extension in _extensions(kind):
-        import_extension(extension)

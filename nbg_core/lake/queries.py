@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from nbg_core.assets import partition_name
-from nbg_core.lake.lake import Input, Lake
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.records import Input
 
 RESPONSES_OF_PAIRS = """(
     SELECT chosen_id AS sample_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1)"""

@@ -7,15 +7,29 @@ is what makes a row the same row on the second run. Every row names the commit t
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterable
+
 import dataframely as dy
+import numpy as np
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
+from nbg_core.lake import teacher_columns
+from nbg_core.lake.teacher_columns import TEACHER_COLUMNS, TeacherColumn
 from nbg_core.losses.metrics import METRICS
+from nbg_core.scorers.scorers import SCORERS
+from nbg_core.scorers.verifiers import VERIFIERS
 
 
 def _id(what: str, **kwargs) -> dy.String:
     return dy.String(min_length=1, description=what, **kwargs)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *others, last = (repr(name) for name in names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _ints(what: str) -> dy.List:
@@ -24,6 +38,11 @@ def _ints(what: str) -> dy.List:
 
 def _floats(what: str, *, allow_inf: bool = False) -> dy.List:
     return dy.List(dy.Float32(allow_inf=allow_inf), description=what)
+
+
+def _schema(name: str, doc: str, base: type[dy.Schema], columns: dict[str, dy.Column]) -> type[dy.Schema]:
+    """A schema whose columns are made from a declaration elsewhere."""
+    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(columns, __doc__=doc))
 
 
 class Produced(dy.Schema):
@@ -41,7 +60,7 @@ class Queries(Produced):
     messages = dy.List(dy.Struct({"role": dy.String(), "content": dy.String()}), description="chat messages")
     prompt = dy.String(description="text of the last user message")
     answer = dy.String(nullable=True, description="reference answer")
-    verifier = dy.String(nullable=True, description="'exact', 'regex', 'math_verify' or 'reasoning_gym'")
+    verifier = dy.String(nullable=True, description=_one_of(VERIFIERS))
     verifier_args = dy.String(nullable=True, description="verifier arguments, JSON")
     source_file = dy.String(description="file the row came from")
     source_line = dy.Int64(description="1-based line or row in that file")
@@ -68,7 +87,7 @@ class Scores(Produced):
     """One score of one response by one scorer."""
 
     sample_id = _id("response scored", primary_key=True)
-    scorer = dy.String(description="'verifier' or 'teacher_loglik'", primary_key=True)
+    scorer = dy.String(description=_one_of(SCORERS), primary_key=True)
     scorer_id = _id("hash of what the scorer depends on", primary_key=True)
     score = dy.Float64(description="higher is better")
 
@@ -92,29 +111,32 @@ class Rejections(Produced):
     query_id = dy.String(nullable=True, description="query concerned")
     chosen_id = dy.String(nullable=True, description="best candidate positive, if any")
     rejected_id = dy.String(nullable=True, description="candidate negative, if any")
-    reason = dy.String(description="short code; the README lists them")
+    reason = dy.String(description="short code; docs/data.md lists them")
     detail = dy.String(description="the values behind the reason")
 
 
-class TeacherLogits(Produced):
+def _teacher_column(column: TeacherColumn) -> dy.List:
+    if column.dtype is np.int32:
+        return _ints(column.meaning)
+    return _floats(column.meaning, allow_inf=column.may_be_inf)
+
+
+TeacherLogits = _schema(
+    "TeacherLogits",
     """The teacher's distribution at every position of one response, as flat lists over positions.
 
-    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries, head first. Head entries are exact; tail
-    entries are systematic samples of the mass outside the head, each of weight exp(tail_logmass) / tail_count. The view
-    `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
-    """
-
-    sample_id = _id("response scored", primary_key=True)
-    model_id = _id("teacher", primary_key=True)
-    settings_id = _id("hash of the storage settings and the dtype", primary_key=True)
-    token_logprobs = _floats("teacher log-probability of the response token itself, nats", allow_inf=True)
-    tail_logmass = _floats(
-        "log of the mass outside the head, known exactly and kept to 1e-4 of itself; -inf when none", allow_inf=True
-    )
-    head_counts = _ints("entries kept exactly, per position")
-    tail_counts = _ints("entries sampled from the tail, per position")
-    entry_gaps = _floats("2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries")
-    entry_logprobs = _floats("teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats")
+    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries. The first of them, the head, are its most
+    probable tokens, exactly. The others are systematic samples of the mass outside, each of weight exp(tail_logmass) /
+    tail_count. The view `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
+    """,
+    Produced,
+    {
+        "sample_id": _id("response scored", primary_key=True),
+        "model_id": _id("teacher", primary_key=True),
+        "settings_id": _id("hash of the storage settings and the dtype", primary_key=True),
+        **{column.name: _teacher_column(column) for column in TEACHER_COLUMNS},
+    },
+)
 
 
 class ReferenceLogprobs(Produced):
@@ -154,13 +176,17 @@ class CheckpointPairs(dy.Schema):
     materialisation_id = _id("commit that wrote this row")
 
 
-TrainingSteps = type(dy.Schema)("TrainingSteps", (dy.Schema,), {
-    "__doc__": "Metrics of one optimizer step, taken before its update, over the global batch.",
-    "training_id": _id("training", primary_key=True),
-    "step": dy.Int64(description="0-based optimizer step", primary_key=True),
-    **{metric.name: dy.Float64(description=metric.meaning) for metric in METRICS},
-    "materialisation_id": _id("commit that wrote this row"),
-})  # fmt: skip
+TrainingSteps = _schema(
+    "TrainingSteps",
+    "Metrics of one optimizer step, taken before its update, over the global batch.",
+    dy.Schema,
+    {
+        "training_id": _id("training", primary_key=True),
+        "step": dy.Int64(description="0-based optimizer step", primary_key=True),
+        **{metric.name: dy.Float64(description=metric.meaning) for metric in METRICS},
+        "materialisation_id": _id("commit that wrote this row"),
+    },
+)
 
 
 class Evaluations(dy.Schema):
@@ -222,19 +248,16 @@ TABLES: dict[str, type[dy.Schema]] = {
     "lineage.materialisations": Materialisations,
 }
 
-GAP_ZERO = 1 << 23
-"""What teacher_logits.entry_gaps holds for 0: a float32 from here on has a whole number's bytes in its last three."""
-
-BYTE_SPLIT = {"teacher_logits": ("token_logprobs", "tail_logmass", "entry_gaps", "entry_logprobs")}
+BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""
 
-_SQL_TYPES = {
+_SQL_TYPES: dict[DataTypeClass, str] = {
     pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
     pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
 }  # fmt: skip
 
 
-def sql_type(dtype: pl.DataType) -> str:
+def sql_type(dtype: pl.DataType | DataTypeClass) -> str:
     """DuckDB's name of a polars type used in a schema above."""
     if isinstance(dtype, pl.List):
         return sql_type(dtype.inner) + "[]"
@@ -268,8 +291,8 @@ def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
     declared = TABLES[table].column_names()
     if unknown := [name for name in df.columns if name not in declared]:
         raise ValueError(
-            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric of "
-            "training_steps in nbg_core/losses/metrics.py), or do not write it"
+            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric "
+            "of training_steps in nbg_core/losses/metrics.py), or do not write it"
         )
     if missing := [name for name in declared if name not in df.columns]:
         raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")

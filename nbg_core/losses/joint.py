@@ -126,7 +126,7 @@ def pair_loss(
     )  # fmt: skip
     margin = dpo.chosen_reward - dpo.rejected_reward  # [B]
     terms = Terms(policy, dpo, margin, kl, is_chosen)
-    sums = {metric.name: metric.sum(terms) for metric in SUMMED}
+    sums = {metric.name: metric.sum(terms) for metric in SUMMED if metric.sum}
     sums |= {"pairs": sides.new_full((), n_pairs), "chosen_tokens": lengths[:, 0].sum(),
              "rejected_tokens": lengths[:, 1].sum()}  # fmt: skip
     loss = weighted(sums, s, denominators)

@@ -55,6 +55,11 @@ class Metric:
     plot: str | None = None
     """Title of the figure that shows the metric's curve; metrics of the same title share a figure."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a sum without a count to divide it by, or the reverse."""
+        if (self.sum is None) != (self.mean_over is None):
+            raise ValueError(f"metric {self.name!r} needs both `sum` and `mean_over`, or neither")
+
 
 METRICS: tuple[Metric, ...] = (
     Metric("loss", "joint loss", plot="losses"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from nbg_core.base.names import OneOf
 from nbg_core.base.section import Section
 from nbg_core.losses.divergence import DIVERGENCES
 from nbg_core.losses.dpo import DPO_VARIANTS, check_label_smoothing
+
+Estimator = Literal["sampled_tail", "bucket"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 class LossConfig(Section):
@@ -32,7 +35,7 @@ class LossConfig(Section):
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
     """Token-level divergence: forward is KL(teacher || student), reverse is KL(student || teacher), jsd the generalised
     Jensen-Shannon divergence."""
-    estimator: Literal["sampled_tail", "bucket"] = "sampled_tail"
+    estimator: Estimator = "sampled_tail"
     """How the divergence is computed from stored entries. `sampled_tail`: unbiased, forward KL only; `bucket`: all
     tokens outside the top entries count as one outcome, a lower bound."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5

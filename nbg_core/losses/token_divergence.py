@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbg_core.base.names import find
+from nbg_core.base.names import find, unknown
 from nbg_core.losses.divergence import DIVERGENCES, LOG_TINY
 from nbg_core.losses.logps import gather_logps, log_sum_exp, upcast
-from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.settings import ESTIMATORS, LossSettings
 from nbg_core.losses.targets import TeacherTargets
 
 
@@ -57,14 +57,16 @@ def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets,
     log_p = targets.logprobs.to(entries.dtype)  # [T, K]
     match settings.estimator:
         case "sampled_tail":
+            assert divergence.of_samples is not None  # LossSettings refuses the other divergences
             return divergence.of_samples(targets.weights().to(entries.dtype), log_p, entries)
         case "bucket":
+            assert tail is not None  # whoever has this estimator computes it
             log_p = torch.where(targets.is_top, log_p, -torch.inf)
             log_p = torch.cat([log_p, targets.tail_logmass[:, None].to(entries.dtype)], -1)  # [T, K + 1]
             log_q = torch.cat([torch.where(targets.is_top, entries, -torch.inf), tail[:, None]], -1)  # [T, K + 1]
             return divergence.of_buckets(log_p, log_q, settings.jsd_alpha)
         case _:
-            raise ValueError(f"unknown estimator {settings.estimator!r}; use 'sampled_tail' or 'bucket'")
+            raise unknown("estimator", settings.estimator, ESTIMATORS)
 
 
 def tail_logps(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:

@@ -85,7 +85,7 @@ def select_pairs(scored: pl.DataFrame, settings: PreferenceSettings) -> tuple[pl
 def _pairs_of(responses: list[dict], settings: PreferenceSettings) -> list[dict]:
     scored = [r for r in responses if r["score"] is not None]
     used: set[str] = set()
-    found = []
+    found: list[dict] = []
     while len(found) < settings.max_pairs_per_query:
         free = [r for r in scored if r["text"] not in used]
         pair = _widest(free, truncated_positive=settings.truncated_positive)

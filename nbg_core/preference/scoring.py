@@ -10,7 +10,7 @@ import polars as pl
 from nbg_core.base.names import find
 from nbg_core.base.progress import Progress
 from nbg_core.config.identity import IDENTITIES
-from nbg_core.lake.lake import Input, Write
+from nbg_core.lake.records import Input, Write
 from nbg_core.lineage.run import Run
 from nbg_core.scorers.scorers import SCORERS, Scorer
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from nbg_core.base.ids import content_version
-from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import current_samples
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.preference.pairs import REASONS, select_pairs
 from nbg_core.preference.scoring import ASSET, score_samples

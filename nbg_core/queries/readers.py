@@ -20,7 +20,7 @@ too, or JSON text. All problems of a file are reported at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import polars as pl
 
 from nbg_core.base.ids import query_id
-from nbg_core.base.names import nearest
+from nbg_core.base.names import find, nearest
 from nbg_core.scorers.verifiers import SpecError, check_spec
 
 SHOWN = 20
@@ -70,8 +70,9 @@ class QueryRow:
 def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
     problems = Problems(path)
-    rows, line_of_id = [], {}
-    for line, value in _parquet(path, problems) if path.suffix == ".parquet" else _jsonl(path, problems):
+    rows: list[QueryRow] = []
+    line_of_id: dict[str | int, int] = {}
+    for line, value in find(READERS, path.suffix, "suffix of a query file")(path, problems):
         row = _row(value, line, problems)
         if (row_id := value.get("id")) is not None and not isinstance(row_id, list | dict):
             if row_id in line_of_id:
@@ -160,6 +161,13 @@ def _parquet(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, An
         yield line, value
 
 
+READERS: dict[str, Callable[[Path, Problems], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+"""What reads a file, by its suffix (`config.slices.SUFFIXES`): its rows with their lines."""
+
+
 def _without_nulls(value: Any) -> Any:
     """`value` without null fields: in a struct column each row has the fields of all rows, null where it has none."""
     if isinstance(value, dict):
@@ -175,7 +183,8 @@ def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | Non
         if key not in KEYS:
             problems.add(line, repr(key), f"unknown key; {nearest(key, KEYS)}")
         elif not isinstance(content, KEYS[key]) or isinstance(content, bool):
-            wanted = JSON_NAMES[KEYS[key]] if isinstance(KEYS[key], type) else "text or a number"
+            kind = KEYS[key]
+            wanted = JSON_NAMES[kind] if isinstance(kind, type) else "text or a number"
             hint = f'; write "{content}"' if key == "answer" and isinstance(content, int | float) else ""
             problems.add(line, key, f"must be {wanted}, is {_json_name(content)}{hint}")
             return None
@@ -203,7 +212,7 @@ def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | Non
     return QueryRow(line, query_id(messages), messages, value.get("answer"), value.get("verifier"), args, split)
 
 
-def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, str]]:
+def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, Any]]:
     """The messages of a row, each with role and content only. When it adds to `problems`, the result is of no use."""
     if "messages" not in value:
         if "prompt" not in value:

@@ -23,7 +23,7 @@ from filelock import FileLock
 from nbg_core.base.ids import content_version, seed_from
 from nbg_core.config.slices import check_slice_name, query_file, slice_names
 from nbg_core.lake import tables
-from nbg_core.lake.lake import Write
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.queries.dedup import find_drops, item, text_key
 from nbg_core.queries.readers import QueryFileError, QueryRow, read_rows

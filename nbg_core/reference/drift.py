@@ -10,9 +10,12 @@ are compared: those of the teacher, or of an earlier policy, have other log-prob
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
+from nbg_core.base.names import find
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import RESPONSES_OF_PAIRS, made_with
 
@@ -22,12 +25,17 @@ MAX_SHARE = 0.01
 """Share of tokens past the bound that is worth a warning."""
 
 
+STEP_0_NATS = {"fp32": 1e-4, "bf16": 0.1}
+"""Nats that a response of one token may be off before the first update, by training precision."""
+
+
 def step_0_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
     """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
 
     Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
-    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
-    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
+    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token. Raises
+    ValueError for an unknown precision."""
+    return beta * find(STEP_0_NATS, precision, "training.precision") * np.sqrt(n_tokens)
 
 
 _DRIFTS = f"""
@@ -49,7 +57,7 @@ def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
     )
 
 
-def summary(lake: Lake, slice_name: str) -> dict[str, float | int | None]:
+def summary(lake: Lake, slice_name: str) -> dict[str, Any]:
     """Over all compared tokens of a slice: their number, mean and max drift in nats, and the share past BOUND.
 
     All but the number are None when nothing was compared."""

@@ -12,8 +12,8 @@ import polars as pl
 
 from nbg_core.base.ids import content_version
 from nbg_core.config import identity
-from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import samples_of_pairs, scored_samples
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.reference import drift
 from nbg_core.teacher.forward import response_logprobs
@@ -47,8 +47,8 @@ def materialise(run: Run, slice_name: str) -> ReferenceReport:
         rows = chunk.with_columns(slice=pl.lit(slice_name), model_id=pl.lit(reference), settings_id=pl.lit(scoring_id))
         new_rows += run.commit(ASSET, slice_name, [Write(ASSET, rows)], inputs=inputs).n_rows
     version = content_version([f"{s}:{reference}:{scoring_id}" for s in wanted["sample_id"]])
-    done = run.commit(ASSET, slice_name, inputs=inputs, data_version=version)
+    commit = run.commit(ASSET, slice_name, inputs=inputs, data_version=version)
     return ReferenceReport.of(
-        done, ASSET, slice_name, version, rows=wanted.height, new_rows=new_rows, reference_model_id=reference,
+        commit, ASSET, slice_name, version, rows=wanted.height, new_rows=new_rows, reference_model_id=reference,
         **drift.summary(run.lake, slice_name),
     )  # fmt: skip

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from nbg_core.base.names import unknown
+from nbg_core.config.profile import ENGINES
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_tokenizer
@@ -67,7 +70,8 @@ class Sampler(ABC):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        # A list of ids is one text; transformers returns a list of texts for a list of lists.
+        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
         """All responses to each request, in the order of its seeds."""
@@ -79,7 +83,8 @@ class Sampler(ABC):
 def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
     """The sampler of `sampling.backend` for the model at `path`.
 
-    `batch_size` responses are drawn at the same time by backend `transformers`; vLLM schedules requests itself."""
+    `batch_size` responses are drawn at the same time by backend `transformers`; vLLM schedules requests itself. Raises
+    ValueError for an unknown backend."""
     profile = run.profile
     match profile.sampling.backend:
         case "vllm":
@@ -93,4 +98,4 @@ def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
 
             yield TransformersSampler(profile, path, batch_size)
         case backend:
-            raise ValueError(f"unknown sampling.backend {backend!r}; use 'transformers' or 'vllm'")
+            raise unknown("sampling.backend", backend, ENGINES)

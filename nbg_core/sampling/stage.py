@@ -18,7 +18,7 @@ import polars as pl
 from nbg_core.base import ids
 from nbg_core.base.progress import CommitBuffer, Progress
 from nbg_core.config import identity
-from nbg_core.lake.lake import Input, Write
+from nbg_core.lake.records import Input, Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import check_same_tokenizer, context_length, load_tokenizer

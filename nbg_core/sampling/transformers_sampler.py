@@ -45,7 +45,7 @@ class TransformersSampler(Sampler):
                 start = end
 
     @torch.inference_mode()
-    def _batch(self, requests: list[Request], decoding: Decoding) -> list[list[Response]]:
+    def _batch(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
         """The responses to each request of one batch."""
         device = self.model.device
         width = max(len(r.prompt_token_ids) for r in requests)
@@ -83,7 +83,7 @@ class TransformersSampler(Sampler):
             logits = out.logits[:, -1]
         return self._responses(requests, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
-    def _responses(self, requests: list[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
+    def _responses(self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
         """The responses to each request, from tokens [N, T] and logprobs [N, T]; each ends at its first stop token."""
         ends = torch.isin(tokens, self.stop)  # [N, T]
         stopped = ends.any(1)  # [N]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -30,7 +30,7 @@ CHUNK = 2048
 class Context(Protocol):
     """The parts of a run that a scorer may use. The stage `filtered_pairs` implements it."""
 
-    def identity(self, name: str) -> object:
+    def identity(self, name: str) -> Any:
         """The value of an entry of `config.identity.IDENTITIES` that the scorer depends on (`Scorer.depends_on`)."""
 
     def progress(self, total: int) -> Progress:

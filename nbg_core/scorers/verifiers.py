@@ -47,8 +47,9 @@ class Verifier:
     """Value of `verifier` in a query file."""
     meaning: str
     """When a response is right."""
-    score: Callable[[str, str | None, dict[str, Any], str], float]
-    """(stripped response, answer, verifier_args, prompt) -> score in [0, 1]. It runs under the time limit."""
+    score: Callable[[str, Any, dict[str, Any], str], float]
+    """(stripped response, answer, verifier_args, prompt) -> score in [0, 1]. The answer may be None unless
+    `needs_answer`. It runs under the time limit."""
     arguments: Mapping[str, type] = field(default_factory=dict)
     """Name -> type of the arguments that it takes in `verifier_args`."""
     required: tuple[str, ...] = ()

@@ -9,8 +9,8 @@ import polars as pl
 from nbg_core.base.ids import content_version, model_id
 from nbg_core.base.progress import CommitBuffer
 from nbg_core.config import identity
-from nbg_core.lake.lake import Write
 from nbg_core.lake.queries import samples_of_pairs, scored_samples
+from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
 from nbg_core.modeling.loading import check_same_tokenizer
 from nbg_core.teacher.engine import open_engine

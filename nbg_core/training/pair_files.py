@@ -1,11 +1,15 @@
 """The training set as files of plain values: written once from the lake, read pair by pair, never whole in memory.
 
 `write_pair_files` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
-training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
-and an index of where each response begins. `PairFiles` reads a pair by position with a few preads, in any order; what was
-read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
-responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
-little-endian, no header, whole if and only if `complete.json` is there and right about their sizes.
+training's work folder. There is one file per column, with the responses concatenated in the order in which the lake
+gives them, and an index of where each response begins. Writing holds a hash table of the responses in memory; all else
+that is noted on the way is in files, too.
+
+`PairFiles` reads a pair by position with a few preads, in any order. What was read before is in the system's page
+cache, which is given back when memory is short.
+
+The files belong to one machine: little-endian, no header. They are whole if and only if `complete.json` is there and
+right about their sizes.
 """
 
 from __future__ import annotations
@@ -23,24 +27,24 @@ import polars as pl
 import pyarrow as pa
 
 from nbg_core.base.files import write_json
-from nbg_core.lake.lake import JOIN_MEMORY, Lake, with_room
+from nbg_core.lake.joins import JOIN_MEMORY, bounded_joins, with_room
+from nbg_core.lake.lake import Lake
+from nbg_core.lake.teacher_columns import TRAINED_ON
 from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, Check
 from nbg_core.training.request import ASSET, Request, TrainingError
 
-TABLES = {
-    "samples": ("prompt_token_ids", "token_ids"),
-    "teacher_logits": ("head_counts", "tail_counts", "tail_logmass", "entry_gaps", "entry_logprobs"),
-    "reference_logprobs": ("token_logprobs",),
+TABLES: dict[str, dict[str, type[np.generic]]] = {
+    "samples": {"prompt_token_ids": np.int32, "token_ids": np.int32},
+    "teacher_logits": {column.name: column.dtype for column in TRAINED_ON.values()},
+    "reference_logprobs": {"token_logprobs": np.float32},
 }
-"""Columns that training reads."""
+"""Columns that training reads, with the dtype of their files."""
 
-COLUMNS = {
-    "prompt_token_ids": np.int32, "token_ids": np.int32, "head_counts": np.int32, "tail_counts": np.int32,
-    "tail_logmass": np.float32, "entry_gaps": np.float32, "entry_logprobs": np.float32, "token_logprobs": np.float32,
-}  # fmt: skip
+COLUMNS: dict[str, type[np.generic]] = {name: dtype for columns in TABLES.values() for name, dtype in columns.items()}
 
-# Columns whose values lie at the same places as another's of their table.
-_LIKE = {"tail_counts": "head_counts", "tail_logmass": "head_counts", "entry_logprobs": "entry_gaps"}
+# Columns whose values lie at the same places as another's of their table: the first one of their kind is indexed.
+_FIRST = {per: next(c.name for c in TRAINED_ON.values() if c.per == per) for per in ("position", "entry")}
+_LIKE = {c.name: _FIRST[c.per] for c in TRAINED_ON.values() if c.name != _FIRST[c.per]}
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
 INDEX_BYTES = 16 * len(INDEXED)
 """An index entry is where each indexed column's values begin and how many there are, as int64."""
@@ -70,11 +74,11 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
         "teacher_logits": ("model_id = ? AND settings_id = ?", [request.teacher_id, request.storage_id]),
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
-    with lake.joins(request.snapshot, folder / "spill") as con:
-        n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
+    with bounded_joins(lake, request.snapshot, folder / "spill") as con:
+        [(n_pairs,)] = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchall()
         room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
         pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
-        n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
+        [(n_responses,)] = con.execute("SELECT count(*) FROM responses").fetchall()
         index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
         notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
         check = Check(notes.values)
@@ -86,7 +90,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
             n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (TOKEN_BYTES * max(1, longest))))
 
             def write(table=table, query=query, params=params, n_rows=n_rows) -> int:
-                if (folder / f"{TABLES[table][0]}.bin").exists():  # a try that had too little memory
+                if (folder / f"{next(iter(TABLES[table]))}.bin").exists():  # a try that had too little memory
                     check.forget(table)
                 batches = con.execute(query, params).to_arrow_reader(n_rows)
                 return _write_columns(batches, folder, table, index, notes, check)
@@ -129,7 +133,7 @@ class _File:
 
     def release(self) -> None:
         """Give the pages back to the system. The mapping is shared: what was written is in the file."""
-        self.values._mmap.madvise(mmap.MADV_DONTNEED)
+        self.values._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy has no public way to it
 
 
 def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
@@ -149,11 +153,11 @@ def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]
         "::INTEGER AS number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place "
         "FROM members) GROUP BY response"
     )
-    n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
+    [(n_pairs, id_bytes)] = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchall()
     con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as indices:
         for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
-            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
+            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}").data)
             indices.write(batch.column(1).to_numpy())
     con.execute("SELECT position FROM members ORDER BY place")
     with open(folder / "order.bin", "wb") as order:
@@ -175,7 +179,7 @@ def _write_columns(
     """Write every batch's values to the columns' files and note where each response begins and how long it is.
 
     Returns the tokens of the longest response, 0 where there are no token ids."""
-    columns = TABLES[table]
+    columns = list(TABLES[table])
     files = {c: open(folder / f"{c}.bin", "wb") for c in columns}
     ends, longest = dict.fromkeys(columns, 0), 0
     try:
@@ -189,7 +193,7 @@ def _write_columns(
                 lists = batch.column(i)
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
                 lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-                files[c].write(np.ascontiguousarray(values))
+                files[c].write(np.ascontiguousarray(values).data)
                 if c in INDEXED:
                     at = INDEXED.index(c)
                     index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
@@ -205,7 +209,7 @@ def _write_columns(
 
 def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
     """Look at every pair, and note how long its prompts and responses are."""
-    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": "head_counts",
+    columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": _FIRST["position"],
                "reference": "token_logprobs"}  # fmt: skip
     order = np.memmap(folder / "order.bin", np.int32, "r")  # in which neighbours' rows are neighbours in the index
     pair_ids = _pair_ids(folder, len(order))
@@ -215,7 +219,11 @@ def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: 
         at = order[start : start + PAIRS_AT_ONCE]
         both = pairs.values[at, :2]
         lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
-        check.pairs(lambda i, at=at: pair_ids[at[i]].decode(), both, lengths)
+
+        def id_of(i: int, at: np.ndarray = at) -> str:
+            return pair_ids[at[i]].decode()
+
+        check.pairs(id_of, both, lengths)
         pairs.values[at, 2:] = np.concatenate([lengths["prompt"], lengths["response"]], 1)
 
 
@@ -251,7 +259,7 @@ class PairFiles:
     def names(self, pairs: np.ndarray) -> pl.DataFrame:
         """pair_id and slice of `pairs`."""
         slices = np.array(self.slices)[self._slices[pairs]]
-        return pl.DataFrame({"pair_id": [id.decode() for id in self._ids[pairs]], "slice": slices.tolist()})
+        return pl.DataFrame({"pair_id": [pair_id.decode() for pair_id in self._ids[pairs]], "slice": slices.tolist()})
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """The values of a response, by column."""
