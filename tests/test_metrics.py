@@ -1,4 +1,4 @@
-"""A metric is one row of METRICS: its sum over ranks, its column and its curve follow; one without a row is an error."""
+"""A metric is one row of METRICS: its sum over ranks, its column and its curve follow; without a row it is an error."""
 
 from __future__ import annotations
 
