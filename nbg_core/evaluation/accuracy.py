@@ -23,6 +23,10 @@ OVERALL_BESIDE = "overall (all slices)"
 """The same where a slice is called OVERALL."""
 
 
+class NotEvaluated(LookupError):
+    """No evaluation of the checkpoint is complete."""
+
+
 class Evaluated(NamedTuple):
     """The newest evaluation of a checkpoint."""
 
@@ -38,7 +42,8 @@ def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | 
     """The newest evaluation of a checkpoint, summarised over the queries and with the settings that it was made with.
 
     Without `checkpoint`, it is the one that the profile named `profile` evaluated last, else the one that any profile
-    evaluated last. Raises LookupError if there is no evaluation."""
+    evaluated last. Raises NotEvaluated if there is none, and LookupError if no held-out query has an answer of all the
+    models."""
     rows = lake.sql(
         "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
         "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
@@ -51,7 +56,7 @@ def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | 
             break
     else:
         what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
-        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
+        raise NotEvaluated(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
     return Evaluated(checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"]), made_by)

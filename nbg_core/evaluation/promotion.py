@@ -8,7 +8,7 @@ import polars as pl
 
 from nbg_core.base.ids import model_id
 from nbg_core.config.profile import Profile
-from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.evaluation.accuracy import NotEvaluated, latest_summary
 from nbg_core.evaluation.intervals import mcnemar_p_value
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import checkpoint_row
@@ -59,10 +59,12 @@ def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
 
 
 def promotion_blocker(lake: Lake, checkpoint: str, min_queries: int) -> str | None:
-    """The gate's reason against a checkpoint by its newest evaluation; None if it passed or was never evaluated."""
+    """The gate's reason against a checkpoint by its newest evaluation; None if it passed or was never evaluated.
+
+    Raises LookupError for an unknown checkpoint, and for an evaluation whose queries have all changed since."""
     try:
         return gate(latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"]).summary, min_queries)
-    except LookupError:
+    except NotEvaluated:
         return None
 
 
