@@ -12,9 +12,10 @@ from fake_worker import Fake, write_profile
 
 from nbg_assets import partitions, sensors
 from nbg_assets.definitions import build
+from nbg_core.assets import PARTITIONED
 from nbg_core.config.load import load_profile
 
-SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
+SLICED = list(PARTITIONED)
 
 
 @pytest.fixture
