@@ -51,6 +51,7 @@ from torch.nn.functional import cosine_similarity
 from nbg_core.base.files import write_parquet
 from nbg_core.config.profile import Profile, TeacherSettings
 from nbg_core.lake.tables import BYTE_SPLIT
+from nbg_core.lake.teacher_columns import TRAINED_ON
 from nbg_core.losses.targets import TeacherTargets
 from nbg_core.losses.token_divergence import bucket_divergence, sampled_tail_forward_kl
 from nbg_core.teacher import store
@@ -182,7 +183,7 @@ def project(settings: TeacherSettings) -> Codec:
 
 def decode_speed(rows: pl.DataFrame) -> float:
     """Tokens per second of `store.decode` over many responses with one thread, best of 5."""
-    arrays = [{c: row[c][0].to_numpy() for c in store.COLUMNS} for row in rows.iter_slices(1)] * 8
+    arrays = [{c: row[c][0].to_numpy() for c in TRAINED_ON} for row in rows.iter_slices(1)] * 8
     n = sum(len(a["head_counts"]) for a in arrays)
     best = math.inf
     for _ in range(5):

@@ -54,7 +54,8 @@ from train_step_variants import Models, Pairs, Step, make_models, make_pairs, st
 from nbg_core.losses.joint import Denominators
 from nbg_core.losses.settings import LossSettings
 from nbg_core.losses.targets import TeacherTargets
-from nbg_core.modeling.lm_head import linear, lm_head_joint_loss
+from nbg_core.modeling.lm_head import lm_head_joint_loss
+from nbg_core.modeling.lm_head_tiles import linear
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
