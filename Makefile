@@ -25,7 +25,10 @@ dev: .venv/installed
 	$(BIN)/nbg dev
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench-train: .venv/installed-bench
 	$(BIN)/python benchmarks/train_step.py --growth

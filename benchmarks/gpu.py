@@ -1,25 +1,29 @@
-"""The head, the training step, the trainer and teacher scoring on one CUDA GPU: `make bench-gpu` (some 20 minutes).
+"""Loss, training step, trainer and teacher scoring on one CUDA GPU: `make bench-gpu` (about 20 minutes).
 
-bf16, random weights, Llama-shaped models (`SHAPES`; the 3B student has Nanbeige4-3B's), variants in turn within one
-process (D compiled after the others, and so TRL's and Liger's heads, which need a teacher), medians of `--repeats` by
-CUDA events, of 3 for scoring. A variant that runs out of memory is a row that says so. `--parts` and `--cases` replace
-what they measure and keep the rest.
+Models are Llama-shaped (`SHAPES`; the 3B student has the shape of Nanbeige4-3B), in bf16 and with random weights. All
+variants run in one process and take turns. Three run after the others: D compiled, and the losses of TRL and Liger,
+which need a teacher. Times are medians of `--repeats`, measured with CUDA events; scoring takes 3 at most. A variant
+that runs out of memory gets a row that says so. `--parts` and `--cases` measure only what they name and keep the other
+rows of the results.
 
-head      TRL issue 7244's shape: 8,192 response tokens, hidden 4,096, vocabulary 151,936, all three losses forward and
-          backward; beside it the three bare products. `peak` is all that the GPU holds at once, inputs included.
-step      forward and backward of one micro-batch of pairs of 2k to 16k tokens, without an optimizer; the variants of
-          `train_step_variants.py`, padded ones without an attention mask, so that they get flash attention (TRL DPO
-          is TRL's trainer as it is, mask and all). The 7B teacher and the reference of TRL's and Liger's kernels are
-          live. D compiled: `training.compile`.
-trainer   the DeepSpeed engine as training runs it: ZeRO 1, bf16 with float32 master weights and gradients, AdamW,
-          deterministic operators; optimizer steps of 4 micro-batches.
-scoring   the teacher's rows of responses, four a prompt, ready to be stored, against a padded batch with the logits of
-          every position, log-softmax, top 64.
+head      the joint loss from hidden states, forward and backward, in the shape of TRL issue 7244: 8,192 response
+          tokens, hidden 4,096, vocabulary 151,936; beside it the three matrix products alone. Its peak memory is all
+          that the GPU holds at once, inputs included.
+step      forward and backward of one micro-batch of pairs of 2k to 16k tokens, without an optimizer. The variants are
+          those of `train_step_variants.py`. Padded ones get no attention mask, so that they use flash attention; TRL
+          DPO is TRL's trainer unchanged, with its mask. The 7B teacher, and the reference of TRL's and Liger's kernels,
+          are live models. D compiled is D with `training.compile`.
+trainer   the DeepSpeed engine as training uses it: ZeRO 1, bf16 with float32 master weights and gradients, AdamW,
+          deterministic operators, optimizer steps of 4 micro-batches.
+scoring   the teacher's rows for four responses per prompt, ready to be stored, compared with a padded batch that
+          computes the logits of every position, their log-softmax and the top 64.
 
-`tokens/s` counts unique tokens: a pair's prompt once, and both responses. MFU: for every variant the products that D
-needs (6 a weight of the body and input token, 6 a weight of the head and response token, 12 a layer, attention width
-and pair of query and key that sees it), none twice, no embedding, over the vendor's dense bf16 rate. Peak memory of a
-step: beyond the weights of all models and the student's gradients. Results: `results/gpu.json`, a section of README.md.
+`tokens/s` counts unique tokens: the prompt of a pair once, and both responses. MFU is the share of the vendor's dense
+bf16 rate. It counts, for every variant, the operations of the matrix products that D needs: 6 per weight of the layers
+and input token, 6 per weight of the output matrix and response token, and per layer 12 times the attention width for
+each pair of a query and a key that it sees. Recomputed products and embeddings do not count. The peak memory of a step
+is what is held beyond the weights of all models and the student's gradients. Results go to `results/gpu.json` and a
+section of README.md.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ import report
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from train_step import take
+from train_step import run_step
 from train_step_variants import Models, Pairs, Step, make_pairs, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,7 +83,8 @@ SHAPES = {
 class Case:
     student: str
     tokens: int
-    """Of the longest pair: a quarter prompt, the rest two responses, each of half to all of its part."""
+    """Most tokens of a pair: a quarter for the prompt, three eighths for each response. Actual lengths are random, from
+    half of that to all of it."""
     pairs: int
     checkpointing: bool = False
 
@@ -97,7 +102,7 @@ VARIANTS = ("D", "C", "A0 rows", "TRL", "Liger", "TRL DPO")
 
 
 def small(config: LlamaConfig) -> LlamaConfig:
-    """For a trial run, also without a GPU."""
+    """A tiny shape instead of `config`, for a trial run with or without a GPU."""
     return llama(128, 2, 1, 1, 256, 2048) if config.hidden_size > 128 else config
 
 
@@ -111,17 +116,19 @@ def model(config: LlamaConfig, device: str, seed: int, train: bool = False) -> L
 
 
 def timed(device: str, functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict | str]:
-    """Median seconds and peak bytes of each, in turn; or why it has none. `peak_bytes` is beyond what it leaves."""
+    """For each function its median seconds and peak bytes, or why it failed. They take turns.
+
+    `peak_bytes` is beyond what was allocated before the call, `total_peak_bytes` includes it."""
     found: dict[str, dict | str] = {}
     seconds: dict[str, list[float]] = {}
-    for name, function in functions.items():  # warms up, too
+    for name, function in functions.items():  # the first call is the warm-up
         try:
             function()
             clean(device)
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             function()
-            most = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-            found[name], seconds[name] = {"peak_bytes": most - before, "total_peak_bytes": most}, []
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+            found[name], seconds[name] = {"peak_bytes": peak - before, "total_peak_bytes": peak}, []
         except torch.cuda.OutOfMemoryError:
             found[name] = "out of memory"
         except Exception as e:
@@ -138,6 +145,7 @@ def timed(device: str, functions: dict[str, Callable[[], None]], repeats: int) -
 
 
 def clean(device: str) -> None:
+    """Free unused memory and start a new measurement of the peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -145,6 +153,7 @@ def clean(device: str) -> None:
 
 
 def elapsed(device: str, function: Callable[[], None]) -> float:
+    """Seconds of a call on the GPU; 1 on a CPU, where nothing is timed."""
     if device == "cpu":
         function()
         return 1.0
@@ -160,7 +169,7 @@ def elapsed(device: str, function: Callable[[], None]) -> float:
 # --- head ------------------------------------------------------------------------------------------------------
 
 
-def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
+def lm_head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
     n, width, vocab, k = (64, 32, 512, 8) if quick else (8192, 4096, 151_936, 64)
     torch.manual_seed(0)
     options = {"device": device, "dtype": torch.bfloat16}
@@ -168,13 +177,13 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
     weight = (0.02 * torch.randn(vocab, width, **options)).requires_grad_()
     ids = torch.randint(vocab, (n,), device=device)
     entries = torch.randint(vocab, (n, k), device=device)
-    is_head = (torch.arange(k, device=device) < k // 2).expand(n, k)
+    is_top = (torch.arange(k, device=device) < k // 2).expand(n, k)
     stored = TeacherTargets(
-        entries, torch.full((n, k), -4.5, device=device), is_head, ~is_head, torch.full((n,), -1.0, device=device)
+        entries, torch.full((n, k), -4.5, device=device), is_top, ~is_top, torch.full((n,), -1.0, device=device)
     )
     reference = torch.full((n,), -9.0, device=device)
 
-    def ours(pairs: int, **kwargs) -> None:
+    def project(pairs: int, **kwargs) -> None:
         per_pair = n // pairs
         hidden.grad = weight.grad = None
         row = torch.arange(n, device=device)
@@ -216,18 +225,19 @@ def head(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
     h, w = hidden.detach(), weight.detach()
     found = timed(device, {
         "three bare products": bare,
-        "D, pairs of 2,048 response tokens": lambda: ours(n // (16 if quick else 2048)),
-        "D, pairs of 2,048, bucket": lambda: ours(n // (16 if quick else 2048), estimator="bucket"),
-        "D, pairs of 2,048, temperature 2": lambda: ours(n // (16 if quick else 2048), temperature=2.0),
-        "D, a pair of 8,192 (recompute)": lambda: ours(1),
+        "D, pairs of 2,048 response tokens": lambda: project(n // (16 if quick else 2048)),
+        "D, pairs of 2,048, bucket": lambda: project(n // (16 if quick else 2048), estimator="bucket"),
+        "D, pairs of 2,048, temperature 2": lambda: project(n // (16 if quick else 2048), temperature=2.0),
+        "D, a pair of 8,192 (recompute)": lambda: project(1),
     }, repeats)  # fmt: skip
     hidden.grad = weight.grad = None
     teacher, teacher_weight = torch.randn(n, width, **options), 0.02 * torch.randn(vocab, width, **options)
     found |= timed(device, {"TRL's kernels": trl, "Liger's kernels": liger}, repeats)
-    return rows_of("head", {"case": f"{n} tokens, hidden {width}, vocabulary {vocab}"}, found)
+    return result_rows("head", {"case": f"{n} tokens, hidden {width}, vocabulary {vocab}"}, found)
 
 
-def rows_of(part: str, about: dict, found: dict[str, dict | str]) -> list[dict]:
+def result_rows(part: str, about: dict, found: dict[str, dict | str]) -> list[dict]:
+    """What `timed` found, as rows of the results; they are printed."""
     rows = []
     for variant, values in found.items():
         values = {"error": values} if isinstance(values, str) else values
@@ -255,14 +265,14 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
             config = shapes[case.student]
             models = Models(model(config, device, 0, train=True), model(config, device, 1), teacher)
         student = models.student
-        pairs = make(case, models)
+        pairs = make_case(case, models)
         if case.checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        found = {name: lazily(name, models, pairs) for name in VARIANTS}
+        found = {name: lazy_step(name, models, pairs) for name in VARIANTS}
         done = timed(device, found, repeats)
         student.gradient_checkpointing_disable()
-        done |= timed(device, {"D compiled": lazily("D compiled", models, pairs, case.checkpointing)}, repeats)
-        for layer in student.modules():
+        done |= timed(device, {"D compiled": lazy_step("D compiled", models, pairs, case.checkpointing)}, repeats)
+        for layer in student.modules():  # `compile_layers` has put its `forward` into each layer
             vars(layer).pop("forward", None)
         needed = flops(student.config, pairs)
         for values in done.values():
@@ -270,15 +280,16 @@ def step(device: str, quick: bool, repeats: int, cases: list[str] | None) -> lis
                 seconds = values["median_s"]
                 values |= {"mfu": needed / seconds / peak_flops(), "tokens_per_s": pairs.unique_tokens / seconds}
         about = {"case": case.name, "unique_tokens": pairs.unique_tokens, "flops": needed}
-        rows += rows_of("step", about, done)
+        rows += result_rows("step", about, done)
         if device == "cuda" and not case.checkpointing and case.tokens == 8192:
-            rows += rows_of("profile", about, {"D": {"kernels": kernels(found["D"])}})
+            rows += result_rows("profile", about, {"D": {"kernels": kernels(found["D"])}})
         student.zero_grad(set_to_none=True)
         del pairs, found
     return rows
 
 
-def make(case: Case, models: Models) -> Pairs:
+def make_case(case: Case, models: Models) -> Pairs:
+    """Random pairs of a case's lengths."""
     rng = np.random.default_rng(0)
     vocab = models.student.config.vocab_size
 
@@ -287,14 +298,15 @@ def make(case: Case, models: Models) -> Pairs:
 
     prompts = [text(case.tokens // 4) for _ in range(case.pairs)]
     pairs = make_pairs(models, prompts, [[text(3 * case.tokens // 8) for _ in range(2)] for _ in prompts])
-    return replace(pairs, padded=replace(pairs.padded, mask=None))  # padding is on the right: nothing sees it
+    return replace(pairs, padded=replace(pairs.padded, mask=None))  # no mask needed: padding is on the right
 
 
-def lazily(name: str, models: Models, pairs: Pairs, checkpointing: bool = False) -> Callable[[], None]:
-    """A step of a variant that is made when it is first taken. D compiled leaves layers compiled: it comes last."""
+def lazy_step(name: str, models: Models, pairs: Pairs, checkpointing: bool = False) -> Callable[[], None]:
+    """A function that runs one step of a variant, which is made at the first call. "D compiled" must be run last,
+    because it leaves the layers compiled."""
     made: list[Step] = []
 
-    def one() -> None:
+    def call() -> None:
         if not made:
             if name == "D compiled":
                 compile_layers(models.student, checkpointing)
@@ -302,17 +314,17 @@ def lazily(name: str, models: Models, pairs: Pairs, checkpointing: bool = False)
             if isinstance(found, str):
                 raise ImportError(found)
             made.append(found)
-        take(made[0], models)
+        run_step(made[0], models)
 
-    return one
+    return call
 
 
 def flops(config: LlamaConfig, pairs: Pairs) -> int:
-    """Of D's step, forward and backward (see the module's docstring)."""
+    """Operations of D's step, forward and backward (see MFU in the module's docstring)."""
     width = config.num_attention_heads * config.head_dim
     narrow = config.num_key_value_heads * config.head_dim
     layer = 2 * config.hidden_size * (width + narrow) + 3 * config.hidden_size * config.intermediate_size
-    seen = sum(n * (2 * m - n + 1) // 2 for n, m in pairs.shared.segments)  # keys that queries see
+    seen = sum(n * (2 * m - n + 1) // 2 for n, m in pairs.shared.segments)  # pairs of a query and a key it sees
     return (
         6 * layer * config.num_hidden_layers * pairs.shared.ids.numel()
         + 12 * width * config.num_hidden_layers * seen
@@ -321,23 +333,24 @@ def flops(config: LlamaConfig, pairs: Pairs) -> int:
 
 
 def peak_flops() -> float:
+    """Operations per second of this GPU in PEAK_FLOPS; NaN if it is not there."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((rate for card, rate in PEAK_FLOPS.items() if card in name), float("nan"))
 
 
-def kernels(one: Callable[[], None]) -> dict[str, float]:
-    """Shares of a step's time on the GPU, by kind of kernel; `idle` is the rest of the time that the step takes."""
+def kernels(function: Callable[[], None]) -> dict[str, float]:
+    """The share of each kind of kernel in the time of a call; `idle` is the time in which the GPU runs none."""
     kinds = {"attention": ("flash", "fmha"), "products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "sm80_xmma")}
-    took = elapsed("cuda", one) * 1e6
+    microseconds = elapsed("cuda", function) * 1e6
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        one()
+        function()
         torch.cuda.synchronize()
     shares: dict[str, float] = {}
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CUDA:
             name = event.key.lower()
             kind = next((k for k, words in kinds.items() if any(w in name for w in words)), "elementwise and the rest")
-            shares[kind] = shares.get(kind, 0.0) + event.self_device_time_total / took
+            shares[kind] = shares.get(kind, 0.0) + event.self_device_time_total / microseconds
     return shares | {"idle": 1 - sum(shares.values())}
 
 
@@ -361,20 +374,20 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     init_distributed()
     be_deterministic()
     rows = []
-    for case, compile in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
+    for case, compiled in itertools.product((Case("1B", 8192, 1), Case("3B", 8192, 1)), (False, True)):
         if cases and case.name not in cases:
             continue
         if quick:
             case = replace(case, tokens=case.tokens // 32)
         shape = small(SHAPES[case.student]) if quick else SHAPES[case.student]
-        with saved(shape, device) as folder:
-            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compile)
+        with SavedModel(shape, device) as folder:
+            settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compiled)
             engine, _ = build_engine(Request(
                 training_id="", catalog="", data_path="", snapshot=0, slices=[], policy_id="", policy_path=folder,
                 teacher_id="", storage_id="", scoring_id="", temperature=1.0, training=settings, work=folder,
             ))  # fmt: skip
         policy = engine.module.policy
-        pairs = make(case, Models(policy, policy, policy))
+        pairs = make_case(case, Models(policy, policy, policy))
         batch = PairBatch(
             pairs.shared,
             pairs.token_ids,
@@ -392,22 +405,22 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
                 backward(engine, engine(batch, counts)[0])
             take_step(engine, settings, 1e-6)
 
-        done = timed(device, {"trainer, compiled" if compile else "trainer": optimizer_step}, repeats)
+        done = timed(device, {"trainer, compiled" if compiled else "trainer": optimizer_step}, repeats)
         for values in done.values():
             if isinstance(values, dict):
                 seconds = values["median_s"]
                 values |= {"mfu": 4 * flops(shape, pairs) / seconds / peak_flops(),
                            "tokens_per_s": 4 * pairs.unique_tokens / seconds}  # fmt: skip
-        rows += rows_of("trainer", {"case": case.name, "unique_tokens": pairs.unique_tokens}, done)
+        rows += result_rows("trainer", {"case": case.name, "unique_tokens": pairs.unique_tokens}, done)
         engine.destroy()
         del engine, policy, pairs, batch, optimizer_step
         clean(device)
     return rows
 
 
-class saved:
-    """A temporary folder with a model of random weights and a tokenizer of as many ids, in memory if there is such a
-    place."""
+class SavedModel:
+    """A temporary folder with a model of random weights and a tokenizer with as many ids; in memory (/dev/shm) where
+    possible."""
 
     def __init__(self, config: LlamaConfig, device: str):
         self.config, self.device = config, device
@@ -441,7 +454,7 @@ def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     config = small(SHAPES["7B"]) if quick else SHAPES["7B"]
     shrink = 32 if quick else 1
     rows = []
-    with saved(config, device) as folder:
+    with SavedModel(config, device) as folder:
         paths = {"work": folder, "queries": folder, "checkpoints": folder}
         profile = Profile(name="bench", models={"student": folder, "teacher": folder, "dtype": "bfloat16"}, paths=paths,
                           training={"precision": "bf16"})  # fmt: skip
@@ -487,16 +500,18 @@ def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
             if isinstance(values, dict):
                 seconds = values["median_s"]
                 values |= {"tokens_per_s": tokens / seconds, "mfu": least / seconds / peak_flops()}
-        rows += rows_of("scoring", {"case": f"{n_prompts} prompts of {prompt}, 4 responses of {response}"}, done)
+        rows += result_rows("scoring", {"case": f"{n_prompts} prompts of {prompt}, 4 responses of {response}"}, done)
     return rows
 
 
-# --- what comes out --------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------
 
-PARTS = {"head": head, "step": step, "trainer": trainer, "scoring": scoring}
+PARTS = {"head": lm_head, "step": step, "trainer": trainer, "scoring": scoring}
 
 
 def section(rows: list[dict]) -> str:
+    """The results as Markdown tables, one for each part."""
+
     def of(part: str) -> Iterator[dict]:
         return (r for r in rows if r["part"] == part)
 
@@ -534,13 +549,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cases", nargs="+", help="only these, by their names")
+    parser.add_argument("--cases", nargs="+", help="only the cases with these names")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU if there is no GPU; writes nothing")
-    parser.add_argument("--write", type=Path, help="write the rows to this file alone")
+    parser.add_argument("--write", type=Path, help="write the rows to this file, and nothing else")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.quick:
-        raise SystemExit("there is no GPU that torch can use; --quick is a trial run without one")
+        raise SystemExit("there is no GPU that torch can use; --quick runs without one")
     results = HERE / "results" / "gpu.json"
     rows = json.loads(results.read_text()) if results.exists() and not args.quick else []
     about = report.machine("trl", "liger-kernel", "deepspeed", "triton")

@@ -1,9 +1,9 @@
 """Memory and speed of the training-set loader as the number of pairs grows: `.venv/bin/python benchmarks/loader.py`.
 
-For each size a lake with that many synthetic pairs (prompt 16, responses 12 tokens, 8 teacher entries a position) is
-made; then two processes of their own write the training set's files, as the stage's worker does, and read batches of
-it in training order, as a rank does. Peak memory is the process's high-water mark of resident memory (VmHWM). Results:
-results/loader.json and a section of README.md.
+For each size it makes a lake with that many synthetic pairs: prompts of 16 tokens, responses of 12, and 8 teacher
+entries per position. One process then writes the files of the training set, as the worker of the stage does. Another
+reads batches of it in training order, as a rank does. Peak memory is the most resident memory that the process had
+(VmHWM). Results go to results/loader.json and a section of README.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PROMPT, RESPONSE, ENTRIES = 16, 12, 8
 
 
 def make_lake(folder: Path, n_pairs: int) -> None:
+    """Make a lake in `folder` with `n_pairs` synthetic pairs in one slice."""
     lake = lake_at(folder)
     lake.create()
     n = RESPONSE * ENTRIES
@@ -71,6 +72,7 @@ def lake_at(folder: Path):
 
 
 def write(folder: Path) -> dict:
+    """Write the training set of the lake in `folder`; the time it takes, in seconds."""
     from nbg_core.config.training import TrainingSettings
     from nbg_core.training.pair_files import write_pair_files
     from nbg_core.training.pairs import count_and_hash_pairs
@@ -83,12 +85,13 @@ def write(folder: Path) -> dict:
         temperature=1.0, training=TrainingSettings(), work=folder,
     )  # fmt: skip
     began = time.monotonic()
-    count_and_hash_pairs(lake, request.snapshot, request.slices, folder / "survey")
+    count_and_hash_pairs(lake, request.snapshot, request.slices, folder / "spill")
     write_pair_files(lake, request, log=lambda line: None)
     return {"write_s": time.monotonic() - began}
 
 
 def read(folder: Path, n_batches: int) -> dict:
+    """Read `n_batches` batches of 64 pairs; the tokens per second."""
     from nbg_core.config.training import TrainingSettings
     from nbg_core.training.data import TrainingSet, prefetch
     from nbg_core.training.plan import Plan
@@ -102,7 +105,7 @@ def read(folder: Path, n_batches: int) -> dict:
 
 
 def measured(stage: str, folder: Path, *args: str) -> dict:
-    """Run a stage in a process of its own; its result and its peak memory in MB."""
+    """The result of a stage that is run in a process of its own, and that process's peak memory in MB."""
     done = subprocess.run(
         [sys.executable, __file__, "--stage", stage, "--folder", str(folder), *args],
         check=True, stdout=subprocess.PIPE, text=True,
@@ -113,7 +116,7 @@ def measured(stage: str, folder: Path, *args: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000, 4_000_000])
-    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    parser.add_argument("--dry", action="store_true", help="print the results, write no files")
     parser.add_argument("--stage", choices=["make", "write", "read"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, default=0, help=argparse.SUPPRESS)

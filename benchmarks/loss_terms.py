@@ -1,8 +1,9 @@
 """Held-out accuracy after DPO alone, KL alone and the joint loss: `.venv/bin/python benchmarks/loss_terms.py`.
 
-For each seed the embedded pipeline samples, filters and scores once in a lake of its own; the losses then train on the
-same pairs. The last row trains the joint loss on the teacher's whole distribution (the head is the vocabulary), in the
-place of the stored head and sampled tail. Results: results/loss_terms.json and a section of README.md.
+For each seed the embedded pipeline samples, filters and scores once, in a lake of its own; then each loss trains on the
+same pairs. The last row trains the joint loss on the teacher's whole distribution: all tokens are stored as top
+entries, instead of the usual top entries and sampled tail. Results go to results/loss_terms.json and a section of
+README.md.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ TERMS = {
     "joint": {"w_dpo": 1.0, "w_pos": 1.0, "w_neg": 1.0},
 }
 WHOLE = {"k_head": 1000, "m_tail": 1, "epsilon": 0.0, "min_weight": 0.0, "logprob_bits": 23}
-"""Stores all of the embedded models' 260 tokens."""
+"""Settings of `teacher` that store all 260 tokens of the embedded models."""
 RUNS = {name: (terms, {}) for name, terms in TERMS.items()} | {"joint, whole distribution": (TERMS["joint"], WHOLE)}
 
 
 def profile_for(seed: int, terms: dict[str, float], teacher: dict, folder: Path) -> Profile:
+    """The embedded profile with this seed, these weights of the loss and teacher settings, and a lake in `folder`."""
     base = load_profile("embedded").model_dump(mode="json")
     base["sampling"]["seed"] = base["training"]["seed"] = seed
     base["training"]["loss"] |= terms
@@ -53,14 +55,14 @@ def main() -> None:
                 for status in staleness.status(Lake.of(profile), profile):
                     if status.state != "fresh":
                         materialise(status.asset, status.slice_name, "benchmark", profile)
-                _, summary = latest_summary(Lake.of(profile))
+                summary = latest_summary(Lake.of(profile)).summary
                 rows += [{"seed": seed, "terms": name, **row} for row in summary.to_dicts()]
-                print(pl.DataFrame(rows).filter(slice="overall").select("seed", "terms", "after"), flush=True)
+                print(pl.DataFrame(rows).filter(pl.col("is_overall")).select("seed", "terms", "after"), flush=True)
     report.write("loss_terms", rows, table(pl.DataFrame(rows)), report.machine("deepspeed"))
 
 
 def table(rows: pl.DataFrame) -> str:
-    """Markdown: mean accuracy over seeds and the range, per slice."""
+    """A Markdown table of the accuracy per slice: mean over the seeds, lowest and highest."""
     lines = ["| terms | slice | before | after: mean (lowest to highest seed) |", "|---|---|---|---|"]
     for (terms, name), g in rows.group_by("terms", "slice", maintain_order=True):
         after = g["after"]

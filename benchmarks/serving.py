@@ -1,20 +1,22 @@
-"""Sampling and teacher scoring, this project's ways against each other and a plain one: `make bench-serve`.
+"""Sampling and teacher scoring with transformers and with vLLM, and a simple implementation: `make bench-serve`.
 
-SmolLM2-135M-Instruct (see teacher_store.py), float32, on this machine; each variant in a process of its own, warmed up
-by a first round that is not counted.
+The model is SmolLM2-135M-Instruct (see teacher_store.py) in float32, on this machine. Each variant runs in a process of
+its own and does the work twice; the first time is the warm-up and does not count.
 
-Sampling: 16 prompts, 4 responses each, at most 64 tokens, temperature 1, by `sampling.backend` transformers and vllm.
+Sampling: 4 responses to each of 16 prompts, at most 64 tokens, temperature 1, with `sampling.backend` transformers and
+vllm.
 
-Scoring: those responses (`short`), half of them with 512 random tokens more in the prompt (`long prompt`: a system
-prompt, documents, examples), and 4 random responses of 1,024 tokens (`long`).
+Scoring: the responses from sampling (`short`); half of them with 512 more random tokens in the prompt, as from a system
+prompt, documents or examples (`long prompt`); and 4 random responses of 1,024 tokens (`long`).
 
-    project        `teacher.engine` transformers: only response positions reach the head, logits a tile at a time, a
-                   prompt once for the responses that share it; the result is rows ready to be stored
-    plain          a padded batch of 8, logits of every position, log-softmax, top 64
-    vLLM           `teacher.engine` vllm: prompt_logprobs, top 64, of a server on the same machine
+    project        `teacher.engine` transformers: the output matrix is applied to response positions only, logits exist
+                   for one tile at a time, and responses to one prompt share its computation; the result is rows that
+                   can be stored
+    plain          a padded batch of 8: logits of every position, log-softmax, top 64
+    vLLM           `teacher.engine` vllm: prompt_logprobs, top 64, from a server on the same machine
 
-tokens/s counts response tokens. Peak memory is the most resident memory: of the process, as the system counts it, or of
-the server and its children together, looked at ten times a second. Results: results/sampling.json,
+`tokens/s` counts response tokens. Peak memory is the most resident memory of the process, as the system records it, or
+of the server and its children together, measured ten times a second. Results go to results/sampling.json,
 results/scoring.json and sections of README.md.
 """
 
@@ -41,15 +43,17 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.loading import load_model, load_tokenizer
 from nbg_core.modeling.padded import pad
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
 from nbg_core.teacher.engine import open_engine
 
 N, MAX_TOKENS, LONG, TOP = 4, 64, 1024, 64
+"""Responses per prompt; tokens of a sampled and of a long response, at most; entries of the teacher per position."""
 LONG_PROMPT = 512
+"""Tokens that a long prompt has more."""
 
 
-def run_for(folder: Path, *, backend: str = "transformers", engine: str = "transformers") -> Run:
+def make_run(folder: Path, *, backend: str = "transformers", engine: str = "transformers") -> Run:
     vllm = {"python": os.environ.get("NBG_VLLM_PYTHON", ".venv-vllm/bin/python"), "max_model_len": 2048}
     top = {"engine": engine, "k_head": TOP, "m_tail": 0, "min_weight": 0.0} if engine == "vllm" else {}
     profile = Profile(
@@ -64,15 +68,16 @@ def run_for(folder: Path, *, backend: str = "transformers", engine: str = "trans
 
 
 def sample(folder: Path, backend: str) -> dict:
+    """Sample with a backend, keep the responses in `folder`; speed and peak memory."""
     began = time.perf_counter()
     with (
-        open_sampler(run_for(folder, backend=backend), folder / "model", 64) as sampler,
+        open_sampler(make_run(folder, backend=backend), folder / "model", 64) as sampler,
         Peak(backend == "vllm") as peak,
     ):
         started = time.perf_counter() - began
         prompts = [sampler.encode([{"role": "user", "content": p}]) for p in PROMPTS]
-        for round in range(2):
-            asked = [Request(p, [100 * round + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
+        for repeat in range(2):
+            asked = [Request(p, [100 * repeat + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
             began = time.perf_counter()
             drawn = sampler.sample(asked, Decoding(1.0, 1.0, MAX_TOKENS))
             seconds = time.perf_counter() - began
@@ -87,6 +92,7 @@ def sample(folder: Path, backend: str) -> dict:
 
 
 def responses(folder: Path, which: str) -> pl.DataFrame:
+    """The responses to score, `which` is "short", "long prompt" or "long"."""
     torch.manual_seed(0)
     sampled = pl.read_parquet(folder / "transformers.parquet")
     if which == "short":
@@ -103,13 +109,14 @@ def responses(folder: Path, which: str) -> pl.DataFrame:
 
 
 def score(folder: Path, variant: str, which: str) -> dict:
+    """Score `responses` with a variant; speed and peak memory."""
     samples = responses(folder, which)
     with Peak(variant == "vLLM") as peak:
         if variant == "plain":
             seconds = plain(folder / "model", samples)
         else:
             engine = "vllm" if variant == "vLLM" else "transformers"
-            with open_engine(run_for(folder, engine=engine), folder / "model") as rows_of:
+            with open_engine(make_run(folder, engine=engine), folder / "model") as rows_of:
                 for _ in range(2):
                     began = time.perf_counter()
                     pl.concat(rows_of(samples))
@@ -120,6 +127,7 @@ def score(folder: Path, variant: str, which: str) -> dict:
 
 @torch.inference_mode()
 def plain(path: Path, samples: pl.DataFrame) -> float:
+    """Seconds of the variant `plain`."""
     model, tokenizer = load_model(path, dtype="float32"), load_tokenizer(path)
     for _ in range(2):
         began = time.perf_counter()
@@ -132,7 +140,7 @@ def plain(path: Path, samples: pl.DataFrame) -> float:
 
 
 class Peak:
-    """Peak resident memory in MB of this process, or of its children together: a server."""
+    """Measures the peak resident memory in MB: of this process, or of all its children together, such as a server."""
 
     def __init__(self, of_children: bool):
         self.of_children = of_children
@@ -167,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder that keeps the converted model between runs")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
-    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    parser.add_argument("--dry", action="store_true", help="print the results, write no files")
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

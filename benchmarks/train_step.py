@@ -1,27 +1,28 @@
-"""Time and memory of one training step with the joint loss: `make bench-train` (most of an hour on 2 cores).
+"""Time and memory of one training step with the joint loss: `make bench-train` (up to an hour on 2 cores).
 
-Six cases of Qwen3-shaped models with random weights, float32, CPU, eager, the last one as large as the embedded student
-and its batches; the variants are in `train_step_variants.py`. A step is forward and backward to all gradients, without
-an optimizer; gradients are freed between steps. Of each case, in one process:
+There are six cases: Qwen3-shaped models with random weights in float32, on a CPU and without compilation. The last
+case has the size of the embedded student and its batches. The variants are in `train_step_variants.py`. A step is
+forward and backward to all gradients, without an optimizer; gradients are freed between steps. For each case, in one
+process:
 
-1. Check: variants that compute the same have the same loss and gradients, else nothing is written.
-2. Memory: one step of each variant under the profiler, which sees every allocation of torch, also inside operators.
-   `peak_bytes` is the most that lives at once beyond what was there before the step (weights, pairs) and beyond the
-   gradients that the step leaves behind.
-3. Time: rounds in which every variant takes one step, the median of each.
-4. One more step of D under the profiler: what each operator takes of its time. Matrix products no variant can avoid.
-   `flops` counts those of the weights (not attention's, and no product that is done twice): their ratio is what a
-   variant would be slower than D if everything else cost nothing.
+1. Check: variants that compute the same thing must have the same loss and gradients, or nothing is written.
+2. Memory: one step of each variant under the profiler, which records every allocation of torch, also inside operators.
+   `peak_bytes` is the most that is allocated at once, beyond what was there before the step (weights, pairs) and beyond
+   the gradients that remain after it.
+3. Time: in each round every variant runs one step; the result is the median over the rounds.
+4. Operators: one more step of D under the profiler gives the share of each operator in its time. No variant can do
+   without the matrix products. `flops` counts those with weights, without attention and without recomputed products:
+   the ratio to D's says how much slower a variant would be if nothing else took time.
 
-The head alone (hidden 1024, vocabulary 151,936, 64 stored entries) is timed against three bare products of its rows:
-their mean is one GEMM, each by the faster of torch's two libraries. Pairs of 64 tokens fit the tile (pair-aligned), one
-of 512 does not (recompute).
+The loss from hidden states alone (hidden 1024, vocabulary 151,936, 64 stored entries) is compared with three matrix
+products of its shapes, each by the faster of torch's two libraries; their mean time is one GEMM. Pairs of 64 tokens
+fit the tile (pair-aligned), a pair of 512 does not (recompute).
 
-As in the trainer, large tensors of all variants are on huge pages where the system gives them.
+As in the trainer, large tensors are on huge pages where the system provides them.
 
-`tokens_per_s` counts unique tokens: a pair's prompt once, and both responses. `--growth` repeats 2 and 3 (3 rounds) for
-two variants over response length, vocabulary and number of pairs. `--quick` is a trial run on small shapes and writes
-to a temporary folder. Results: `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
+`tokens_per_s` counts unique tokens: the prompt of a pair once, and both responses. `--growth` repeats 2 and 3 (3
+rounds) for two variants over response length, vocabulary and number of pairs. `--quick` runs small shapes and writes to
+a temporary folder. Results go to `results/train_step.json`, `results/train_step_*.png` and a section of README.md.
 """
 
 from __future__ import annotations
@@ -53,16 +54,19 @@ from train_step_variants import Models, Pairs, Step, make_models, make_pairs, st
 from nbg_core.losses.joint import Denominators
 from nbg_core.losses.settings import LossSettings
 from nbg_core.losses.targets import TeacherTargets
-from nbg_core.modeling.lm_head import linear, lm_head_joint_loss
+from nbg_core.modeling.lm_head import lm_head_joint_loss
+from nbg_core.modeling.lm_head_tiles import linear
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
-"""Of the norm of a parameter's gradient, in float32."""
+"""Largest difference of a parameter's gradient, relative to its norm; float32."""
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
-NAMES = re.compile("aten::|_scaled_dot_product_flash_|_for_cpu")
-"""What a table leaves out of an operator's name."""
+"""Operators that are matrix products."""
+OMITTED = re.compile("aten::|_scaled_dot_product_flash_|_for_cpu")
+"""Parts of an operator's name that a table does not show."""
 SAME = (("A0", "A0 rows", "B", "C", "D", "D lean"), ("A", "TRL", "Liger"))
-"""Variants with the same loss: KL from stored rows; KL over the whole vocabulary. TRL DPO must equal A's DPO term."""
+"""Groups of variants with the same loss: those with the KL from stored entries, and those with the KL over the whole
+vocabulary. The loss of TRL DPO must equal the DPO term of A."""
 
 
 def shape(vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict:
@@ -118,19 +122,20 @@ def prepare(case: Case) -> tuple[Models, Pairs]:
     return models, make_pairs(models, prompts, [[text(case.response) for _ in range(2)] for _ in prompts])
 
 
-def take(step: Step, models: Models, term: str = "loss") -> float:
+def run_step(step: Step, models: Models, term: str = "loss") -> float:
+    """Run a step and go backward from one of its terms, whose value is returned. Gradients are those of this step."""
     models.student.zero_grad(set_to_none=True)
     terms = step()
-    if terms[term].requires_grad:  # the trainer's own step went backward already
+    if terms[term].requires_grad:  # the step of TRL's trainer includes its backward pass
         terms[term].backward()
     return terms[term].item()
 
 
 def check(running: dict[str, Step], models: Models, name: str) -> None:
-    """Raises SystemExit unless variants that compute the same agree in loss and every gradient."""
+    """Raise SystemExit unless the variants of each group in SAME agree in loss and every gradient."""
 
     def loss_and_gradients(variant: str, term: str = "loss") -> tuple[float, dict[str, torch.Tensor]]:
-        loss = take(running[variant], models, term)
+        loss = run_step(running[variant], models, term)
         return loss, {n: p.grad for n, p in models.student.named_parameters()}
 
     def compare(variant: str, first: str, expected: tuple, term: str = "loss") -> None:
@@ -150,9 +155,10 @@ def check(running: dict[str, Step], models: Models, name: str) -> None:
 
 
 def peak_bytes(step: Step, models: Models) -> int:
+    """See 2 in the module's docstring."""
     models.student.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        take(step, models)
+        run_step(step, models)
     gradients = {p.grad.untyped_storage().data_ptr() for p in models.student.parameters()}
     events = sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))
     kept = set()  # a gradient's allocation is the last one at its address
@@ -173,20 +179,20 @@ def _allocations(nodes: list) -> Iterator[tuple[int, int, int]]:
 
 
 def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
-    """One row a variant; without `only` all of them, checked first."""
+    """A row of results for each variant in `only`. Without it all variants are measured, and checked before."""
     models, pairs = prepare(case)
     print(f"{case.name}: {pairs.unique_tokens} unique tokens, {len(pairs.token_ids)} of responses", flush=True)
     found = steps(models, pairs, only)
     running = {n: s for n, s in found.items() if callable(s)}
     if not only:
         check(running, models, case.name)
-    peaks = {n: peak_bytes(s, models) for n, s in running.items()}  # warms up, too
+    peaks = {n: peak_bytes(s, models) for n, s in running.items()}  # also the warm-up
     seconds: dict[str, list[float]] = {n: [] for n in running}
     for _ in range(repeats):
         for name, step in running.items():
             gc.collect()
             start = time.perf_counter()
-            take(step, models)
+            run_step(step, models)
             seconds[name].append(time.perf_counter() - start)
     shares, products = {} if only else operators(running["D"], models), flops(models, pairs)
     rows = []
@@ -206,22 +212,22 @@ def measure(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict]:
 
 
 def flops(models: Models, pairs: Pairs) -> dict[str, int]:
-    """Of a step's products with weights, by variant: 2 a weight and token forward, 4 backward."""
-    head = models.student.get_output_embeddings().weight.numel()
+    """Operations in a step's products with weights, by variant: 2 per weight and token forward, 4 backward."""
+    lm_head = models.student.get_output_embeddings().weight.numel()
     embeddings = models.student.get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in models.student.parameters()) - head - embeddings
+    body = sum(p.numel() for p in models.student.parameters()) - lm_head - embeddings
     positions, rows = pairs.padded.ids.numel(), len(pairs.token_ids)
-    padded, inputs = 6 * (body + head) * positions, {"B": positions}
+    padded, inputs = 6 * (body + lm_head) * positions, {"B": positions}
     inputs |= {name: pack.ids.numel() for name, pack in (("C", pairs.packed), ("D", pairs.shared))}
-    with_live = padded + 2 * 2 * (body + head) * positions  # reference and teacher
-    fused = {name: 6 * (body * n + head * rows) for name, n in inputs.items()}
+    with_live = padded + 2 * 2 * (body + lm_head) * positions  # reference and teacher are live models
+    fused = {name: 6 * (body * n + lm_head * rows) for name, n in inputs.items()}
     return {"A": with_live, "A0": padded, "A0 rows": padded, **fused}
 
 
 def operators(step: Step, models: Models) -> dict[str, float]:
-    """Shares of a step's time: of matrix products together, and of the six other operators that take most."""
+    """Shares of a step's time: of all matrix products together, and of the six other operators that take longest."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        take(step, models)
+        run_step(step, models)
     times = {"products": 0.0}
     for event in profiler.key_averages():
         name = "products" if event.key in GEMMS else event.key
@@ -231,8 +237,8 @@ def operators(step: Step, models: Models) -> dict[str, float]:
     return {name: times[name] / total for name in ("products", *others[:6])}
 
 
-def head_gemms(repeats: int) -> dict[str, float]:
-    """What `lm_head_joint_loss` costs, forward and backward, in GEMMs (see the module's docstring)."""
+def lm_head_gemms(repeats: int) -> dict[str, float]:
+    """The time of `lm_head_joint_loss`, forward and backward, in GEMMs (see the module's docstring)."""
     vocab, width, k = K152, 1024, 64
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(vocab, width)).requires_grad_()
@@ -242,8 +248,8 @@ def head_gemms(repeats: int) -> dict[str, float]:
         hidden, ids = torch.randn(n, width).requires_grad_(), torch.randint(vocab, (n,))
         pair, position = torch.arange(n) // per_pair, torch.arange(n) % per_pair
         entries = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)])
-        head = (torch.arange(k) < k // 2).expand(n, k)
-        targets = TeacherTargets(entries, torch.full((n, k), -4.5), head, ~head, torch.full((n,), -1.0))
+        is_top = (torch.arange(k) < k // 2).expand(n, k)
+        targets = TeacherTargets(entries, torch.full((n, k), -4.5), is_top, ~is_top, torch.full((n,), -1.0))
         arguments = (ids, pair, position < per_pair // 2, torch.full((n,), -9.0), targets, n_pairs)
         kwargs = dict(vocab=vocab, settings=LossSettings(), denominators=Denominators(n_pairs, n // 2, n // 2))
         h, w = hidden.detach(), weight.detach()
@@ -270,14 +276,17 @@ def head_gemms(repeats: int) -> dict[str, float]:
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: milliseconds (times of D in brackets), and peak memory; a line a case."""
+    """Markdown tables with a line for each case: milliseconds (in brackets as multiples of D's), peak memory, matrix
+    products, operators."""
     cases, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("case", "variant"))
     cells = {(r["case"], r["variant"]): r for r in rows}
 
     def table(title: str, cell: Callable[[dict, dict], str]) -> list[str]:
         lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for case in cases:
-            found = [cells.get((case, n), {"median_s": None}) for n in names]  # --cases keeps rows of an older set
+            found = [
+                cells.get((case, n), {"median_s": None}) for n in names
+            ]  # rows kept from an earlier run may lack one
             row = [cell(r, cells[case, "D"]) if r["median_s"] else "n/a" for r in found]
             lines.append(f"| {case} | " + " | ".join(row) + " |")
         return [*lines, ""]
@@ -294,14 +303,14 @@ def tables(rows: list[dict]) -> str:
     if profiled:
         products += ["| share of D's time | products | the six other operators that take most |", "|---" * 3 + "|"]
     for r in profiled:
-        first, *others = (f"{NAMES.sub('', name)} {share:.1%}" for name, share in r["operators"].items())
+        first, *others = (f"{OMITTED.sub('', name)} {share:.1%}" for name, share in r["operators"].items())
         products.append(f"| {r['case']} | {first.split()[1]} | {', '.join(others)} |")
     errors = sorted({f"{r['variant']} {r['error']}" for r in rows if "error" in r})
     return "\n".join([*times, *peaks, *products, *errors]).strip()
 
 
 def plot(rows: list[dict], folder: Path) -> list[str]:
-    """One PNG an axis of growth: seconds and peak memory over it. Returns the file names."""
+    """Plot seconds and peak memory over each axis of growth, one PNG file per axis. Returns the file names."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -322,13 +331,14 @@ def plot(rows: list[dict], folder: Path) -> list[str]:
     return files
 
 
-def write(folder: Path, rows: list[dict], growth: list[dict], head: dict, args: argparse.Namespace) -> None:
-    """results/train_step.json (growth rows have `axis` and `value`), plots, and the section of README.md."""
+def write(folder: Path, rows: list[dict], growth: list[dict], gemms: dict, args: argparse.Namespace) -> None:
+    """Write results/train_step.json (rows of `growth` have an `axis` and a `value`), plots, and the section of
+    README.md."""
     (folder / "results").mkdir(exist_ok=True)
     images = [
         f"![seconds and memory of a step as it grows](results/{file})" for file in plot(growth, folder / "results")
     ]
-    cost = [f"The head alone: {', '.join(f'{x:.2f} GEMMs {name}' for name, x in head.items())}."] if head else []
+    cost = [f"The head alone: {', '.join(f'{x:.2f} GEMMs {name}' for name, x in gemms.items())}."] if gemms else []
     some = f" ({', '.join(args.cases)}; the other cases are of an earlier run)" if args.cases else ""
     section = "\n\n".join([f"Median of {args.repeats}{some}; in the plots, of 3.", tables(rows), *cost, *images])
     report.write("train_step", rows + growth, section, report.machine("trl", "liger-kernel"), folder=folder)
@@ -338,8 +348,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
-    parser.add_argument("--growth", action="store_true", help="also over length, vocabulary and pairs, for the plots")
-    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="only these; other rows are kept")
+    parser.add_argument("--growth", action="store_true", help="also over length, vocabulary and pairs, for plots")
+    parser.add_argument(
+        "--cases", nargs="+", choices=[c.name for c in CASES], help="measure only these, keep the other rows"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes; writes to a temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -365,9 +377,9 @@ def main() -> None:
     if args.quick:
         folder = Path(tempfile.mkdtemp())
         shutil.copy(HERE / "README.md", folder)
-    head = {} if args.quick else head_gemms(args.repeats)
-    print(head)
-    write(folder, rows, growth, head, args)
+    gemms = {} if args.quick else lm_head_gemms(args.repeats)
+    print(gemms)
+    write(folder, rows, growth, gemms, args)
     print(f"\n{tables(rows)}\n\nwritten to {folder}")
 
 

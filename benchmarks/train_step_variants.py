@@ -1,24 +1,26 @@
-"""The training steps that `train_step.py` compares: one function a variant, from the same pairs to the loss.
+"""The training steps that `train_step.py` compares: a function for each variant, from the same pairs to the loss.
 
-    A         padded; float32 log-softmax at every position of student, live reference and live teacher; KL over the
-              whole vocabulary: what is commonly written
-    A0        A with stored reference and sparse teacher, the information of B to D: log-probs gathered from a
-              log-softmax at every position (DistillKit's sparse KL and a plain DPO would reduce the logits twice)
-    A0 rows   A0 with the log-probs of response rows only
-    B         padded, with the fused head
+    A         the usual implementation: padded batches, float32 log-softmax at every position of the student and of live
+              reference and teacher models, KL over the whole vocabulary
+    A0        A with the stored reference log-probs and teacher entries that B to D use; their log-probs are gathered
+              from one log-softmax at every position (DistillKit's sparse KL beside a plain DPO would compute two)
+    A0 rows   A0 with the log-softmax at response positions only
+    B         padded batches, and the loss computed from hidden states (`lm_head_joint_loss`)
     C         B without padding: every response packed with a prompt of its own
-    D         C with the prompt shared by a pair: what this project trains with
+    D         C with one prompt for both responses of a pair; this is what the project trains with
     D lean    D with gradient checkpointing (`training.gradient_checkpointing`)
-    TRL       TRL's kernels composed: its fused log-probs (stored reference) and its divergence (live teacher)
-    Liger     Liger's composed: its DPO (live reference) and its JSD at beta 0, the forward KL (live teacher)
-    TRL DPO   TRL's own DPOTrainer doing DPO alone, reference precomputed: less work than all others
+    TRL       TRL's kernels: its fused log-probs with a stored reference, and its divergence to a live teacher
+    Liger     Liger's kernels: its DPO with a live reference, and its JSD at beta 0, which is the forward KL, to a live
+              teacher
+    TRL DPO   TRL's DPOTrainer with precomputed reference log-probs; DPO alone, so it does less than all others
 
-Where a peer's API leaves a choice, the faster one is taken: TRL's kernels and Liger's JSD get response rows only, as
-TRL does on a GPU (on a CPU its trainers project every position). DPOTrainer runs as it is, without gradient
-checkpointing. Liger's DPO takes whole padded sequences only. The live teacher is no larger than the student.
+Where TRL or Liger leave a choice, the faster way is taken. TRL's kernels and Liger's JSD get response rows only, as in
+TRL on a GPU; on a CPU its trainers project every position. DPOTrainer is used unchanged, without gradient
+checkpointing. Liger's DPO takes only whole padded sequences. In `train_step.py` the live teacher is as large as the
+student.
 
 Shapes: B pairs, N = 2 B sequences (chosen and rejected of pair 0, of pair 1, ...), L padded length, T response tokens
-of all sequences behind one another, H hidden, V vocabulary.
+of all sequences, concatenated, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Pairs:
-    """A micro-batch in every layout, and what is stored with it."""
+    """A micro-batch in every layout, with its stored reference log-probs and teacher entries."""
 
     padded: Padded
     labels: Tensor
@@ -68,9 +70,9 @@ class Pairs:
     """[T] float32."""
     targets: TeacherTargets
     examples: list[dict]
-    """What TRL's collator takes: prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps."""
+    """The input of TRL's collator: prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps."""
     unique_tokens: int
-    """Tokens of prompts, counted once a pair, and of responses."""
+    """Tokens of prompts, counted once per pair, and of responses."""
 
     @property
     def n(self) -> int:
@@ -90,7 +92,8 @@ class Models:
 
 
 Terms = dict[str, Tensor]
-"""`loss`, to go backward from, and where a variant has them apart its terms: dpo, kl_chosen, kl_rejected."""
+"""`loss`, from which the backward pass starts, and, if a variant computes them separately, its terms: dpo, kl_chosen,
+kl_rejected."""
 Step = Callable[[], Terms]
 
 
@@ -106,7 +109,7 @@ def make_models(shape: dict) -> Models:
 
 
 def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[list[int]]]) -> Pairs:
-    """Scores `prompts` and their two responses each with reference and teacher, and lays them out."""
+    """Pairs of `prompts` and the two responses to each, scored with reference and teacher."""
     n, device = len(prompts), models.student.device
     flat = [r for both in responses for r in both]
     repeated = [p for p in prompts for _ in range(2)]
@@ -136,7 +139,8 @@ def make_pairs(models: Models, prompts: list[list[int]], responses: list[list[li
 
 
 def steps(models: Models, pairs: Pairs, only: Sequence[str] = ()) -> dict[str, Step | str]:
-    """Every variant, or those named, by name; a variant whose package cannot be imported is the reason."""
+    """The steps of all variants, or of those in `only`, by name. A variant whose package cannot be imported has the
+    reason in place of its step."""
     makers: dict[str, Callable[[], Step]] = {
         "A": lambda: lambda: full_logits(models, pairs),
         "A0": lambda: full_logits_stored(models.student, pairs),
@@ -283,7 +287,8 @@ def dpo_trainer(models: Models, pairs: Pairs) -> Step:
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
-    # The trainer wants a tokenizer and texts. The pairs, token ids already, go to its collator and its training step.
+    # The trainer requires a tokenizer and texts. The pairs, which are token ids, bypass them: they go to its collator
+    # and its training step.
     words = Tokenizer(tokenizer_models.WordLevel({"<pad>": 0, "</s>": 1, "x": 2}, unk_token="x"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     on_cpu = models.student.device.type == "cpu"

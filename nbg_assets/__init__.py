@@ -1,1 +1,2 @@
-"""The Dagster half: assets made from the registry of `nbg_core`, jobs, schedule, sensors, and the `nbg` command."""
+"""The Dagster side of the project: assets made from the registry in `nbg_core.assets`, jobs, a schedule, sensors, and
+the `nbg` command."""

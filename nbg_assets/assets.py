@@ -1,11 +1,12 @@
-"""The Dagster assets, made from the registry (`nbg_core.assets`): one step per asset, which runs its stage.
+"""The Dagster assets, made from the registry (`nbg_core.assets`).
 
-A step holds no model and no rows. It starts a worker process whose log streams into the run, waits for its one final
-report, then runs the asset's checks. Terminating the run ends the worker and everything it started; a failed worker
-fails the step with its own sentence. A partition whose upstream fails a blocking check is refused before it starts.
+The step of an asset loads no model and reads no large tables. It starts a worker process that runs the asset's stage,
+writes the worker's output into the run's log, waits for the worker's report and then runs the asset's checks.
+Terminating the run ends the worker and all processes below it. When the worker fails, the step fails with the worker's
+error. A step whose upstream partition fails a blocking check does not start.
 """
 
-# No `from __future__ import annotations`: Dagster looks at the annotations of a step itself, and needs classes.
+# No `from __future__ import annotations`: Dagster reads the annotations of a step at run time and needs classes.
 import logging
 import time
 from collections.abc import Callable
@@ -26,19 +27,20 @@ from nbg_core.vllm.environment import missing_environment
 
 OWNER = "team:post-training"
 POOL = "model"
-"""Steps that load a model wait for one another (dagster.yaml)."""
+"""Dagster pool of the steps that load a model. Its size is in dagster.yaml."""
 
-progress = logging.getLogger("nbg.progress")
-"""Every line a worker prints, also outside Dagster's own log: the command line listens here."""
-progress.setLevel(logging.INFO)
-progress.propagate = False
+worker_log = logging.getLogger("nbg.progress")
+"""Gets every line that a worker prints, whatever goes into Dagster's event log. `nbg run` shows these lines."""
+worker_log.setLevel(logging.INFO)
+worker_log.propagate = False
 
 BURST_LINES = 200
-"""Lines that go into the event log at once; a chattier worker gets one a second, and all of them in its log file."""
+"""Lines of a worker that may enter the event log at once. After them it takes one line a second, and drops the rest;
+the worker's log file has all lines."""
 
 
 def make_assets() -> list[dg.AssetsDefinition]:
-    """A Dagster asset per asset of the registry."""
+    """The Dagster assets, one for each entry of ASSETS."""
     return [_make(asset) for asset in ASSETS]
 
 
@@ -73,9 +75,10 @@ def _make(asset: Asset) -> dg.AssetsDefinition:
 
 
 def materialise(context: dg.AssetExecutionContext, nbg: NbgResource) -> dg.MaterializeResult:
-    """Run the stage of this step's asset and partition, then its checks; describe what was made.
+    """Run the stage of this step's asset and partition, then its checks. The result carries their outcome and the
+    metadata of the materialisation.
 
-    Raises dagster.Failure with the worker's sentence when it failed."""
+    Raises dagster.Failure with the worker's error when the worker failed, and when the step cannot start."""
     asset = get(context.asset_key.path[-1])
     slice_name = context.partition_key if asset.partitioned else None
     profile = nbg.load()
@@ -107,30 +110,33 @@ def _check(made: metadata.Made) -> list[dg.AssetCheckResult]:
     results = []
     for check in checks_of(made.asset.name):
         violations = check.violations(subject)
-        found = {"violations": violations.height, "partition": made.slice_name or ""}
-        why = f" ({violations['why'][0]})" if violations.height and "why" in violations.columns else ""
+        about: dict[str, dg.MetadataValue | int | str] = {
+            "violations": violations.height, "partition": made.slice_name or "",
+        }  # fmt: skip
+        reason = f" ({violations['why'][0]})" if violations.height and "why" in violations.columns else ""
         if violations.height:
-            found["first violations"] = dg.MetadataValue.md(metadata.table(violations))
+            about["first violations"] = dg.MetadataValue.md(metadata.table(violations))
         results.append(
             dg.AssetCheckResult(
                 passed=violations.is_empty(),
                 check_name=check.name,
                 asset_key=made.asset.name,
                 severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
-                description=check.description if violations.is_empty() else f"violated: {check.description}{why}",
-                metadata=found,
+                description=check.description if violations.is_empty() else f"violated: {check.description}{reason}",
+                metadata=about,
             )
         )
     return results
 
 
 def _log_lines(context: dg.AssetExecutionContext) -> Callable[[str], None]:
-    """A sink for worker lines that a chatty library cannot use to flood the event log."""
+    """A function that logs one line of a worker. It limits the lines per second in the event log (BURST_LINES), which a
+    library that prints a lot would otherwise flood."""
     allowance, last = float(BURST_LINES), time.monotonic()
 
     def log(line: str) -> None:
         nonlocal allowance, last
-        progress.info(line)
+        worker_log.info(line)
         now = time.monotonic()
         allowance, last = min(BURST_LINES, allowance + now - last), now
         if allowance >= 1 and line.strip():

@@ -1,7 +1,8 @@
-"""Everything Dagster loads.
+"""The definitions that Dagster loads.
 
-Steps run in the run's own process, one after the other: they only wait for a worker (`assets.py`). Runs of several
-slices go side by side; the pool `model` keeps those that run a model apart (dagster.yaml).
+The steps of a run are executed one after the other in the run's own process: they only wait for a worker (`assets.py`).
+Runs of several slices are executed at the same time; the pool `model` limits how many of their steps load a model
+(dagster.yaml).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nbg_core.config.load import load_profile
 
 
 def build(which: str | None = None) -> dg.Definitions:
-    """The definitions for a profile (name or path; NBG_PROFILE, else embedded).
+    """The definitions for the profile `which`, a name or path; by default NBG_PROFILE, else `embedded`.
 
     Raises ProfileError for a profile that cannot be used."""
     which = which or os.environ.get("NBG_PROFILE") or "embedded"

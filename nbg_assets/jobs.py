@@ -1,5 +1,6 @@
-"""Two jobs, because a run has one partition or none: `refresh_slice` makes a slice ready for training, `train` trains
-on all slices and evaluates."""
+"""The two jobs: `refresh_slice` makes one slice ready for training, `train` trains on all slices and evaluates.
+
+They are two because a Dagster run has either one partition or none."""
 
 import dagster as dg
 
@@ -8,7 +9,7 @@ from nbg_core.assets import PARTITIONED, UNPARTITIONED
 refresh_slice = dg.define_asset_job(
     "refresh_slice",
     selection=list(PARTITIONED),
-    description="Queries, responses, pairs, teacher and reference of one slice; finished work is not done again.",
+    description="Queries, responses, pairs, teacher and reference of one slice; finished work is not repeated.",
 )
 
 train = dg.define_asset_job(

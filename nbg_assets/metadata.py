@@ -1,4 +1,4 @@
-"""What Dagster shows of a materialisation: counts, profile, snapshot, a preview, plots; and each table's columns."""
+"""The metadata that Dagster shows: of a materialisation its report, a preview and plots; of an asset its columns."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nbg_core.lake.tables import TABLES, sql_type
 
 PREVIEW_ROWS = 5
 CELL_WIDTH = 60
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,25 @@ class Made:
     profile: Profile
     lake: Lake
     report: dict
+    """Fields of the worker's report (`lineage.run.Report`) by name."""
     seconds: float
+    """Wall time of the worker."""
+
+    def require_slice(self) -> str:
+        """The slice name. Raises ValueError for an asset without partitions."""
+        if self.slice_name is None:
+            raise ValueError(f"{self.asset.name} has no partitions; this plot is for an asset that has")
+        return self.slice_name
 
     def sql(self, query: str, *params: object) -> pl.DataFrame:
-        """Rows as they are now, right after the commit: attaching at its snapshot would cost 0.2 s a step."""
+        """The result of a query on the newest snapshot, which right after the commit is the commit's own.
+
+        Reading at the commit's snapshot by number would attach the lake once more, which takes 0.2 s."""
         return self.lake.sql(query, params)
 
 
 def column_schema(table: str) -> dg.TableSchema:
-    """A lake table's columns, types and meanings, as Dagster shows them."""
+    """The columns of a lake table with their types and descriptions."""
     columns = TABLES[table].columns()
     return dg.TableSchema(
         columns=[
@@ -53,7 +64,7 @@ def describe(made: Made) -> dict[str, dg.MetadataValue]:
     """The metadata of one materialisation: every field of the worker's report, a preview and the asset's plots."""
     report = dict(made.report)
     rows = report.pop("rows")
-    result = {
+    result: dict[str, dg.MetadataValue] = {
         "profile": dg.MetadataValue.text(made.profile.name),
         "snapshot": dg.MetadataValue.int(report.pop("snapshot")),
         "data version": dg.MetadataValue.text(report.pop("data_version")),
@@ -69,20 +80,20 @@ def describe(made: Made) -> dict[str, dg.MetadataValue]:
         try:
             if plot := plots.PLOTS[name](made):
                 result[name] = dg.MetadataValue.md(plot.markdown())
-        except Exception as e:  # the partition is committed: a plot that cannot be drawn must not make it a failure
+        except Exception as e:  # the partition is committed, so an error in a plot must not fail the step
             result[name] = dg.MetadataValue.text(f"could not be drawn: {type(e).__name__}: {e}")
     return result
 
 
 def table(df: pl.DataFrame, rows: int = PREVIEW_ROWS) -> str:
-    """The first rows as a Markdown table, long cells cut."""
+    """The first `rows` of a frame as a Markdown table; long cells are shortened."""
     lines = ["| " + " | ".join(df.columns) + " |", "|" + " --- |" * df.width]
     lines += ["| " + " | ".join(_cell(v) for v in row) + " |" for row in df.head(rows).iter_rows()]
     return "\n".join(lines + ([f"\n{df.height} rows"] if df.height > rows else []))
 
 
 def _preview(made: Made) -> pl.DataFrame:
-    """Rows of the partition, those of its newest commits first: a table also keeps rows of earlier policies."""
+    """Rows of the partition, newest commits first, because a table also keeps the rows of earlier policies."""
     name = made.asset.tables[0]
     lists = [f"{n}[:8] AS {n}" for n, c in TABLES[name].columns().items() if c.dtype == pl.List]
     replace = f" REPLACE ({', '.join(lists)})" if lists else ""

@@ -1,6 +1,7 @@
-"""Small plots for the Dagster UI: PNG inside Markdown, kept below the 100 kB an event can carry.
+"""The plots in the Dagster UI: small PNG images inside Markdown, below the size limit of an event.
 
-Colours tell the same thing everywhere: chosen or after training blue, rejected or before orange, teacher grey.
+A colour has the same meaning in all plots: blue is chosen or after training, orange rejected or before training, grey
+the teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from nbg_assets.metadata import Made
 
 MAX_BYTES = 100_000
+"""Size of a plot's Markdown above which it is not shown."""
 BINS = 40
+"""Bars of a histogram, at most."""
 CHOSEN, REJECTED, TEACHER = "#1f77b4", "#ff7f0e", "#7f7f7f"
 GREEN, RED, BLACK = "#2ca02c", "#d62728", "#000000"
 PALETTE = (CHOSEN, REJECTED, GREEN, RED, "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", TEACHER)
@@ -35,13 +38,14 @@ COLOURS = {
     "teacher": TEACHER, "loss": BLACK, "dpo": CHOSEN, "kl_chosen": GREEN, "kl_rejected": RED, "chosen_logp": CHOSEN,
     "rejected_logp": REJECTED, "margin": CHOSEN, "accuracy": GREEN, "grad_norm": TEACHER,
 }  # fmt: skip
-"""Colours of series that mean something; others take theirs from PALETTE."""
+"""Colour by name of the series; the other series take theirs from PALETTE."""
 
 
 @dataclass(frozen=True)
 class Plot:
     png: bytes
     alt: str
+    """Alternative text of the image."""
 
     def markdown(self) -> str:
         text = f"![{self.alt}](data:image/png;base64,{base64.b64encode(self.png).decode()})"
@@ -49,32 +53,32 @@ class Plot:
 
 
 def response_lengths(made: Made) -> Plot | None:
-    """Tokens per response, truncated ones apart."""
+    """Tokens per response, by finish reason."""
     query = (
         "SELECT 'finished: ' || finish_reason AS name, len(token_ids) AS value FROM samples "
         f"WHERE slice = $1 AND {CURRENT_SAMPLES}"
     )
-    return _histogram(made, query, _current(made), "response tokens", "response lengths")
+    return _histogram(made, query, _current_params(made), "response tokens", "response lengths")
 
 
 def scores(made: Made) -> Plot | None:
-    """Scores of the slice's present responses by scorer."""
+    """Newest scores of the slice's current responses, by scorer."""
     query = (
         "SELECT scorer AS name, score AS value FROM scores JOIN samples USING (sample_id) "
         f"WHERE samples.slice = $1 AND {CURRENT_SAMPLES} "
         "QUALIFY row_number() OVER (PARTITION BY sample_id, scorer ORDER BY scores.snapshot_id DESC) = 1"
     )
-    return _histogram(made, query, _current(made), "score", "scores of all responses")
+    return _histogram(made, query, _current_params(made), "score", "scores of all responses")
 
 
 def margins(made: Made) -> Plot | None:
-    """Margins of the kept pairs."""
+    """Margins of the pairs."""
     query = "SELECT 'kept pairs' AS name, margin AS value FROM pairs WHERE slice = $1"
     return _histogram(made, query, [made.slice_name], "chosen score - rejected score", "margins")
 
 
 def entries_per_position(made: Made) -> Plot | None:
-    """Entries stored per response position: how peaked the teacher is."""
+    """Entries of the teacher's distribution that are stored per response position; a confident teacher needs few."""
     query = (
         "SELECT unnest(['top (exact)', 'tail (sampled)']) AS name, unnest([top, tail]) AS value FROM (SELECT "
         "unnest(head_counts) AS top, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
@@ -84,14 +88,15 @@ def entries_per_position(made: Made) -> Plot | None:
     return _histogram(made, query, params, "entries per position", "stored distribution")
 
 
-def _current(made: Made) -> list:
-    """The slice, and the parameters of CURRENT_SAMPLES."""
-    return [made.slice_name, *sampled_with(made.lake, made.slice_name).params]
+def _current_params(made: Made) -> list:
+    """The parameters of a query with the slice and CURRENT_SAMPLES, $1 to $6."""
+    return [made.slice_name, *sampled_with(made.lake, made.require_slice()).params]
 
 
 def sampler_drift(made: Made) -> Plot | None:
-    """Tokens by how far the sampler's log-prob is from the reference's; the line is the bound of the check."""
-    df = drift.histogram(made.lake, made.slice_name)
+    """Tokens by the distance of the sampler's log-prob from the reference's. The line is the bound of the check
+    `sampler_agrees`."""
+    df = drift.histogram(made.lake, made.require_slice())
     if df.is_empty():
         return None
     figure, axes = _figure("sampler drift")
@@ -103,7 +108,7 @@ def sampler_drift(made: Made) -> Plot | None:
 
 
 def metric_curves(title: str) -> Callable[[Made], Plot | None]:
-    """The metrics of this title (`losses.metrics`) over the optimizer steps."""
+    """The metrics whose `plot` is `title` (`losses.metrics`) over the optimizer steps."""
     names = [metric.name for metric in METRICS if metric.plot == title]
 
     def draw(made: Made) -> Plot | None:
@@ -124,7 +129,7 @@ def metric_curves(title: str) -> Callable[[Made], Plot | None]:
 
 
 def accuracies(made: Made) -> Plot | None:
-    """Held-out accuracy per slice, before and after training and of the teacher, with 95% intervals."""
+    """Held-out accuracy per slice: before training, after it, and the teacher's, with 95% intervals."""
     rows = made.report["summary"]
     figure, axes = _figure("held-out accuracy, 95% intervals")
     for i, role in enumerate(("before", "after", "teacher")):
@@ -149,17 +154,19 @@ PLOTS: dict[str, Callable[[Made], Plot | None]] = {
     **{title: metric_curves(title) for title in METRIC_PLOTS},
     "accuracy": accuracies,
 }
-"""What an asset names in `Asset.plots`; the name is the metadata key in Dagster."""
+"""The plots that `Asset.plots` may name. The name is the metadata key in Dagster."""
 
 
 def _colour(name: str, i: int) -> str:
-    """The colour of a series: by its name where it has a meaning, else the i-th of the palette."""
+    """The colour of series `name`, the i-th of its plot."""
     return COLOURS.get(name) or PALETTE[i % len(PALETTE)]
 
 
 def _histogram(made: Made, query: str, params: list, label: str, title: str) -> Plot | None:
-    """Bars of the `value` of a query's rows, by `name`. The lake counts: only counts come into this process."""
-    whole = f"bool_and(value = floor(value)) AND max(value) - min(value) < {BINS}"  # one bar per number
+    """A histogram of the column `value` of a query, one colour per value of the column `name`.
+
+    DuckDB counts the rows of each bar, so that only the counts are read into this process."""
+    whole = f"bool_and(value = floor(value)) AND max(value) - min(value) < {BINS}"  # then each number gets a bar
     df = made.sql(
         f"WITH v AS ({query}), r AS (SELECT min(value)::DOUBLE AS low, max(value)::DOUBLE AS high, {whole} AS whole "
         f"FROM v), w AS (SELECT *, CASE WHEN whole THEN 1.0 WHEN high > low THEN (high - low) / {BINS} ELSE 1.0 END "
@@ -173,12 +180,13 @@ def _histogram(made: Made, query: str, params: list, label: str, title: str) -> 
     figure, axes = _figure(title)
     low, width, whole = df.row(0, named=True)["low"], df["width"][0], df["whole"][0]
     start = low - width / 2 if whole else low
-    edges = [start + i * width for i in range(df["bin"].max() + 2)]
+    edges = [start + i * width for i in range(max(df["bin"].to_list()) + 2)]
     names = df["name"].unique(maintain_order=True).to_list()
     parts = [df.filter(pl.col("name") == name) for name in names]
     axes.hist(
         [[start + (b + 0.5) * width for b in part["bin"]] for part in parts], bins=edges,
-        weights=[part["n"].to_list() for part in parts], label=names, color=[_colour(n, i) for i, n in enumerate(names)],
+        weights=[part["n"].to_list() for part in parts], label=names,
+        color=[_colour(n, i) for i, n in enumerate(names)],
     )  # fmt: skip
     axes.set_xlabel(label)
     axes.legend(fontsize=8)
@@ -186,7 +194,7 @@ def _histogram(made: Made, query: str, params: list, label: str, title: str) -> 
 
 
 def _figure(title: str):
-    from matplotlib.figure import Figure  # no pyplot: no global state, no backend to choose; drawn by Agg
+    from matplotlib.figure import Figure  # not pyplot, which keeps global state and chooses a backend
 
     figure = Figure(figsize=(6, 3), dpi=90, layout="tight")
     axes = figure.subplots()

@@ -1,21 +1,24 @@
-"""The refresh schedule: one run per stale slice, only of what is stale.
+"""The refresh schedule: one run per stale slice, with its stale assets only.
 
-It is the one switch of the loop: while it is on, the sensor `train_when_slices_fresh` trains once these runs have made
-every slice fresh.
+It switches the whole loop on and off: while it is on, the sensor `train_when_slices_fresh` starts training as soon as
+these runs have made every slice fresh.
 """
 
 from __future__ import annotations
 
 import dagster as dg
 from dagster import DagsterRunStatus, RunsFilter
-from dagster._core.definitions.run_request import InstigatorType  # no public way to ask whether a schedule is on
+from dagster._core.definitions.run_request import InstigatorType  # `is_on` needs it; there is no public way
 
 from nbg_assets.jobs import refresh_slice
+from nbg_assets.partitions import SLICE
 from nbg_assets.resources import NbgResource
 from nbg_assets.stale import stale_slices
 from nbg_core.assets import UNPARTITIONED
 from nbg_core.config.profile import Profile
 from nbg_core.lineage.staleness import status
+
+NAME = "refresh_all_slices"
 
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
@@ -24,13 +27,11 @@ UNFINISHED = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
-
-
-NAME = "refresh_all_slices"
+"""Statuses of a run that has not ended."""
 
 
 def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
-    """The schedule at the profile's time; off until it is switched on in the UI."""
+    """The schedule with the profile's cron string and time zone. It is off until it is switched on in the UI."""
 
     @dg.schedule(
         name=NAME,
@@ -42,7 +43,7 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
         "slice is fresh (sensor train_when_slices_fresh).",
     )
     def schedule(context: dg.ScheduleEvaluationContext, nbg: NbgResource):
-        present = set(context.instance.get_dynamic_partitions("slice"))
+        present = set(context.instance.get_dynamic_partitions(SLICE))
         stale = stale_slices(status(nbg.lake(), nbg.load()))
         busy = busy_slices(context.instance)
         due = {
@@ -51,8 +52,8 @@ def refresh_all_slices(profile: Profile) -> dg.ScheduleDefinition:
             if slice_name in present and slice_name not in busy
         }
         if not due:
-            waiting = f"; already running: {', '.join(sorted(busy & set(stale)))}" if busy & set(stale) else ""
-            return dg.SkipReason(f"no slice is stale{waiting}" if not stale else f"no stale slice can start{waiting}")
+            running = f"; already running: {', '.join(sorted(busy & set(stale)))}" if busy & set(stale) else ""
+            return dg.SkipReason(f"no stale slice can start{running}" if stale else "no slice is stale")
         return [
             dg.RunRequest(
                 run_key=f"{context.scheduled_execution_time.isoformat()}:{slice_name}",

@@ -1,5 +1,5 @@
-"""Two sensors: a new query file becomes a partition with a run; while the refresh schedule is on, training starts once
-all slices are fresh."""
+"""The two sensors: `new_query_files` adds a partition for a new query file and starts a run of it;
+`train_when_slices_fresh` starts training once all slices are fresh, while the refresh schedule is on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import dagster as dg
 
 from nbg_assets.jobs import refresh_slice, train
-from nbg_assets.partitions import slice_partitions
+from nbg_assets.partitions import SLICE, slice_partitions
 from nbg_assets.resources import NbgResource
 from nbg_assets.schedules import is_on, training_is_running
 from nbg_assets.stale import stale_slices, stale_student, training_key
@@ -16,7 +16,7 @@ from nbg_core.config.slices import find_slices, query_file
 from nbg_core.lineage.staleness import status
 
 SETTLE_SECONDS = 3
-"""A file younger than this may still be being copied: it waits for the next tick."""
+"""A file that changed less than this long ago may still be being written. It waits for the next tick."""
 
 
 @dg.sensor(
@@ -30,7 +30,7 @@ def new_query_files(context: dg.SensorEvaluationContext, nbg: NbgResource):
     good, refused = find_slices(profile)
     for reason in refused.values():
         context.log.warning(reason)
-    present = set(context.instance.get_dynamic_partitions(slice_partitions.name))
+    present = set(context.instance.get_dynamic_partitions(SLICE))
     files = {name: query_file(profile, name).stat().st_mtime for name in good if name not in present}
     settled = [name for name, changed in files.items() if time.time() - changed >= SETTLE_SECONDS]
     if not settled:

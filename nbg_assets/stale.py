@@ -1,4 +1,5 @@
-"""What there is to do, from the lake's own lineage: Dagster's staleness does not cover partitions in every case."""
+"""What is to be materialised, decided by the lake's lineage. Dagster's own staleness does not cover all cases of
+partitioned assets."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from nbg_core.lineage.staleness import Status
 
 
 def stale_slices(states: Sequence[Status]) -> dict[str, list[str]]:
-    """Missing and stale assets of each slice that has any, in an order in which they can be materialised."""
+    """Slice name -> its missing and stale assets, in an order in which they can be materialised; no fresh slices."""
     result: dict[str, list[str]] = {}
     for s in states:
         if s.slice_name is not None and s.state != "fresh":
@@ -25,13 +26,15 @@ def stale_slices(states: Sequence[Status]) -> dict[str, list[str]]:
 
 
 def stale_student(states: Sequence[Status]) -> list[str]:
-    """Of training and evaluation, what is missing or stale."""
+    """The missing and stale ones among the assets without partitions: training and evaluation."""
     return [s.asset for s in states if s.slice_name is None and s.state != "fresh"]
 
 
 def training_key(lake: Lake, profile: Profile, due: Sequence[str]) -> str:
-    """Changes when a training run would give something else: settings, policy, or a slice's content; or when other
-    assets are `due`, so that an evaluation that failed after its training is asked for once more."""
+    """A run key for training and evaluation: Dagster starts one run per key.
+
+    It changes with the settings, the policy and the content of the slices, and with the assets that are `due`. So an
+    evaluation that failed after its training is started once more."""
     policy = current_policy(lake, profile)
     settings = [settings_of(a, profile, policy.model_id, None) for a in UNPARTITIONED]
     slices = set(slice_names(profile))

@@ -1,16 +1,17 @@
-"""The asset graph: one Asset per line, in an order in which they can be materialised.
+"""The registry of assets: ASSETS lists them in an order in which they can be materialised.
 
-Everything that needs to know what assets there are reads ASSETS: the worker, lineage and staleness, `nbg run` and `nbg
-tables`, the checks, the Dagster definitions and the tests. Nothing here imports torch, Dagster or a stage.
+Everything that needs to know the assets reads it: the worker, lineage and staleness, `nbg run` and `nbg tables`, the
+checks, the Dagster definitions and the tests. This module imports neither torch nor Dagster nor a stage.
 
 An asset's `settings` are those that decide its content. They are stored with every materialisation, and a change in any
-of them makes it stale; a setting that only changes how the work is done is not among them.
+of them makes it stale. A setting that only changes how the work is done is not among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbg_core.base.ids import query_file_id
 from nbg_core.base.names import find
@@ -23,20 +24,23 @@ from nbg_core.scorers.scorers import SCORERS
 
 @dataclass(frozen=True)
 class Asset:
-    """A node of the graph, which its stage materialises."""
+    """A node of the asset graph."""
 
     name: str
+    """Name in Dagster, in the lake's lineage and on the command line."""
     description: str
     """What it holds, for Dagster's catalog."""
     stage: str
-    """Module whose `materialise(run, slice_name)` does the work and returns a Report; it runs in a worker process."""
+    """Module whose `materialise(run, slice_name)` makes it and returns a Report; it runs in a worker process."""
     tables: tuple[str, ...]
     """Lake tables that it writes; the first one holds its rows."""
-    settings: Callable[[Profile, str, str | None], dict]
-    """(profile, id of the current policy, slice name) -> the settings that decide its content.
+    settings: Callable[[Profile, str, Any], dict]
+    """(profile, model id of the current policy, slice name, None if it has no partitions) -> the settings that decide
+    its content.
 
     Raises FileNotFoundError for a missing query file or model folder."""
     upstream: tuple[str, ...] = ()
+    """Names of the assets that it reads."""
     partitioned: bool = True
     """Whether it has a partition per slice. An asset without partitions reads all slices of its upstream."""
     checks: tuple[str, ...] = ()
@@ -46,28 +50,28 @@ class Asset:
     group: str = "data"
     """Group in Dagster's catalog."""
     kinds: frozenset[str] = field(default_factory=frozenset)
-    """Kinds in Dagster's catalog: what it is made with."""
+    """Kinds in Dagster's catalog: the tools that it is made with."""
     loads_model: bool = True
-    """Whether its stage may load a model; such steps wait for one another (Dagster pool `model`)."""
+    """Whether its stage may load a model. Such stages run one after the other (Dagster pool `model`)."""
 
 
 def _queries(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    # The response must fit into the context behind the prompt; the student's tokenizer counts the prompt's tokens.
+    # Prompts are dropped that are too long for the student's context, which must hold the longest response as well.
     longest = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
-    file = query_file_id(query_file(profile, slice_name))
-    student = identity.student_id(profile)
-    return {**profile.queries.model_dump(), "file": file, "max_tokens": longest, "student": student}
+    file_id = query_file_id(query_file(profile, slice_name))
+    student_id = identity.student_id(profile)
+    return {**profile.queries.model_dump(), "file": file_id, "max_tokens": longest, "student": student_id}
 
 
 def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    s = profile.sampling
-    teacher = identity.teacher_id(profile) if s.n_teacher else None
-    return {"sampling_id": identity.sampling_id(profile), "n_student": s.n_student, "n_teacher": s.n_teacher,
-            "student": policy_id, "teacher": teacher}  # fmt: skip
+    sampling = profile.sampling
+    teacher_id = identity.teacher_id(profile) if sampling.n_teacher else None
+    return {"sampling_id": identity.sampling_id(profile), "n_student": sampling.n_student,
+            "n_teacher": sampling.n_teacher, "student": policy_id, "teacher": teacher_id}  # fmt: skip
 
 
 def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    scorers = [SCORERS[name] for name, weight in profile.preference.weights.items() if weight]
+    scorers = [find(SCORERS, name, "scorer") for name, weight in profile.preference.weights.items() if weight]
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
     return {**profile.preference.model_dump(), "teacher": None, **values}
@@ -162,8 +166,8 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "student_checkpoint",
-        "Weights (safetensors) trained with DeepSpeed on DPO plus the divergence to the teacher on chosen and rejected, "
-        "over all slices. The lake keeps the snapshot it read and which pair was used at which step.",
+        "Weights (safetensors) trained with DeepSpeed on DPO plus the divergence to the teacher on chosen and "
+        "rejected, over all slices. The lake keeps the snapshot it read and which pair was used at which step.",
         stage="nbg_core.training.stage",
         tables=("checkpoints", "checkpoint_pairs", "training_steps"),
         settings=_student_checkpoint,
@@ -191,6 +195,7 @@ ASSETS: tuple[Asset, ...] = (
 )
 
 BY_NAME: dict[str, Asset] = {asset.name: asset for asset in ASSETS}
+"""Asset name -> asset."""
 
 PARTITIONED: tuple[str, ...] = tuple(asset.name for asset in ASSETS if asset.partitioned)
 UNPARTITIONED: tuple[str, ...] = tuple(asset.name for asset in ASSETS if not asset.partitioned)
@@ -202,14 +207,14 @@ def get(name: str) -> Asset:
 
 
 def partition_name(asset: str, slice_name: str | None) -> str:
-    """`asset` or `asset[slice]`: how a partition is called in logs, errors and file names.
+    """The name of a partition in logs, errors and file names: `asset` or `asset[slice]`.
 
-    Raises ValueError for an unknown asset, for a slice name that cannot be one (before any path is made of it), and for
-    a partitioned asset without a slice or the reverse."""
-    known = get(asset)
-    if known.partitioned != (slice_name is not None):
-        negated = "" if known.partitioned else "not "
-        raise ValueError(f"{asset} is {negated}partitioned by slice, got slice={slice_name!r}")
+    Raises ValueError for an unknown asset, for a name that cannot be a slice's (before any path is made of it), for a
+    partitioned asset without a slice, and for an unpartitioned one with a slice."""
+    partitioned = get(asset).partitioned
+    if partitioned != (slice_name is not None):
+        negated, remedy = ("", "name a slice") if partitioned else ("not ", "leave the slice out")
+        raise ValueError(f"{asset} is {negated}partitioned by slice, got slice={slice_name!r}; {remedy}")
     if slice_name is None:
         return asset
     check_slice_name(slice_name)
@@ -217,14 +222,16 @@ def partition_name(asset: str, slice_name: str | None) -> str:
 
 
 def upstream_partitions(asset: str, slice_name: str | None, slices: list[str]) -> list[tuple[str, str | None]]:
-    """The partitions that a partition reads, (asset, slice name) each: of its own slice, or of all `slices`."""
-    result: list[tuple[str, str | None]] = []
+    """The partitions (asset, slice name) that a partition reads: those of its own slice, or of all `slices` if it has
+    none."""
+    own_slices = slices if slice_name is None else [slice_name]
+    partitions: list[tuple[str, str | None]] = []
     for name in get(asset).upstream:
-        if not get(name).partitioned:
-            result.append((name, None))
+        if get(name).partitioned:
+            partitions += [(name, own_slice) for own_slice in own_slices]
         else:
-            result += [(name, s) for s in (slices if slice_name is None else [slice_name])]
-    return result
+            partitions.append((name, None))
+    return partitions
 
 
 def settings_of(asset: str, profile: Profile, policy_id: str, slice_name: str | None) -> dict:

@@ -157,7 +157,8 @@ def _teacher(run: Run, slice_name: str) -> list:
 
 def _reference(run: Run, slice_name: str) -> list:
     return [("reference_logprobs", pl.DataFrame([
-        {"slice": slice_name, "sample_id": s, "model_id": run.policy.model_id, "settings_id": identity.scoring_id(run.profile),
+        {"slice": slice_name, "sample_id": s, "model_id": run.policy.model_id, 
+         "settings_id": identity.scoring_id(run.profile),
          "token_logprobs": [-0.1, -0.2]}
         for _, s in _samples_of(slice_name)
     ]))]  # fmt: skip
@@ -187,12 +188,13 @@ def _checkpoint(run: Run, slice_name: None) -> list:
 
 
 def _evaluations(run: Run, slice_name: None) -> list:
-    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY created_at DESC LIMIT 1").row(0, named=True)
+    newest = run.lake.sql("SELECT * FROM checkpoints ORDER BY snapshot_id DESC LIMIT 1").row(0, named=True)
     right = {newest["parent_model_id"]: False, newest["checkpoint_id"]: True, newest["teacher_model_id"]: True}
     queries = run.lake.sql("SELECT * FROM queries WHERE split = 'eval' ORDER BY query_id")
     queries = queries.with_columns(scorer_ids(queries)).select("query_id", "slice", "scorer_id")
     return [("evaluations", pl.DataFrame([
-        {"model_id": model, "query_id": q, "settings_id": identity.answering_id(run.profile), "scorer_id": v, "slice": s,
+        {"model_id": model, "query_id": q, "settings_id": identity.answering_id(run.profile),
+         "scorer_id": v, "slice": s,
          "score": float(correct), "correct": correct, "text": "1", "finish_reason": "stop"}
         for model, correct in right.items() for q, s, v in queries.iter_rows()
     ]))]  # fmt: skip

@@ -1,5 +1,6 @@
 """Intervals, the summary and the promotion gate, against figures worked out elsewhere."""
 
+import time
 from datetime import UTC, datetime
 
 import numpy as np
@@ -62,6 +63,12 @@ def test_mcnemars_test_against_counted_tosses():
             tosses = [bin(i).count("1") for i in range(2**n)]  # heads of every sequence of n tosses
             extreme = sum(abs(2 * heads - n) >= abs(fixed - broken) for heads in tosses)
             assert mcnemar_p_value(fixed, broken) == pytest.approx(extreme / 2**n)
+
+
+def test_mcnemars_test_of_thousands_of_changed_answers_is_quick():
+    start = time.monotonic()
+    assert mcnemar_p_value(5100, 4900) == pytest.approx(0.0466, abs=1e-4)  # by math.comb, in 43 s
+    assert time.monotonic() - start < 2
 
 
 @pytest.fixture
@@ -172,7 +179,8 @@ def test_a_slice_called_overall_is_a_slice(lake):
 
 
 def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_also_after_another_was_evaluated(lake):
-    assert promotion_blocker(lake, "after", 20) is None  # nothing is evaluated
+    with pytest.raises(LookupError, match="no checkpoint 'after'"):
+        promotion_blocker(lake, "after", 20)
     fill(lake, {"a": {"before": [True] * 20, "after": [False] * 20, "teacher": [True] * 20}})
     rows = [
         {"checkpoint_id": c, "training_id": c, "path": c, "parent_model_id": "before", "teacher_model_id": "teacher",
@@ -182,9 +190,14 @@ def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_also_after_another
     lake.commit(Record("x", None, "r", "t"), [Write("checkpoints", pl.DataFrame(rows))])
     read = Input("student_checkpoint", None, "after", lake.snapshot())
     settings = {"answering_id": "s", "teacher": "teacher"}
+    assert promotion_blocker(lake, "after", 20) is None, "it was never evaluated"
     lake.commit(Record("student_eval", None, "r", "t", settings=settings, inputs=[read], data_version="v"))
     assert "not better overall: difference -1.000" in promotion_blocker(lake, "aft", 20)
     assert promotion_blocker(lake, "other", 20) is None
     read = Input("student_checkpoint", None, "other", lake.snapshot())
     lake.commit(Record("student_eval", None, "r", "t", settings=settings, inputs=[read], data_version="w"))
     assert "not better overall: difference -1.000" in promotion_blocker(lake, "aft", 20)
+    with lake.connect(read_only=False) as con:
+        con.execute("DELETE FROM evaluations")
+    with pytest.raises(LookupError, match="materialise student_eval again"):
+        promotion_blocker(lake, "other", 20)

@@ -61,7 +61,7 @@ def run_slice(instance, slice_name: str, selection=None) -> dg.ExecuteInProcessR
 def step_failure(result) -> tuple[str, str]:
     """Asset and sentence of the only failed step."""
     (event,) = [e for e in result.all_events if e.is_step_failure]
-    return event.step_key, driver._sentence(event)
+    return event.step_key, driver.failure_message(event)
 
 
 def test_a_materialisation_shows_counts_profile_snapshot_preview_and_plots(instance, profile, fake):

@@ -56,7 +56,7 @@ def test_gpu():
     """Without one; packages that only benchmarks have may be missing, then their variants say so."""
     import gpu
 
-    rows = gpu.head("cpu", True, 1, None) + gpu.step("cpu", True, 1, ["3B, 1 of 16k, gradient checkpointing"])
+    rows = gpu.lm_head("cpu", True, 1, None) + gpu.step("cpu", True, 1, ["3B, 1 of 16k, gradient checkpointing"])
     done = {(r["part"], r["variant"]) for r in rows if "median_s" in r}
     assert {("head", "D, a pair of 8,192 (recompute)"), ("step", "D"), ("step", "D compiled")} <= done
     assert all("No module named" in r["error"] for r in rows if "median_s" not in r)

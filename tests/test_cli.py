@@ -198,12 +198,12 @@ def test_an_interrupt_ends_the_run_and_starts_nothing_more(profile, tmp_path):
 def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
     said = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    with driver._interrupts() as interrupted, driver._lines_to(said.append, interrupted):
-        assets.progress.info("one")
+    with driver.interrupts() as interrupted, driver.worker_lines_to(said.append, interrupted):
+        assets.worker_log.info("one")
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            assets.progress.info("two")
+            assets.worker_log.info("two")
     signal.signal(signal.SIGINT, before)
     assert said == ["one"]
 
@@ -211,7 +211,7 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_at_the_next_line():
 def test_an_interrupt_that_a_library_caught_and_logged_is_not_printed(capsys):
     record = logging.LogRecord("some.pool", logging.ERROR, "", 0, "Exception closing connection", (), None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with driver._interrupts():
+    with driver.interrupts():
         logging.lastResort.handle(record)
         assert capsys.readouterr().err == "Exception closing connection\n"
         with contextlib.suppress(KeyboardInterrupt):

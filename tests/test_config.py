@@ -128,11 +128,11 @@ def test_ids_of_settings_change_with_what_matters_only():
     assert identity.answering_id(changed(base, "evaluation", batch_size=7)) == identity.answering_id(base)
     assert identity.answering_id(changed(base, "evaluation", max_tokens=7)) != identity.answering_id(base)
     of_vllm = changed(base, "sampling", backend="vllm")
-    for id in ("sampling_id", "answering_id"):
-        assert getattr(identity, id)(of_vllm) != getattr(identity, id)(base)
-        assert getattr(identity, id)(changed(of_vllm, "vllm", version="1.0")) != getattr(identity, id)(of_vllm)
-        assert getattr(identity, id)(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1)) == getattr(
-            identity, id
+    for name in ("sampling_id", "answering_id"):
+        assert getattr(identity, name)(of_vllm) != getattr(identity, name)(base)
+        assert getattr(identity, name)(changed(of_vllm, "vllm", version="1.0")) != getattr(identity, name)(of_vllm)
+        assert getattr(identity, name)(changed(of_vllm, "vllm", addresses=["http://h"], max_in_flight=1)) == getattr(
+            identity, name
         )(of_vllm)
     assert identity.storage_id(changed(of_vllm, "vllm", version="1.0")) == identity.storage_id(base)
     scored = changed(base, "teacher", engine="vllm")
@@ -142,8 +142,8 @@ def test_ids_of_settings_change_with_what_matters_only():
         != identity.storage_id(base)
     )
     rounded = changed(base, "models", dtype="bfloat16")
-    for id in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
-        assert getattr(identity, id)(rounded) != getattr(identity, id)(base)
+    for name in ("sampling_id", "storage_id", "scoring_id", "answering_id"):
+        assert getattr(identity, name)(rounded) != getattr(identity, name)(base)
 
 
 def test_arguments_of_a_server_that_change_its_answers_change_the_key():

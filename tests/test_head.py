@@ -1,4 +1,5 @@
-"""nbg_core.modeling.lm_head against `joint_loss` of the whole logits, which test_losses holds against naive references, and against
+"""nbg_core.modeling.lm_head against `joint_loss` of the whole logits, which test_losses holds against naive references,
+and against
 such a reference itself; gradients also against finite differences.
 
 Shapes: T tokens, H hidden, V vocabulary, K stored entries, B pairs.
@@ -153,7 +154,7 @@ def test_any_shape_and_tile(lengths, vocab, hidden, padding, k, rows, s, seed):
 def test_float32_is_right_to_rounding_in_any_block_of_the_weight(lengths, vocab, hidden, rows, s, seed):
     batch = make_head(lengths, vocab, hidden, vocab + 2, seed, 8, s.temperature, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", 1)
+        patch.setattr("nbg_core.modeling.lm_head_tiles.WEIGHT_BLOCK_BYTES", 1)
         (loss, sums, logps), gradients = with_gradients(fused, batch, s, rows * vocab * 4)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
@@ -185,7 +186,7 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
     }  # fmt: skip
     block_bytes = data.draw(st.sampled_from([1, 64 * 1024, 1 << 23]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", block_bytes)
+        patch.setattr("nbg_core.modeling.lm_head_tiles.WEIGHT_BLOCK_BYTES", block_bytes)
         one, two = (fused(batch, s, r * vocab * 4)[2] for r in rows)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
@@ -325,7 +326,7 @@ def test_a_side_of_weight_0_spreads_no_nan(s):
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[4]], ids=["sampled_tail", "bucket"])
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
-    monkeypatch.setattr("nbg_core.modeling.lm_head.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
+    monkeypatch.setattr("nbg_core.modeling.lm_head_tiles.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
     batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
     (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}

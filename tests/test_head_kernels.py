@@ -9,7 +9,7 @@ from test_losses import randn
 
 from nbg_core.losses.logps import token_logps
 from nbg_core.losses.settings import LossSettings
-from nbg_core.modeling import lm_head
+from nbg_core.modeling import lm_head_tiles
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU compiles them: see test_cuda_equals_float64"
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The head takes the kernels for tensors of a CPU, too."""
-    monkeypatch.setattr(lm_head.head_kernels, "BLOCK", 64)  # so that a row has several
-    monkeypatch.setattr(lm_head, "_has_kernels", lambda hidden: True)
+    monkeypatch.setattr(lm_head_tiles.lm_head_kernels, "BLOCK", 64)  # so that a row has several
+    monkeypatch.setattr(lm_head_tiles, "_has_kernels", lambda hidden: True)
 
 
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
@@ -66,7 +66,7 @@ def test_log_z_of_any_row():
     z[1, ::2] = -torch.inf
     z[2, 100:] = -torch.inf
     z[3, :299] = -torch.inf
-    cold, hot = lm_head.head_kernels.log_z(z, 0.7)
-    torch.testing.assert_close(cold.double(), z.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(hot.double(), (z.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
-    assert torch.equal(lm_head.head_kernels.log_z(z, 1.0)[1], cold)
+    at_one, at_temperature = lm_head_tiles.lm_head_kernels.log_z(z, 0.7)
+    torch.testing.assert_close(at_one.double(), z.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(at_temperature.double(), (z.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(lm_head_tiles.lm_head_kernels.log_z(z, 1.0)[1], at_one)

@@ -233,13 +233,13 @@ def test_what_a_replaced_pair_was_made_of_is_traced_to_the_checkpoint_it_trained
     replace_pairs(run, {"slice": "a", "pair_id": "p2", "query_id": "q1", "chosen_id": "s1", "rejected_id": "s3",
                         "chosen_score": 1.0, "rejected_score": 0.0, "margin": 1.0})  # fmt: skip
     add_checkpoint(run, "c2", "c2", ["p2"])
-    for id, pairs, checkpoints in [("p1", ["p1"], ["c1"]), ("s2", ["p1"], ["c1"]), ("s3", ["p2"], ["c2"]),
+    for start, pairs, checkpoints in [("p1", ["p1"], ["c1"]), ("s2", ["p1"], ["c1"]), ("s3", ["p2"], ["c2"]),
                                    ("s1", ["p1", "p2"], ["c1", "c2"]), ("q1", ["p1", "p2"], ["c1", "c2"]),
                                    ("c1", ["p1"], ["c1"]), ("t-c2", ["p2"], ["c2"])]:  # fmt: skip
-        found = trace(run.lake, id)
-        assert found["pairs"]["pair_id"].to_list() == pairs, id
-        assert found["checkpoints"]["checkpoint_id"].to_list() == checkpoints, id
-        assert found["queries"]["query_id"].to_list() == ["q1"], id
+        found = trace(run.lake, start)
+        assert found["pairs"]["pair_id"].to_list() == pairs, start
+        assert found["checkpoints"]["checkpoint_id"].to_list() == checkpoints, start
+        assert found["queries"]["query_id"].to_list() == ["q1"], start
 
 
 def test_a_checkpoint_shows_its_pairs_as_they_were_when_it_was_trained(run):

@@ -183,7 +183,8 @@ def put_samples(run, texts, slice_name="a", source="student", **more):
         for i, text in enumerate(responses):
             model = settings[source]
             rows.append({
-                "slice": slice_name, "sample_id": sample_id(query, model, settings["sampling_id"], i), "query_id": query,
+                "slice": slice_name, "sample_id": sample_id(query, model, settings["sampling_id"], i),
+                "query_id": query,
                 "source": source, "model_id": model, "sampling_id": settings["sampling_id"], "sample_index": i,
                 "seed": i, "prompt_token_ids": [257, 65, 259, 258], "token_ids": [*text.encode(), 259],
                 "logprobs": [-1.0] * (len(text.encode()) + 1), "text": text,

@@ -27,8 +27,8 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
 from nbg_core.sampling import stage as sampling_stage
+from nbg_core.sampling.backends import open_sampler
 from nbg_core.sampling.sampler import Decoding, Request
-from nbg_core.sampling.stage import open_sampler
 from nbg_core.sampling.transformers_sampler import TransformersSampler
 from nbg_core.teacher.forward import response_logprobs
 from nbg_core.teacher.stage import materialise
@@ -210,7 +210,8 @@ def test_nothing_is_left_of_a_killed_worker(python, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps(json.loads(profile.model_dump_json())))
     add_queries(Run(profile, Lake.of(profile)), PROMPTS)
-    code = f"from nbg_core.runtime.run_worker import run_worker; run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    call = f"run_worker('student_samples', 'a', 'r', profile={str(path)!r})"
+    code = f"from nbg_core.runtime.run_worker import run_worker; {call}"
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in caller.stdout:
         if "tokens/s" in line:

@@ -129,7 +129,7 @@ def test_new_queries_among_old_ones_fill_whole_chunks(run):
     before = run.lake.sql("SELECT count(*) FROM lineage.materialisations WHERE status = 'chunk'").item()
     add_queries(run, [f"new {i}" for i in range(4)])  # their ids are scattered among the others
     assert sampling_stage.materialise(run, "a").new_rows == 4 * 4
-    chunks = run.lake.sql("SELECT n_rows FROM lineage.materialisations WHERE status = 'chunk' ORDER BY created_at")
+    chunks = run.lake.sql("SELECT n_rows FROM lineage.materialisations WHERE status = 'chunk' ORDER BY snapshot_id")
     assert chunks["n_rows"][before:].to_list() == [2 * 3, 2 * 3, 2 * 1, 2 * 1]
 
 

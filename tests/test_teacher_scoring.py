@@ -18,7 +18,7 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import samples_of_pairs
 from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
-from nbg_core.modeling import lm_head
+from nbg_core.modeling import lm_head_tiles
 from nbg_core.modeling.forward import collate
 from nbg_core.modeling.loading import check_same_tokenizer, load_model
 from nbg_core.preference.scoring import score_samples
@@ -151,7 +151,8 @@ def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
         scoring = identity.scoring_id(r.profile)
         request = Request(
             training_id="t", catalog=run.lake.catalog, data_path=run.lake.data_path, snapshot=run.lake.snapshot(),
-            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path, storage_id=identity.storage_id(r.profile),
+            slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path,
+            storage_id=identity.storage_id(r.profile),
             teacher_id=ids.model_id(r.profile.resolve(r.profile.models.teacher)), scoring_id=scoring, temperature=1.0,
             training=r.profile.training, work=tmp_path / scoring,
         )  # fmt: skip
@@ -248,7 +249,7 @@ def test_forward_passes_stay_within_the_budget(run, tiny_models, packed):
     inputs = [collate(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)
               for s in scored]  # fmt: skip
     assert len(scored) > 2 and all(i.ids.numel() <= 60 for i in inputs)
-    assert sorted(id for s in scored for id in s.samples["sample_id"]) == samples["sample_id"].to_list()
+    assert sorted(sample for s in scored for sample in s.samples["sample_id"]) == samples["sample_id"].to_list()
 
 
 def test_a_scoring_process_that_cannot_start_says_why(run, tmp_path):
@@ -272,7 +273,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length(run, tiny_models, mon
 
     def largest(n: int) -> int:
         samples = pl.DataFrame({"sample_id": ["s"], "prompt_token_ids": [[257, 258]], "token_ids": [[65] * n]})
-        monkeypatch.setattr(lm_head, "TILE_BYTES", {"cpu": 16 * 4 * 260})
+        monkeypatch.setattr(lm_head_tiles, "TILE_BYTES", {"cpu": 16 * 4 * 260})
         monkeypatch.setattr(store, "BLOCK_BYTES", {"cpu": 16 * 4 * 260})
         with open_engine(run, tiny_models.teacher) as rows_of:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -73,15 +73,15 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
         full = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         assert list(p["head"]) == sorted(p["head"])
         lost = 0.0  # at most, by rounding the one before, less probable one
-        for id, logprob in sorted(p["head"].items(), key=lambda entry: full[entry[0]]):
-            within = (abs(np.log(full[id])) + np.log(2)) * 2.0 ** -(bits + 1)
-            if full[id] < 1e-8:  # by itself; else with what the one before lost
-                assert abs(logprob - np.log(full[id])) <= within + 1e-5
+        for token, logprob in sorted(p["head"].items(), key=lambda entry: full[entry[0]]):
+            within = (abs(np.log(full[token])) + np.log(2)) * 2.0 ** -(bits + 1)
+            if full[token] < 1e-8:  # by itself; else with what the one before lost
+                assert abs(logprob - np.log(full[token])) <= within + 1e-5
             else:
-                before, lost = lost, (full[id] + lost) * np.expm1(within)
-                assert abs(np.exp(logprob) - full[id]) <= before + lost + 1e-4 * full[id]
-                assert np.exp(logprob) >= full[id] / 2 * np.exp(-within) * (1 - 1e-4), "half of its mass is kept"
-                if before > full[id] / 2:  # it passes on what it cannot give
+                before, lost = lost, (full[token] + lost) * np.expm1(within)
+                assert abs(np.exp(logprob) - full[token]) <= before + lost + 1e-4 * full[token]
+                assert np.exp(logprob) >= full[token] / 2 * np.exp(-within) * (1 - 1e-4), "half of its mass is kept"
+                if before > full[token] / 2:  # it passes on what it cannot give
                     lost += before
         head = sum(map(np.exp, p["head"].values()))
         assert head == pytest.approx(full[list(p["head"])].sum(), abs=3e-4)

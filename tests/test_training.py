@@ -417,17 +417,17 @@ LISTS = ("token_logprobs", "tail_logmass", "head_counts", "tail_counts", "entry_
 
 def check_same_training_set(found: TrainingSet, expected: TrainingSet) -> None:
     everything = np.arange(len(expected))
-    assert found.rows.names(everything).equals(expected.rows.names(everything))
+    assert found.files.names(everything).equals(expected.files.names(everything))
     assert np.array_equal(found.n_inputs, expected.n_inputs) and np.array_equal(found.n_tokens, expected.n_tokens)
-    for number, other in zip(found.rows.numbers.ravel(), expected.rows.numbers.ravel(), strict=True):
-        one, two = found.rows.read(number), expected.rows.read(other)
+    for number, other in zip(found.files.numbers.ravel(), expected.files.numbers.ravel(), strict=True):
+        one, two = found.files.read(number), expected.files.read(other)
         assert all(np.array_equal(one[name], values) and len(values) for name, values in two.items())
 
 
 def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_is_the_same(profile, monkeypatch):
-    whole = TrainingSet(request_of(profile, "whole").rows)
+    whole = TrainingSet(request_of(profile, "whole").rows_path)
     names = Lake.of(profile).sql("SELECT pair_id, slice FROM pairs ORDER BY pair_id")
-    assert whole.rows.names(np.arange(12)).equals(names)
+    assert whole.files.names(np.arange(12)).equals(names)
     monkeypatch.setattr(pair_files, "JOIN_MEMORY", 1_000_000)
     for module in (pairing, pair_files):
         monkeypatch.setattr(module, "PAIRS_AT_ONCE", 5)
@@ -444,7 +444,7 @@ def test_a_training_set_written_in_small_parts_with_too_little_memory_at_first_i
         return write(some() if tried.count(table) == 1 else batches, folder, table, *rest)
 
     monkeypatch.setattr(pair_files, "_write_columns", fails_at_first)
-    check_same_training_set(TrainingSet(request_of(profile, "parts").rows), whole)
+    check_same_training_set(TrainingSet(request_of(profile, "parts").rows_path), whole)
     assert [tried.count(table) for table in pair_files.TABLES] == [2, 2, 2]
 
 
@@ -464,7 +464,7 @@ def test_a_training_set_of_another_format_or_damaged_is_written_again(profile, d
     with pytest.raises(FileNotFoundError, match="no training set at"):
         TrainingSet(request.rows_path)
     check_same_training_set(
-        TrainingSet(request_of(profile, "format").rows), TrainingSet(request_of(profile, "whole").rows)
+        TrainingSet(request_of(profile, "format").rows_path), TrainingSet(request_of(profile, "whole").rows_path)
     )
 
 
@@ -548,7 +548,7 @@ def test_a_pair_with_two_prompts_is_refused(profile):
 def test_a_loss_that_is_not_finite_names_the_step_and_the_pair(profile):
     request = request_of(profile, "not finite", micro_batch_tokens=1, global_batch_pairs=12)
     data = TrainingSet(request.rows_path)
-    at = data.rows.read(data.rows.numbers[4, 0])["token_logprobs"]
+    at = data.files.read(data.files.numbers[4, 0])["token_logprobs"]
     everything = np.fromfile(request.rows_path / "token_logprobs.bin", np.float32)
     everything[np.lib.stride_tricks.sliding_window_view(everything, len(at)).tolist().index(at.tolist())] = np.inf
     everything.tofile(request.rows_path / "token_logprobs.bin")

@@ -256,19 +256,19 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_undisturbed_checkpo
     report = materialise(run, None)
     assert any("continuing after step" in line for line in lines_logged)
     assert all(line.startswith("student_checkpoint") for line in lines_logged)
-    assert report["checkpoint_id"] == ids.model_id(undisturbed.final) == ids.model_id(report["path"])
-    assert (report["n_pairs"], report["n_steps"], report["new_rows"]) == (12, 180, 1)
+    assert report.checkpoint_id == ids.model_id(undisturbed.final) == ids.model_id(report.path)
+    assert (report.n_pairs, report.n_steps, report.new_rows) == (12, 180, 1)
     assert not folder.exists()
     check_commit(lake, profile, report, undisturbed)
     again = materialise(Run(profile, lake, "run-3", log=lines_logged.append), None)
-    assert (again["new_rows"], again["checkpoint_id"]) == (0, report["checkpoint_id"])
+    assert (again.new_rows, again.checkpoint_id) == (0, report.checkpoint_id)
     assert lake.sql("SELECT count(*) FROM checkpoints").item() == 1
 
 
 def check_commit(lake: Lake, profile, report: dict, undisturbed: Request) -> None:
     """Checkpoint, pairs and steps are there, made by one commit that names all its inputs."""
     checkpoint = lake.sql("SELECT * FROM checkpoints").row(0, named=True)
-    assert checkpoint["checkpoint_id"] == checkpoint["path"] == report["checkpoint_id"]
+    assert checkpoint["checkpoint_id"] == checkpoint["path"] == report.checkpoint_id
     used = lake.sql("SELECT * FROM checkpoint_pairs ORDER BY step, pair_id")
     assert used.height == 360 and used.group_by("pair_id").len()["len"].to_list() == [30] * 12
     pairs = lake.sql("SELECT pair_id, slice FROM pairs", snapshot=checkpoint["input_snapshot"])
@@ -279,10 +279,10 @@ def check_commit(lake: Lake, profile, report: dict, undisturbed: Request) -> Non
     assert {*used["materialisation_id"], *steps["materialisation_id"], checkpoint["materialisation_id"]} == {
         commits["materialisation_id"].item()
     }
-    assert commits["run_id"].item() == "run-2" and commits["data_version"].item() == report["checkpoint_id"]
+    assert commits["run_id"].item() == "run-2" and commits["data_version"].item() == report.checkpoint_id
     read = {(i["asset"], i["slice"]) for i in json.loads(commits["inputs"].item())}
     assert read == {(a, s) for a in get("student_checkpoint").upstream for s in ("alpha", "beta")}
-    assert latest_materialisation(lake, "student_checkpoint", None)["data_version"] == report["checkpoint_id"]
+    assert latest_materialisation(lake, "student_checkpoint", None)["data_version"] == report.checkpoint_id
 
 
 def test_an_error_in_a_rank_is_the_error_of_the_stage(profile):

@@ -33,7 +33,7 @@ N = 3
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(client, "PAUSE", tenacity.wait_fixed(0.01))
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -144,18 +144,20 @@ def test_an_answer_of_another_model_ends_it(start, open_run):
 
 
 def test_a_server_that_is_restarted_is_waited_for(start, open_run, monkeypatch):
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 60.0)
     fake = start()
-    fake.fault = lambda body, attempt: "500" if attempt <= client.ATTEMPTS else None
+    fake.fault = lambda body, attempt: "500" if attempt <= client.MAX_WRONG_ANSWERS else None
     run = open_run(fake)
     assert sampling_stage.materialise(run, "a").new_rows == len(PROMPTS) * N
-    assert max(fake.asked.values()) > client.ATTEMPTS
+    assert max(fake.asked.values()) > client.MAX_WRONG_ANSWERS
 
 
 def test_wrong_answers_are_counted_apart_from_none(start, open_run, monkeypatch):
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 60.0)
     fake = start()
-    fake.fault = lambda body, attempt: "500" if attempt <= 6 else "nan" if attempt <= 6 + client.ATTEMPTS - 1 else None
+    fake.fault = lambda body, attempt: (
+        "500" if attempt <= 6 else "nan" if attempt <= 6 + client.MAX_WRONG_ANSWERS - 1 else None
+    )
     assert sampling_stage.materialise(open_run(fake), "a").new_rows == len(PROMPTS) * N
 
 
@@ -274,12 +276,12 @@ def test_what_a_killed_server_leaves_behind_is_ended(own, tmp_path, monkeypatch)
 
 def test_the_servers_arguments(open_run, tiny_models, monkeypatch):
     run = open_run(args=["--seed=7"])
-    sampling = server._arguments(run.profile, tiny_models.student, "id", 0)
-    scoring = server._arguments(run.profile, tiny_models.student, "id", 32)
+    sampling = server.server_arguments(run.profile, tiny_models.student, "id", 0)
+    scoring = server.server_arguments(run.profile, tiny_models.student, "id", 32)
     assert {"--served-model-name=id", "--max-model-len=256", "--seed=7", "--dtype=float32"} < set(sampling)
     assert {"--max-logprobs=32", "--no-enable-prefix-caching", "--max-model-len=257"} < set(scoring)
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    environment = server._environment(run.profile)
+    environment = server.server_environment(run.profile)
     assert "PYTHONPATH" not in environment and environment["VLLM_NO_USAGE_STATS"] == "1"
 
 

@@ -128,7 +128,7 @@ class FakeScorer(FakeVllm):
 
 def test_a_slice_is_scored_once_and_what_was_finished_before_a_failure_is_kept(run, tiny_models, monkeypatch):
     monkeypatch.setattr("nbg_core.vllm.client.PAUSE", tenacity.wait_fixed(0.01))
-    monkeypatch.setattr("nbg_core.vllm.client.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("nbg_core.vllm.client.RETRY_SECONDS", 0.0)
     fake = FakeScorer(tiny_models.teacher)
     data = run.profile.model_dump() | {
         "teacher": {"engine": "vllm", "k_head": 16, "m_tail": 0, "min_weight": 0, "epsilon": 0},

@@ -1,21 +1,23 @@
 """Make the embedded models and queries: `data/queries/<slice>.jsonl`, `data/models/teacher`, `data/models/student_sft`.
 
-Run it from anywhere: `python data/models/make_models.py`. A model folder that exists is kept (`--force` remakes it);
-the queries are rewritten each time, to the same bytes. Everything is seeded; another torch build or CPU may round
-differently and so land on slightly different scores.
+Run it from anywhere: `python data/models/make_models.py`. Model folders that exist are kept unless `--force` is given.
+The query files are written each time, with the same bytes. All random numbers are seeded, but another torch build or
+CPU may round differently and give slightly different scores.
 
-Three slices of short tasks. Training is steered by reasoning-gym's scorers, which give 1 for a right answer and (nearly
-always) 0 for a wrong one; `spell_backward` and `word_sorting` would pay near misses, so they are not used.
-`number_sorting` forgives an error of 1 per number: numbers in one list therefore differ by 3 or more, so that no
-skipped, repeated or swapped number passes. Where the answer is one text, the query file names `exact` instead, and the
-cards go by the query files. Each slice mixes difficulties, because a tiny model learns one difficulty abruptly.
+There are three slices of short tasks. During training, accuracy is measured with reasoning-gym's scorers, which give 1
+for a right answer and nearly always 0 for a wrong one. (`spell_backward` and `word_sorting` give points for near
+misses, so they are not used.) The scorer of `number_sorting` accepts an error of 1 per number. The numbers of a list
+therefore differ by at least 3, so that it accepts no skipped, repeated or swapped number. Where only one text is right,
+the query file names the verifier `exact` instead. The accuracies on the model cards use the verifiers of the query
+files. Each slice mixes difficulties, because a tiny model learns a single difficulty abruptly.
 
-Both models are byte-level Llamas trained on freshly drawn tasks, never on a prompt of the query files. Now and then
-each slice is measured (greedy, on validation prompts that are in neither set), and its share of the next batches
-follows its distance from the target. The teacher's target is 100%. The student takes the slices one after another,
-the next once all before have reached 35%, after which they rest (they go on rising, to about half, while the others
-are learnt); training stops once all three are inside the band. So the student is undertrained, not too small, and
-distillation has something to teach. It is selected on validation prompts, not on the queries it is scored on.
+Both models are byte-level Llamas. They are trained on tasks drawn at random, never on a prompt of the query files. At
+intervals the greedy accuracy of each slice is measured on validation prompts, which are in neither set; the further a
+slice is from its target, the larger its share of the next batches. The teacher's target is 100% in all slices. The
+student starts with one slice, and the next one is added when all before it have reached 35%; those then get a small
+share and still rise to about half. Training stops when the accuracies of all three slices are inside the band. So the
+student is not too small but undertrained, and distillation has something to teach it. When to stop is decided on
+validation prompts, not on the queries that the student is scored on.
 """
 
 import argparse
@@ -53,12 +55,15 @@ MODELS = {
         target=0.35, band=(0.42, 0.58), rest=0.05, near=0.4, start=1, order=["addition", "sorting", "reversal"],
     ),
 }  # fmt: skip
-"""`every`: steps between validations. `rest`: a slice's share at its target. `near`: below this distance from the
-target the learning rate falls in proportion. `order`, `start`: the slices in training order, so many from the start."""
+"""How each model is made. `lr`: peak learning rate. `every`: steps between validations. `target`: accuracy at which a
+slice counts as learnt. `band`: training stops when the accuracies of all slices are inside it. `rest`: weight in the
+batches of a slice that has reached its target. `near`: within this distance of the target the learning rate falls in
+proportion to the distance. `order`: the slices in the order in which they are added. `start`: number of slices that
+training starts with."""
 
 
 def draw(task: str, rng: random.Random) -> dict:
-    """One task as a row of a query file, before its verifier is added."""
+    """A random task as a row of a query file, without a verifier; `metadata` is what reasoning-gym's scorer needs."""
     if task == "addition":
         digits = rng.choice([(1, 2), (2, 1), (2, 2), (2, 2)])
         a, b = (rng.randint(10 ** (d - 1), 10**d - 1) for d in digits)
@@ -76,7 +81,7 @@ def draw(task: str, rng: random.Random) -> dict:
 
 
 def draw_many(task: str, n: int, seed: str, taken: set[str]) -> list[dict]:
-    """`n` distinct tasks, none with a prompt in `taken`; their prompts are added to it."""
+    """`n` different tasks whose prompts are not in `taken`. Their prompts are added to `taken`."""
     rng, rows = random.Random(seed), []
     while len(rows) < n:
         row = draw(task, rng)
@@ -88,24 +93,27 @@ def draw_many(task: str, n: int, seed: str, taken: set[str]) -> list[dict]:
 
 
 def query(task: str, row: dict) -> dict:
-    """The row of the query file. Where the answer is one text, it must be that: reasoning-gym's scorers forgive."""
+    """The row of the query file. Where only one text is right the verifier is `exact`, because reasoning-gym's scorers
+    accept small deviations."""
     return row if task == "reversal" else {k: row[k] for k in ("prompt", "answer")} | {"verifier": "exact"}
 
 
 @cache
 def scorer_of(dataset: str):
-    return reasoning_gym.factory.get_score_answer_fn(dataset)  # slow: some scorers read a book first
+    """The scorer of a reasoning-gym dataset. Some read a whole book when they are made, so they are kept."""
+    return reasoning_gym.factory.get_score_answer_fn(dataset)
 
 
 def score(text: str, row: dict) -> float:
+    """The score in [0, 1] that reasoning-gym gives a response to a row of `draw_many`."""
     scorer = scorer_of(row["verifier_args"]["dataset"])
     metadata = row["verifier_args"]["metadata"]
     return scorer(text, {"answer": row["answer"], "question": row["prompt"], "metadata": metadata})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte b is id b; the special tokens follow. No merges: every text can be encoded."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's visible characters for bytes
+    """A tokenizer without merges: byte b has id b, the special tokens follow. It can encode every text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet shows as themselves
     others = [b for b in range(256) if b not in printable]
     visible = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     assert set(visible.values()) == set(pre_tokenizers.ByteLevel.alphabet())
@@ -138,7 +146,7 @@ def encode(tokenizer, prompt: str) -> list[int]:
 
 @torch.inference_mode()
 def respond(model, tokenizer, rows: list[dict], *, n: int = 1, temperature: float = 0.0) -> list[list[str]]:
-    """`n` responses to each row; greedy at temperature 0. Left-padded batches."""
+    """`n` responses to each row, generated in left-padded batches; greedy at temperature 0."""
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     model.eval()
     texts: list[list[str]] = []
@@ -157,7 +165,7 @@ def accuracy(model, tokenizer, rows: list[dict]) -> float:
 
 
 def sft_loss(model, tokenizer, rows: list[dict]) -> torch.Tensor:
-    """Mean negative log-likelihood of the answers and their end token; prompts carry no loss."""
+    """Mean negative log-likelihood per token of the answers and their end token, without the prompts."""
     prompts = [encode(tokenizer, r["prompt"]) for r in rows]
     answers = [[*tokenizer.encode(r["answer"]), tokenizer.eos_token_id] for r in rows]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -166,13 +174,17 @@ def sft_loss(model, tokenizer, rows: list[dict]) -> torch.Tensor:
     for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
         ids[i, : len(p) + len(a)] = torch.tensor(p + a)
         labels[i, len(p) - 1 : len(p) + len(a) - 1] = torch.tensor(a)  # position t predicts token t + 1
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # pads are on the right: causality suffices
+    hidden = model.model(
+        input_ids=ids, use_cache=False
+    ).last_hidden_state  # padding is on the right, so no mask is needed
     where = labels != -100
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[where]), labels[where])
 
 
 def train(name: str, spec: dict, tokenizer, validation: dict[str, list[dict]], held_out: set[str]):
-    """Train until every slice's validation accuracy is in the band, or for `steps`. Returns model and steps taken."""
+    """Train until the validation accuracy of every slice is in the band, for `spec["steps"]` at most.
+
+    Returns the model and the number of steps."""
     model, rng = make_model(spec, tokenizer), random.Random(f"sft-{spec['seed']}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     low, high = spec["band"]
@@ -189,7 +201,7 @@ def train(name: str, spec: dict, tokenizer, validation: dict[str, list[dict]], h
         assert held_out.isdisjoint(r["prompt"] for r in rows)
         rows.sort(key=lambda row: len(row["prompt"] + row["answer"]))
         loss = 0.0
-        for half in (rows[: BATCH // 2], rows[BATCH // 2 :]):  # by length: half the padding, twice the weight of a sum
+        for half in (rows[: BATCH // 2], rows[BATCH // 2 :]):  # two halves by length need less padding
             part = sft_loss(model, tokenizer, half) / 2
             part.backward()
             loss += part.item()
@@ -204,16 +216,16 @@ def train(name: str, spec: dict, tokenizer, validation: dict[str, list[dict]], h
             weights = {task: max(gap + spec["rest"], 1e-6) for task, gap in gaps.items()}
             if spec["near"]:
                 caution = min(1.0, max(0.1, *map(abs, gaps.values())) / spec["near"]) / len(tasks)
-            seen = ", ".join(f"{task} {a:.1%}" for task, a in now.items())
-            print(f"{name} step {step}: loss {loss:.3f}; {seen}; {time.time() - began:.0f} s", flush=True)
+            accuracies = ", ".join(f"{task} {a:.1%}" for task, a in now.items())
+            print(f"{name} step {step}: loss {loss:.3f}; {accuracies}; {time.time() - began:.0f} s", flush=True)
             if all(low <= a <= high for a in now.values()):
                 break
     return model.eval(), step
 
 
 def measure(model, tokenizer, queries: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Per slice, by the verifiers of the query files: greedy accuracy, pass rate of 8 samples at temperature 1, share
-    of queries with both outcomes."""
+    """Per slice, with the verifiers of the query files: greedy accuracy, pass rate of 8 samples at temperature 1, and
+    the share of queries whose samples are both right and wrong."""
 
     def n_right(task: str, rows: list[dict], responses: list[list[str]]) -> list[int]:
         asked = [query(task, row) for row in rows]
@@ -235,6 +247,7 @@ def measure(model, tokenizer, queries: dict[str, list[dict]]) -> dict[str, dict[
 
 
 def card(name: str, spec: dict, model, steps: int, scores: dict) -> str:
+    """The README.md of a model folder; `scores` is what `measure` returned."""
     rows = [f"| {t} | {s['greedy']:.1%} | {s['sampled']:.1%} | {s['mixed']:.1%} |" for t, s in scores.items()]
     low, high = spec["band"]
     goal = "an undertrained student, stopped" if spec["target"] < 1 else "a teacher, trained to stop"
@@ -262,7 +275,8 @@ larger numbers or longer lists.
 
 
 def save(folder: Path, model, tokenizer, text: str) -> None:
-    """Fill a temporary folder, then put it in `folder`'s place: a reader never sees half of one."""
+    """Write the model, the tokenizer and the card `text` to a temporary folder, and rename it to `folder` when it is
+    complete."""
     fresh, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -280,10 +294,10 @@ def save(folder: Path, model, tokenizer, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that gets models/ and queries/")
-    parser.add_argument("--only", choices=MODELS, help="make this model alone")
-    parser.add_argument("--force", action="store_true", help="remake a model that exists")
-    parser.add_argument("--steps", type=int, help="at most this many steps: a quick, worse model")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder for models/ and queries/")
+    parser.add_argument("--only", choices=MODELS, help="make only this model")
+    parser.add_argument("--force", action="store_true", help="replace models that exist")
+    parser.add_argument("--steps", type=int, help="most steps of training, for a quick and worse model")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; 1 is faster on a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,1 +1,2 @@
-"""The `nbg` command: run what is stale, see what is there, ask the lake. Commands are grouped by what they are for."""
+"""The `nbg` command. `runs.py` has the commands that run the pipeline, `show.py` those that show what exists, `sql.py`
+the query command, `upkeep.py` those that change the lake."""

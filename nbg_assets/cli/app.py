@@ -1,4 +1,4 @@
-"""What all commands share: the typer app, the consoles, the profile and its lake."""
+"""What all commands share: the typer app, the consoles, and opening the profile and its lake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The `nbg` command: run what is stale, see what is there, ask the lake.",
 )
-# No markup, no emoji codes: names, errors and answers are shown as they are, whatever brackets and colons they hold.
+# No markup and no emoji codes: brackets and colons in names, errors and answers are printed as they are.
 console, errors = (
     Console(highlight=False, markup=False, emoji=False, stderr=e, width=None if sys.stdout.isatty() else 160)
     for e in (False, True)
@@ -27,16 +27,17 @@ Slices = Annotated[list[str] | None, typer.Option("--slice", "-s", help="Only th
 
 
 def open_lake() -> tuple[Profile, Lake]:
-    """The profile that NBG_PROFILE names, and its lake."""
+    """The profile chosen by NBG_PROFILE, and its lake."""
     profile = load_profile()
     return profile, Lake.of(profile)
 
 
 def say(line: str) -> None:
+    """Print a line without wrapping it."""
     console.print(line, soft_wrap=True)
 
 
 def short(value: object, width: int = 60) -> str:
-    """`value` as one cell of a table."""
+    """`value` as a table cell of at most `width` characters."""
     text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("\n", "\\n")
     return text if len(text) <= width else text[: width - 1] + "…"

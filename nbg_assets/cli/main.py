@@ -12,7 +12,7 @@ from nbg_core.base.errors import is_defect, sentence
 
 
 def main() -> None:
-    """Errors that a user can mend end in one line on stderr and exit code 1."""
+    """Run the command. An error that a user can correct is one line on stderr and exit code 1, without a traceback."""
     try:
         app()
     except Exception as e:

@@ -19,7 +19,7 @@ from nbg_core.config.slices import slice_names
 
 @app.command()
 def run(slice_name: Slices = None) -> None:
-    """Materialise everything that is missing or stale, through Dagster; say what was already done."""
+    """Materialise everything that is missing or stale, through Dagster."""
     from nbg_assets.driver import dagster_instance, materialise_stale
 
     profile, _ = open_lake()
@@ -47,7 +47,7 @@ def run(slice_name: Slices = None) -> None:
 
 @app.command()
 def demo() -> None:
-    """The whole pipeline on every slice, then the accuracy table and what to try next."""
+    """Run the whole pipeline on every slice, then show the accuracy table and what to try next."""
     run()
     report()
     console.print("\nNext:")
@@ -58,7 +58,7 @@ def demo() -> None:
 
 @app.command()
 def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
-    """The Dagster UI and daemon (webserver, schedules, sensors) on this project."""
+    """Start the Dagster UI and daemon (webserver, schedules, sensors) on this project."""
     from nbg_assets.driver import dagster_instance
     from nbg_assets.partitions import sync_partitions
 
@@ -74,7 +74,7 @@ def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
     with dagster_instance(profile) as instance:
         sync_partitions(instance)
     if (which := os.environ.get("NBG_PROFILE", "")).endswith((".yaml", ".yml")):
-        os.environ["NBG_PROFILE"] = str(Path(which).resolve())  # relative to where the user is, not to the project
+        os.environ["NBG_PROFILE"] = str(Path(which).resolve())  # before the change of directory
     os.chdir(PROJECT_ROOT)
     command = [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
     os.execvp(command[0], command)

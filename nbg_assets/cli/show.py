@@ -1,4 +1,4 @@
-"""Commands that show what there is: `status`, `report`, `tables`, `trace`, `profile`."""
+"""Commands that show what exists: `status`, `report`, `tables`, `trace`, `profile`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nbg_core.lineage import trace as tracing
 @app.command()
 def report(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint id, or its beginning; else the newest of this profile.")
+        str | None, typer.Argument(help="Checkpoint id, or its beginning; default: the newest of this profile.")
     ] = None,
 ) -> None:
-    """Held-out accuracy per slice: before, after, teacher, with 95% intervals."""
+    """Show held-out accuracy per slice: before training, after it, and the teacher's, with 95% intervals."""
     profile, lake = open_lake()
     if checkpoint is not None:
         checkpoint = checkpoint_row(lake, checkpoint)["checkpoint_id"]
@@ -44,7 +44,7 @@ def report(
 
 @app.command()
 def status(slice_name: Slices = None) -> None:
-    """What is fresh, stale or missing, and why."""
+    """Show which partitions are fresh, stale or missing, and why."""
     profile, lake = open_lake()
     table = Table("asset", "slice", "state", "why")
     for s in staleness.status(lake, profile, slice_name):
@@ -54,7 +54,7 @@ def status(slice_name: Slices = None) -> None:
 
 @app.command()
 def tables() -> None:
-    """Every table and column of the lake, with what it means and how many rows there are."""
+    """Show every table of the lake: its rows, and the type and meaning of its columns."""
     from nbg_core.lake.tables import TABLES, sql_type
 
     _, lake = open_lake()
@@ -69,8 +69,10 @@ def tables() -> None:
 
 
 @app.command()
-def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or query id, or its beginning.")]) -> None:
-    """Follow an id up and down: checkpoint, pairs, samples, queries."""
+def trace(
+    start: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint, pair, sample or query id, or its beginning.")],
+) -> None:
+    """Show what an id was made from and what was made from it: queries, samples, pairs, checkpoints."""
     shown = {
         "queries": ("query_id", "slice", "split", "prompt", "answer"),
         "samples": ("sample_id", "query_id", "source", "finish_reason", "text"),
@@ -78,7 +80,7 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
         "checkpoints": ("checkpoint_id", "parent_model_id", "n_pairs", "n_steps", "input_snapshot"),
     }
     _, lake = open_lake()
-    for name, df in tracing.trace(lake, id).items():
+    for name, df in tracing.trace(lake, start).items():
         table = Table(*shown[name], title=f"{name}: {df.height}", title_justify="left")
         for row in df.select(shown[name]).head(8).iter_rows():
             table.add_row(*(short(v, 34) for v in row))
@@ -88,9 +90,9 @@ def trace(id: Annotated[str, typer.Argument(help="Checkpoint, pair, sample or qu
 @app.command("profile")
 def show_profile(
     which: Annotated[str | None, typer.Argument(help="Name or path.")] = None,
-    reference: Annotated[bool, typer.Option(help="Print every setting with default and meaning instead.")] = False,
+    reference: Annotated[bool, typer.Option(help="Print default and meaning of every setting instead.")] = False,
 ) -> None:
-    """Validate a profile and print every setting of it."""
+    """Validate a profile and print all its settings."""
     import yaml
 
     if reference:

@@ -1,4 +1,4 @@
-"""`nbg sql`: a read-only question to the lake, for people and for programs."""
+"""`nbg sql`: a read-only query of the lake, printed for people or for programs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from nbg_core.lake.lake import Lake
 @app.command()
 def sql(
     query: str,
-    format: Annotated[Literal["table", "json", "csv"], typer.Option(help="For people, or for programs.")] = "table",
+    output: Annotated[
+        Literal["table", "json", "csv"],
+        typer.Option("--format", help="table is for people, json and csv for programs."),
+    ] = "table",
     snapshot: Annotated[int | None, typer.Option(min=0, help="Read the lake as it was at this snapshot.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows shown in a table (json and csv give all).")] = 40,
 ) -> None:
-    """Ask the lake a read-only question; safe while a run is going on."""
+    """Run a read-only SQL query on the lake. It is safe while a run is going on."""
     _, lake = open_lake()
     try:
-        _only_questions(query)
+        _check_read_only(query)
         try:
             df = lake.sql(query, snapshot=snapshot)
         except pl.exceptions.ComputeError as e:
@@ -36,11 +39,11 @@ def sql(
             df = lake.sql(_intervals_as_text(lake, query, snapshot), snapshot=snapshot)
     except duckdb.Error as e:
         raise LookupError(f"{e}") from e
-    if format == "csv":
+    if output == "csv":
         nested = [c for c, t in df.schema.items() if t.is_nested()]
         texts = {c: [None if v is None else _json(v) for v in df[c].to_list()] for c in nested}
         sys.stdout.write(df.with_columns(pl.Series(c, v, pl.String) for c, v in texts.items()).write_csv())
-    elif format == "json":
+    elif output == "json":
         sys.stdout.write(_json(df.to_dicts()) + "\n")
     else:
         table = Table(*df.columns)
@@ -53,17 +56,19 @@ def sql(
 _FILE_DELETERS = re.compile(r"cleanup_old_files|delete_orphaned_files|expire_snapshots", re.IGNORECASE)
 
 
-def _only_questions(query: str) -> None:
-    """Raises ValueError for what is not one question: the lake is read-only to DuckDB, files are not."""
+def _check_read_only(query: str) -> None:
+    """Raise ValueError unless `query` is one statement that only reads.
+
+    The lake is attached read-only, but DuckDB statements could still write files elsewhere."""
     explain = re.compile(r"\s*EXPLAIN\b(\s+ANALYZE\b)?", re.IGNORECASE)
-    if found := _FILE_DELETERS.search(query):  # they delete files, and fail to note it afterwards
+    if found := _FILE_DELETERS.search(query):  # on a read-only lake they delete files before they fail
         raise ValueError(f"`nbg sql` is read-only and does not take {found[0]}; `nbg compact` looks after files")
     statements = duckdb.extract_statements(query)
     if len(statements) != 1:
         raise ValueError(f"`nbg sql` takes one question, not {len(statements)}")
     for statement in statements:
         parts = [statement]
-        if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
+        if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs the statement that it explains
             parts = duckdb.extract_statements(explain.sub("", statement.query, count=1))
         if other := [part.type.name for part in parts if part.type != duckdb.StatementType.SELECT]:
             raise ValueError(
@@ -74,7 +79,7 @@ def _only_questions(query: str) -> None:
 
 
 def _intervals_as_text(lake: Lake, query: str, snapshot: int | None) -> str:
-    """polars has no intervals."""
+    """`query` with its columns of type INTERVAL, which polars does not have, as text."""
     (statement,) = duckdb.extract_statements(query)
     query = statement.query.strip().rstrip(";")
     columns = lake.sql(f"DESCRIBE {query}", snapshot=snapshot)
@@ -84,7 +89,7 @@ def _intervals_as_text(lake: Lake, query: str, snapshot: int | None) -> str:
 
 
 def _json(value: object) -> str:
-    """Valid JSON: it has no infinities and no NaN, so these become null."""
+    """`value` as JSON. Infinities and NaN, which JSON does not have, become null."""
 
     def plain(v: object) -> object:
         if isinstance(v, dict):

@@ -14,20 +14,30 @@ from nbg_core.lineage.policy import SFT, current_policy
 
 @app.command("compact")
 def compact_files() -> None:
-    """Merge the lake's small files into larger ones; what any snapshot shows stays the same."""
+    """Merge the lake's small files into larger ones, and delete files that killed writers left behind.
+
+    No snapshot changes its content."""
     from nbg_core.lake.compact import KEEP, compact
+    from nbg_core.lake.uncommitted import delete_uncommitted
 
     _, lake = open_lake()
     for name, before, after in compact(lake).iter_rows():
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
+    try:
+        if deleted := delete_uncommitted(lake):
+            console.print(
+                f"{len(deleted)} files deleted that writers left behind when they were killed before their commit"
+            )
+    except ValueError as e:  # what was merged stays merged
+        console.print(f"note: {e}", soft_wrap=True)
 
 
 @app.command()
 def promote(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint id, or its beginning; sft is the profile's student.")],
     reason: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "promoted by hand",
-    force: Annotated[bool, typer.Option(help="Also if its evaluation says no.")] = False,
+    force: Annotated[bool, typer.Option(help="Promote it even if its evaluation says no.")] = False,
 ) -> None:
     """Make a checkpoint the policy that the next round samples from."""
     profile, lake = open_lake()

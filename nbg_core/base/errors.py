@@ -1,4 +1,4 @@
-"""What a user is told of an error."""
+"""Error messages for users: without secrets, and with a remedy where the message itself has none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def redact(text: str) -> str:
-    """`text` without passwords of connection strings and values of secret-looking environment variables."""
+    """`text` with *** for passwords of connection strings and for values of secret-looking environment variables."""
     text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s;'\"]+)", r"\1***", text)
     text = re.sub(r"(\w+://[^\s:/@]+:)[^\s@/]+@", r"\1***@", text)
     for value in _secret_values():
@@ -16,7 +16,7 @@ def redact(text: str) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """What a user is told of an error: secrets blanked, and the remedy where a folder cannot be written."""
+    """The message that a user is shown for an error: secrets redacted, and a remedy added to a PermissionError."""
     text = redact(str(error)) or type(error).__name__
     if isinstance(error, PermissionError):
         text += "; give this user access to it, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
@@ -24,7 +24,10 @@ def sentence(error: BaseException) -> str:
 
 
 def is_defect(error: BaseException) -> bool:
-    """Whether the traceback is what helps; errors of the other kinds are made to name value, place and remedy."""
+    """Whether an error is likely a bug, so that its traceback is shown.
+
+    The other kinds (ValueError, LookupError, OSError, RuntimeError) are raised with a message that names value, place
+    and remedy; they are shown without a traceback. KeyError and IndexError are LookupErrors, but bugs."""
     return isinstance(error, (KeyError, IndexError)) or not isinstance(
         error, (ValueError, LookupError, OSError, RuntimeError)
     )

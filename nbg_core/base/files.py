@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and locks that go with their process."""
+"""Files that are written whole or not at all, and locks that are released when their process ends."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def hold(lock: Path, me: str, what: str) -> Iterator[None]:
-    """Hold a lock; it goes with the process, however that ends. Raises RuntimeError: `what`, then who holds it."""
+def hold(lock: Path, holder: str, what: str) -> Iterator[None]:
+    """Hold the lock file `lock` within the `with`; the system releases it when the process ends, however it ends.
+
+    `holder` says who this is; it is written beside the lock. Raises RuntimeError when another process has the lock: the
+    message is `what`, followed by that process's `holder`."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    holder = lock.with_suffix(".holder")
+    holder_path = lock.with_suffix(".holder")
     try:
         with FileLock(lock, timeout=0):
-            holder.write_text(me)
+            holder_path.write_text(holder)
             yield
     except Timeout as e:
-        who = holder.read_text() if holder.exists() else "another run"
-        raise RuntimeError(f"{what} {who}; wait for it or terminate it, then run again") from e
+        other = holder_path.read_text() if holder_path.exists() else "another run"
+        raise RuntimeError(f"{what} {other}; wait for it or terminate it, then run again") from e
 
 
 def write_json(path: Path, data: dict) -> None:
-    """Write whole or not at all; what JSON does not know is written as text."""
+    """Write `data` as JSON, whole or not at all. Values of other types than JSON's are written as their `str`."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(data, default=str))
     temporary.rename(path)
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Make `target`, whole or not at all, with the files of `source`: hard links, or copies across file systems."""
+    """Make the folder `target`, whole or not at all, from the files of `source`: hard links where the file system has
+    them, else copies."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,25 +50,28 @@ def link_folder(source: Path, target: Path) -> None:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # source and target are on two file systems, or this one has no hard links
         shutil.copy2(source, target)
 
 
 ROW_GROUP_BYTES = 32 << 20
-"""Of values before encoding: a reader holds a row group or more at once."""
+"""Size of a row group before encoding. A reader holds at least one whole row group in memory."""
 
 
-def write_parquet(rows: pl.DataFrame, path: Path, split: Collection[str] = ()) -> None:
-    """Write rows as Parquet with zstd. Numbers in the list columns `split` are stored byte by byte (first bytes, second
-    bytes, ...), which is small where some bytes are mostly equal; other columns get a dictionary."""
-    import pyarrow as pa  # not at every start: only where rows are written
+def write_parquet(frame: pl.DataFrame, path: Path, split: Collection[str] = ()) -> None:
+    """Write a frame as Parquet with zstd.
+
+    The numbers of the list columns in `split` are encoded as BYTE_STREAM_SPLIT: all first bytes, then all second bytes,
+    and so on, which compresses well where some of the bytes are mostly equal. Other columns get a dictionary."""
+    import pyarrow as pa  # slow to import, and only needed where a file is written
     import pyarrow.parquet as pq
 
-    table = rows.to_arrow()
+    table = frame.to_arrow()
     lists = {f.name for f in table.schema if pa.types.is_large_list(f.type)}
     leaf = {name: f"{name}.list.element" if name in lists else name for name in table.column_names}
     pq.write_table(
-        # A lake that knows the bounds of some rows of a table, but not of a registered file, skips the file's rows.
+        # Without bounds (statistics) for this file, DuckLake would skip its rows when other files of the table have
+        # them.
         table, path, compression="zstd", compression_level=9, write_statistics=[c for c in leaf if c not in lists],
         row_group_size=max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes)),
         use_dictionary=[leaf[c] for c in leaf if c not in split],

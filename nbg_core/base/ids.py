@@ -1,4 +1,5 @@
-"""Content-addressed ids: the same content has the same id on every machine, so a second run finds its own work."""
+"""Content-addressed ids: the same content has the same id on every machine, so a later run finds the rows of an earlier
+one and does not make them again."""
 
 from __future__ import annotations
 
@@ -18,21 +19,26 @@ TOKENIZER_FILES = (
 
 
 def digest(*parts: Any) -> str:
-    """128-bit hex hash of JSON-able parts; dict order does not matter, part boundaries do."""
+    """128-bit BLAKE2b hash, in hexadecimal, of `parts`, which must be values of JSON.
+
+    The order of a dict's keys does not matter. The boundaries between parts do: ("ab", "c") is not ("a", "bc")."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def query_id(messages: list[dict[str, str]]) -> str:
+    """Id of a query: hash of the roles and contents of its messages."""
     return digest("query", [{"role": m["role"], "content": m["content"]} for m in messages])
 
 
-def sample_id(query: str, model: str, sampling: str, index: int) -> str:
-    return digest("sample", query, model, sampling, index)
+def sample_id(query_id: str, model_id: str, sampling_id: str, index: int) -> str:
+    """Id of the `index`-th response of a model to a query with these sampling settings (`identity.sampling_id`)."""
+    return digest("sample", query_id, model_id, sampling_id, index)
 
 
-def pair_id(chosen: str, rejected: str) -> str:
-    return digest("pair", chosen, rejected)
+def pair_id(chosen_id: str, rejected_id: str) -> str:
+    """Id of a pair, from the sample ids of its responses."""
+    return digest("pair", chosen_id, rejected_id)
 
 
 def seed_from(*parts: Any) -> int:
@@ -41,38 +47,38 @@ def seed_from(*parts: Any) -> int:
 
 
 def content_version(ids: Iterable[str], *, in_order: bool = False) -> str:
-    """Data version of a set of rows: a digest of their ids, order-free. Ids that come `in_order` are not held.
+    """Data version of a set of rows: `digest("content", sorted(ids))`, whatever order the ids come in.
 
-    It is `digest("content", sorted(ids))`."""
-    text = hashlib.blake2b(b'["content",[', digest_size=16)
-    between = b""
-    for one in ids if in_order else sorted(ids):
-        text.update(between + json.dumps(one, ensure_ascii=False).encode())
-        between = b","
-    text.update(b"]]")
-    return text.hexdigest()
+    With `in_order` the ids must come sorted; they are then hashed one by one and not kept in memory."""
+    content = hashlib.blake2b(b'["content",[', digest_size=16)
+    separator = b""
+    for row_id in ids if in_order else sorted(ids):
+        content.update(separator + json.dumps(row_id, ensure_ascii=False).encode())
+        separator = b","
+    content.update(b"]]")
+    return content.hexdigest()
 
 
 def query_file_id(path: Path) -> str:
-    """Hash of a query file's name and content, whatever its size and age; read in pieces.
+    """Hash of a query file's name and content: `digest("file", name, content in hexadecimal)`.
 
-    A file is read once per process and change, remembered by size and modification time. The hash is `digest("file",
-    name, content in hexadecimal)`."""
+    The file is read in pieces, and again only when its size or modification time has changed since this process read
+    it."""
     key = _stat_key(path)
     if key not in _hashes:
-        text = hashlib.blake2b(f'["file",{json.dumps(path.name, ensure_ascii=False)},"'.encode(), digest_size=16)
+        content = hashlib.blake2b(f'["file",{json.dumps(path.name, ensure_ascii=False)},"'.encode(), digest_size=16)
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
-                text.update(piece.hex().encode())
-        text.update(b'"]')
-        _hashes[key] = text.hexdigest()
+                content.update(piece.hex().encode())
+        content.update(b'"]')
+        _hashes[key] = content.hexdigest()
     return _hashes[key]
 
 
 def model_id(path: Path | str) -> str:
-    """Hash of a model folder's weights, config and tokenizer (not its path or card).
+    """Hash of a model folder's weights, config and tokenizer; its path and its card do not matter.
 
-    Each file is hashed once per process, remembered by size and modification time.
+    A file is hashed again only when its size or modification time has changed since this process hashed it.
     Raises FileNotFoundError naming the folder when it holds no safetensors weights."""
     folder = Path(path)
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -90,6 +96,7 @@ def model_id(path: Path | str) -> str:
 
 
 _hashes: dict[tuple[str, int, int], str] = {}
+"""`_stat_key` of a file -> its hash."""
 
 
 def _stat_key(path: Path) -> tuple[str, int, int]:

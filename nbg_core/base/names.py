@@ -1,6 +1,7 @@
-"""Names that a person wrote: looked up in a table, with the known names in the error, or used in a path.
+"""Checks of names that a person wrote: names of table entries, slices and runs.
 
-A name that becomes part of a path is checked before any path is made of it.
+An unknown name is an error that lists the known ones. A name that becomes part of a path is checked before any path is
+made of it.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the known name nearest to it, or all known names."""
+    """A hint for an error about an unknown name: the known name most like it, or all known names if none is."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def find(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`. Raises ValueError that says `what` is unknown and names the known ones."""
+    """`table[name]`. Raises ValueError for an unknown name: what kind of name it is (`what`), and the known ones."""
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table) or 'none'}")
+        raise unknown(what, name, table)
     return table[name]
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the `known` ones: what the last case of a `match` raises."""
+    return ValueError(f"unknown {what} {name!r}; known: {', '.join(known) or 'none'}")
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Pydantic metadata of a field whose value must be a name in `table`: `Annotated[str, OneOf("scorer", SCORERS)]`.
+    """Pydantic metadata of a field whose value must be a key of `table`: `Annotated[str, OneOf("scorer", SCORERS)]`.
 
-    The table is read when a value is checked, so a name that is added to it can be used in a profile at once."""
+    The table is read when a value is checked, so a profile can use a key that was added after the class was made."""
 
     what: str
     table: Mapping[str, object]
@@ -47,7 +53,7 @@ class OneOf:
 
 
 def file_name_problem(name: str) -> str | None:
-    """Why `name` cannot be (part of) a file name on its own, or None: it must stay in its folder, and be printable."""
+    """Why `name` cannot be a file name, or None if it can: it must be printable and must not lead out of its folder."""
     if not name.strip():
         return "it is empty"
     if name.startswith("."):

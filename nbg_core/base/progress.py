@@ -1,4 +1,4 @@
-"""How far a stage is, and commits at intervals."""
+"""Progress messages of a stage, and commits at intervals."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 COMMIT_SECONDS = 30.0
-"""What finishes this long after the last commit is committed at once, with what finished before it."""
+"""A CommitBuffer commits when an item is added this many seconds after the last commit."""
 
 
 class CommitBuffer(Generic[T]):
-    """Finished work on its way into the lake: committed every COMMIT_SECONDS while it comes, when `flush` says so, and
-    at the end of the `with`, however it ends. `new_rows` counts what the commits say that they wrote."""
+    """Collects finished items and commits them together: every COMMIT_SECONDS while items come, at each `flush`, and at
+    the end of the `with`, also when that ends by an exception.
+
+    `commit` writes a list of items and returns the number of rows that are new; `new_rows` is their sum."""
 
     def __init__(self, commit: Callable[[list[T]], int]):
-        self._commit, self._items, self._last, self.new_rows = commit, [], time.monotonic(), 0
+        self._commit, self._last, self.new_rows = commit, time.monotonic(), 0
+        self._items: list[T] = []
 
     def add(self, item: T) -> None:
         self._items.append(item)
@@ -25,12 +28,14 @@ class CommitBuffer(Generic[T]):
             self.flush()
 
     def flush(self) -> None:
-        """A commit that a signal cuts short is made again at the end of the `with`: rows that are there already are
-        left as they are."""
+        """Commit what was added since the last commit.
+
+        The items of a commit that a signal interrupts are kept, and committed again at the end of the `with`; rows that
+        are in the lake by then are not written twice."""
         if self._items:
             try:
                 self.new_rows += self._commit(self._items)
-            except Exception:  # it will fail again
+            except Exception:  # it would fail again at the end of the `with`, and hide the first error
                 self._items = []
                 raise
             self._items = []
@@ -44,9 +49,9 @@ class CommitBuffer(Generic[T]):
 
 
 class Progress:
-    """Says `what: done/total, rate, time left` at most once a second, and always at the end.
+    """Logs `what: done/total, rate, time left` at most once a second, and always at the end.
 
-    How long the first advance takes is no measure of the rest: models load, layers compile."""
+    The rate is measured from the first `advance` on: before it, models load and layers compile."""
 
     def __init__(self, what: str, total: int, log: Callable[[str], None]):
         self.what, self.total, self.done, self._log = what, total, 0, log
@@ -54,10 +59,11 @@ class Progress:
         self._first: tuple[float, int] | None = None
 
     def advance(self, n: int, note: str = "") -> None:
+        """Count `n` more as done; `note` is added to the message."""
         self.done += n
         now = time.monotonic()
         since, before = self._first or (self._start, 0)
-        if now - since < 1:  # all came at once, after the work
+        if now - since < 1:  # everything came at once, when the work was done: the time before it counts
             since, before = self._start, 0
         is_measured = self._first is not None or self.done >= self.total
         self._first = self._first or (now, self.done)

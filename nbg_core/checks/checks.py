@@ -1,7 +1,8 @@
-"""What must hold of a partition once it is made. A check is one row of CHECKS; an asset names its checks (`assets`).
+"""The checks that a partition must pass once it is made. A check is one row of CHECKS; an asset lists its checks by
+name (`Asset.checks`).
 
-A *blocking* check stops what comes next: the run that made the partition (Dagster), and any later run that would read
-it (`broken_upstream`, asked before every stage). The others warn.
+When a *blocking* check fails, Dagster stops the run that made the partition, and later runs that would read the
+partition are refused (`broken_upstream`, called before every stage). Other checks only warn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import polars as pl
 
 from nbg_core import assets
 from nbg_core.base.names import find
+from nbg_core.checks import training_violations as tv
 from nbg_core.checks import violations as v
 from nbg_core.checks.violations import Subject
 from nbg_core.config.profile import Profile
@@ -27,8 +29,10 @@ from nbg_core.vllm.environment import missing_environment
 class Check:
     name: str
     description: str
+    """What holds when the check passes."""
     violations: Callable[[Subject], pl.DataFrame]
-    """The rows that break the rule; none when all is well. A column `why` is shown beside the description."""
+    """Returns the rows that break the rule, none when the check passes. The first value of a column `why`, if there is
+    one, is shown beside the description."""
     blocking: bool = True
 
 
@@ -67,23 +71,23 @@ CHECKS: dict[str, Check] = {
               f"log-prob more than {drift.BOUND} nats from the reference's", v.drifted, blocking=False),
         # student_checkpoint
         Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",
-              v.not_reference_at_step_0),
-        Check("weights_intact", "the weights are there and hash to the checkpoint's id", v.weights_missing),
-        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", v.training_set_lost),
+              tv.not_reference_at_step_0),
+        Check("weights_intact", "the weights are there and hash to the checkpoint's id", tv.weights_missing),
+        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", tv.training_set_lost),
         # student_eval
         Check("better_than_before", "the promotion gate: better overall and no slice worse, beyond noise",
-              v.gate_refuses, blocking=False),
+              tv.gate_refuses, blocking=False),
     )
 }  # fmt: skip
 
 
 def checks_of(asset: str) -> list[Check]:
-    """The checks of an asset, in the order in which it names them."""
+    """The checks of an asset, in the order of `Asset.checks`."""
     return [find(CHECKS, name, "check") for name in assets.get(asset).checks]
 
 
 def cannot_run(profile: Profile) -> list[str]:
-    """What stands in the way of running a valid profile on this machine, a sentence each."""
+    """Why a valid profile cannot run on this machine, one sentence per reason."""
     models = {"student": profile.models.student, "teacher": profile.models.teacher}
     missing = [
         f"models.{role}: no model at {profile.resolve(path)} (a folder with config.json)"
@@ -94,13 +98,13 @@ def cannot_run(profile: Profile) -> list[str]:
 
 
 def broken_upstream(lake: Lake, profile: Profile, asset: str, slice_name: str | None) -> str | None:
-    """The first blocking check that an upstream partition of `asset` fails, as a sentence, or None."""
-    for upstream, part in assets.upstream_partitions(asset, slice_name, slice_names(profile)):
-        if latest_materialisation(lake, upstream, part) is None:
-            continue  # the stage itself says that it is missing
-        subject = Subject(lake, profile, upstream, part)
+    """A sentence on the first blocking check that an upstream partition of `asset` fails; None when all pass."""
+    for upstream, upstream_slice in assets.upstream_partitions(asset, slice_name, slice_names(profile)):
+        if latest_materialisation(lake, upstream, upstream_slice) is None:
+            continue  # the stage reports a missing partition itself
+        subject = Subject(lake, profile, upstream, upstream_slice)
         for check in checks_of(upstream):
             if check.blocking and (n := check.violations(subject).height):
-                name = assets.partition_name(upstream, part)
+                name = assets.partition_name(upstream, upstream_slice)
                 return f"{name} fails its check {check.name} ({n} violations): {check.description}"
     return None

@@ -1,63 +1,69 @@
-"""The queries behind the checks: each returns the rows that break a rule, and none when all is well.
+"""The queries of the checks: each function returns the rows that break a check's rule, none when the check passes.
 
-They hold a partition to what it was made with (`Subject.made_with`), not to today's profile. Legend: $1 is the slice.
+A partition is compared with the settings that it was made with (`Subject.made_with`), not with the present profile. In
+the SQL, $1 is the slice name.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
-from nbg_core.base.ids import model_id
+from nbg_core.base.names import find
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
-from nbg_core.evaluation.accuracy import latest_summary
-from nbg_core.evaluation.promotion import gate
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import (
     CURRENT_SAMPLES,
     RESPONSES_OF_PAIRS,
-    checkpoint_row,
-    latest_materialisation,
     made_with,
     sampled_with,
 )
 from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
 from nbg_core.lineage.policy import current_policy
-from nbg_core.losses.dpo import DPO_VARIANTS
 from nbg_core.modeling.config_file import text_config
 from nbg_core.reference import drift
 
 MASS_SAMPLE = 200
-"""Responses whose stored mass is summed up: content-hashed ids make the first ones by id a random sample."""
+"""Responses whose stored probabilities are summed. Ids are hashes, so the first responses by id are a random sample."""
+
 WARN_SHARE = 0.2
-"""Share of truncated or empty responses that is worth a warning."""
+"""Share of truncated or empty responses above which a check warns."""
 
 RESPONSES = f"(SELECT sample_id, token_ids FROM samples SEMI JOIN {RESPONSES_OF_PAIRS} USING (sample_id))"
-"""The responses of a slice's pairs, with their tokens."""
+"""SQL of the responses of a slice's pairs: sample_id, token_ids. $1 is the slice name."""
+
+SCORED_BY = {"teacher_logits": ("teacher", "storage_id"), "reference_logprobs": ("reference", "scoring_id")}
+"""Of assets whose rows a model made of responses: what their settings call the model id and the settings_id."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A partition to look at, as the lake is now."""
+    """The partition that a check looks at, in the lake's newest snapshot."""
 
     lake: Lake
     profile: Profile
     asset: str
     slice_name: str | None
 
+    def require_slice(self) -> str:
+        """The slice name. Raises ValueError for an asset without partitions."""
+        if self.slice_name is None:
+            raise ValueError(f"{self.asset} has no partitions; this check is for one that has")
+        return self.slice_name
+
     def sql(self, query: str, *params: object) -> pl.DataFrame:
         return self.lake.sql(query, params)
 
     def made_with(self) -> dict:
-        """The settings that the partition was last made with, whatever they are today."""
+        """The settings that the partition was last made with. The profile may have changed since."""
         return made_with(self.lake, self.asset, self.slice_name)
 
 
 def train_eval_overlap(s: Subject) -> pl.DataFrame:
+    """Queries of the slice that have the text of a query of the other split, in any slice that has a query file."""
     text = "trim(regexp_replace(array_to_string(list_transform(messages, m -> m.content), ' '), '\\s+', ' ', 'g'))"
     return s.sql(
         f"WITH q AS (SELECT query_id, slice, split, {text} AS text FROM queries) "
@@ -70,6 +76,8 @@ def train_eval_overlap(s: Subject) -> pl.DataFrame:
 
 
 def no_rows_of_split(split: str) -> Callable[[Subject], pl.DataFrame]:
+    """One row if the slice has no query of `split` ('train' or 'eval')."""
+
     def violations(s: Subject) -> pl.DataFrame:
         return s.sql(
             "SELECT $1 AS slice, $2 AS split WHERE NOT EXISTS (FROM queries WHERE slice = $1 AND split = $2)",
@@ -81,16 +89,18 @@ def no_rows_of_split(split: str) -> Callable[[Subject], pl.DataFrame]:
 
 
 def too_few_responses(s: Subject) -> pl.DataFrame:
+    """Training queries with fewer responses than n_student + n_teacher of the newest sampling."""
     return s.sql(
         "SELECT q.query_id, count(samples.sample_id) AS responses FROM queries q LEFT JOIN samples "
         f"ON samples.query_id = q.query_id AND {CURRENT_SAMPLES} "
         "WHERE q.slice = $1 AND q.split = 'train' GROUP BY q.query_id HAVING responses < $4 + $6 ORDER BY ALL",
         s.slice_name,
-        *sampled_with(s.lake, s.slice_name).params,
+        *sampled_with(s.lake, s.require_slice()).params,
     )
 
 
 def outside_vocabulary(s: Subject) -> pl.DataFrame:
+    """Responses without tokens, with another number of log-probs than tokens, or with ids outside the vocabulary."""
     folder = current_policy(s.lake, s.profile).path
     size = text_config(folder, "vocab_size")
     if size is None:
@@ -105,12 +115,14 @@ def outside_vocabulary(s: Subject) -> pl.DataFrame:
 
 
 def share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
+    """The sources (student, teacher) for which `condition` holds for a share above WARN_SHARE of the responses."""
+
     def violations(s: Subject) -> pl.DataFrame:
         return s.sql(
             f"SELECT source, avg(({condition})::INT) AS share, count(*) AS responses FROM samples WHERE slice = $1 "
             f"AND {CURRENT_SAMPLES} GROUP BY source HAVING share > $7 ORDER BY source",
             s.slice_name,
-            *sampled_with(s.lake, s.slice_name).params,
+            *sampled_with(s.lake, s.require_slice()).params,
             WARN_SHARE,
         )
 
@@ -118,6 +130,7 @@ def share_of_responses(condition: str) -> Callable[[Subject], pl.DataFrame]:
 
 
 def narrow_margins(s: Subject) -> pl.DataFrame:
+    """Pairs with a margin below `preference.min_margin`, or one that is not the difference of the two scores."""
     return s.sql(
         "SELECT pair_id, chosen_score, rejected_score, margin FROM pairs WHERE slice = $1 "
         "AND (margin < $2 OR abs(margin - (chosen_score - rejected_score)) > 1e-6) ORDER BY pair_id",
@@ -127,6 +140,7 @@ def narrow_margins(s: Subject) -> pl.DataFrame:
 
 
 def unknown_responses(s: Subject) -> pl.DataFrame:
+    """Pairs whose chosen or rejected response does not exist, or answers another query."""
     return s.sql(
         "SELECT pair_id, chosen_id, rejected_id FROM pairs p LEFT JOIN samples c ON c.sample_id = p.chosen_id "
         "LEFT JOIN samples r ON r.sample_id = p.rejected_id WHERE p.slice = $1 AND "
@@ -136,6 +150,7 @@ def unknown_responses(s: Subject) -> pl.DataFrame:
 
 
 def truncated_positives(s: Subject) -> pl.DataFrame:
+    """Pairs with a truncated chosen response, unless `preference.truncated_positive` allows them."""
     return s.sql(
         "SELECT pair_id, chosen_id FROM pairs p JOIN samples c ON c.sample_id = p.chosen_id "
         "WHERE p.slice = $1 AND c.finish_reason = 'length' AND NOT $2 ORDER BY pair_id",
@@ -145,6 +160,7 @@ def truncated_positives(s: Subject) -> pl.DataFrame:
 
 
 def held_out_pairs(s: Subject) -> pl.DataFrame:
+    """Pairs whose query is not a training query."""
     return s.sql(
         "SELECT pair_id, query_id, split FROM pairs LEFT JOIN queries USING (query_id) "
         "WHERE pairs.slice = $1 AND split IS DISTINCT FROM 'train' ORDER BY pair_id",
@@ -153,11 +169,13 @@ def held_out_pairs(s: Subject) -> pl.DataFrame:
 
 
 def no_pairs(s: Subject) -> pl.DataFrame:
+    """One row if the slice has no pair."""
     return s.sql("SELECT $1 AS slice WHERE NOT EXISTS (FROM pairs WHERE slice = $1)", s.slice_name)
 
 
 def not_scored_once(s: Subject) -> pl.DataFrame:
-    where, params = _rows_of(s)
+    """Responses of pairs with no row, or several, of the model and settings that the partition was made with."""
+    where, params = _made_rows(s)
     return s.sql(
         f"SELECT r.sample_id, count(t.sample_id) AS rows_found FROM {RESPONSES} r LEFT JOIN "
         f"(FROM {s.asset} WHERE {where}) t USING (sample_id) GROUP BY ALL HAVING rows_found <> 1 ORDER BY ALL",
@@ -167,10 +185,11 @@ def not_scored_once(s: Subject) -> pl.DataFrame:
 
 
 def wrong_lengths(s: Subject) -> pl.DataFrame:
+    """Responses with a list that has not one item per token, or with a log-prob above 0."""
     wrong = "len(token_logprobs) <> len(token_ids) OR list_max(token_logprobs) > 1e-5"
     if s.asset == "teacher_logits":
         wrong += f" OR NOT ({ROW_IS_WHOLE}) OR list_max(entry_logprobs) > 1e-5"
-    where, params = _rows_of(s)
+    where, params = _made_rows(s)
     return s.sql(
         f"SELECT r.sample_id, len(token_ids) AS tokens, len(token_logprobs) AS scored FROM {RESPONSES} r "
         f"JOIN (FROM {s.asset} WHERE {where}) t USING (sample_id) WHERE {wrong} ORDER BY r.sample_id",
@@ -180,7 +199,8 @@ def wrong_lengths(s: Subject) -> pl.DataFrame:
 
 
 def mass_not_one(s: Subject) -> pl.DataFrame:
-    where, params = _rows_of(s)
+    """Positions of the first MASS_SAMPLE responses whose stored probabilities do not sum to 1."""
+    where, params = _made_rows(s)
     return s.sql(
         f"WITH t AS (FROM teacher_logits SEMI JOIN {RESPONSES} USING (sample_id) WHERE {where} "
         f"ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
@@ -195,77 +215,16 @@ def mass_not_one(s: Subject) -> pl.DataFrame:
     )
 
 
-def _rows_of(s: Subject) -> tuple[str, list[str]]:
-    """The condition on the table of a model that scored the responses, and its parameters from $2 on."""
+def _made_rows(s: Subject) -> tuple[str, list[str]]:
+    """SQL condition for the rows of the model and settings that the partition was made with, and its parameters, $2 and
+    $3. Raises ValueError for an asset that no model scores."""
+    model, settings_id = find(SCORED_BY, s.asset, "asset that a model scores")
     made = s.made_with()
-    if s.asset == "teacher_logits":
-        return "model_id = $2 AND settings_id = $3", [made["teacher"], made["storage_id"]]
-    return "model_id = $2 AND settings_id = $3", [made["reference"], made["scoring_id"]]
+    return "model_id = $2 AND settings_id = $3", [made[model], made[settings_id]]
 
 
 def drifted(s: Subject) -> pl.DataFrame:
-    responses = drift.by_response(s.lake, s.slice_name)
-    bad = responses["past_bound"].sum() > drift.MAX_SHARE * responses["tokens"].sum()
-    return responses.filter(bad & (pl.col("past_bound") > 0))
-
-
-def _newest_checkpoint(s: Subject) -> dict:
-    return checkpoint_row(s.lake, latest_materialisation(s.lake, "student_checkpoint", None)["data_version"])
-
-
-def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    steps = s.sql(
-        "SELECT step, margin, dpo FROM training_steps WHERE training_id = $1 AND step = 0", row["training_id"]
-    )
-    if steps.is_empty():
-        return pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no metrics of step 0"]})
-    made = s.made_with()
-    steps = steps.with_columns(allowed=pl.lit(_step_0_margin(s, row, made)))
-    off = ~(pl.col("margin").abs() <= pl.col("allowed"))
-    if DPO_VARIANTS[made["loss"]["dpo_variant"]].is_log_2_at_0:
-        off |= ~((pl.col("dpo") - math.log(2)).abs() <= pl.col("allowed"))
-    return steps.filter(off)
-
-
-def _step_0_margin(s: Subject, checkpoint: dict, made: dict) -> float:
-    """How far the mean margin of the first batch may be from 0, and its DPO loss from log 2.
-
-    A margin is the difference of two rewards, each within `step_0_bound` (or training would have stopped), so it is
-    within the sum of both bounds, and the mean within the mean; -log sigmoid is nowhere steeper than 1."""
-    first = s.sql("SELECT pair_id FROM checkpoint_pairs WHERE training_id = $1 AND step = 0", checkpoint["training_id"])
-    n_tokens = s.lake.sql(
-        "SELECT len(c.token_ids) AS chosen, len(r.token_ids) AS rejected FROM pairs p "
-        "JOIN samples c ON c.sample_id = p.chosen_id JOIN samples r ON r.sample_id = p.rejected_id "
-        "WHERE p.pair_id IN (SELECT unnest($1::VARCHAR[]))",
-        [first["pair_id"].to_list()],
-        snapshot=checkpoint["input_snapshot"],
-    )
-    bounds = drift.step_0_bound(made["precision"], made["loss"]["beta"], n_tokens.to_numpy())  # [B, 2]
-    return float(bounds.sum(1).mean()) if n_tokens.height else 0.0
-
-
-def weights_missing(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    folder = s.profile.resolve(s.profile.paths.checkpoints) / row["path"]
-    try:
-        found, problem = model_id(folder), f"weights at {folder} are not those of the checkpoint"
-    except FileNotFoundError as e:
-        found, problem = None, str(e)
-    return pl.DataFrame({"checkpoint_id": [row["checkpoint_id"]], "problem": [problem]}).filter(
-        found != row["checkpoint_id"]
-    )
-
-
-def training_set_lost(s: Subject) -> pl.DataFrame:
-    row = _newest_checkpoint(s)
-    used = s.sql("SELECT DISTINCT pair_id, slice FROM checkpoint_pairs WHERE training_id = $1", row["training_id"])
-    known = s.lake.sql("SELECT pair_id FROM pairs", snapshot=row["input_snapshot"])
-    lost = used.join(known, on="pair_id", how="anti").sort("pair_id")
-    return lost if used.height else pl.DataFrame({"training_id": [row["training_id"]], "problem": ["no pair recorded"]})
-
-
-def gate_refuses(s: Subject) -> pl.DataFrame:
-    checkpoint, summary, _ = latest_summary(s.lake, profile=s.profile.name)
-    refusal = gate(summary, s.profile.evaluation.min_queries)
-    return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)
+    """Responses with a token past `drift.BOUND`, when more than `drift.MAX_SHARE` of all compared tokens are."""
+    responses = drift.by_response(s.lake, s.require_slice())
+    too_many = int(responses["past_bound"].sum()) > drift.MAX_SHARE * int(responses["tokens"].sum())
+    return responses.filter(too_many & (pl.col("past_bound") > 0))

@@ -1,4 +1,4 @@
-"""The profile: what can be set, how it is read from a file, and what of it enters which id.
+"""The profile: its settings, how it is read from a file, and which settings each id is made of.
 
 `from nbg_core.config import load_profile` is public."""
 

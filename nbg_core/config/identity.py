@@ -1,7 +1,7 @@
-"""What enters which id: the settings and versions that decide the content of rows, hashed.
+"""Ids of settings: hashes of the settings and versions that decide the content of rows.
 
-An id changes when, and only when, the rows would be other rows. So a setting that only changes how work is done (batch
-sizes, processes) is in none of them, and rows made with one number of processes are found again with another.
+An id changes when, and only when, the rows would differ. A setting that only changes how work is done (batch sizes,
+processes) is part of no id, so rows made with one number of processes are found again with another.
 """
 
 from __future__ import annotations
@@ -11,57 +11,67 @@ import json
 from collections.abc import Callable
 
 from nbg_core.base.ids import digest, model_id
-from nbg_core.config.profile import Profile
+from nbg_core.base.names import unknown
+from nbg_core.config.profile import ENGINES, Profile
 
 CODE_VERSION = "1"
-"""Raised when the same settings and inputs would give other rows: everything made before is then stale."""
+"""Increment it when the same settings and inputs give other rows than before: every partition is then stale."""
 
 STORE_VERSION = 4
-"""Raised when the same settings give other stored teacher rows."""
+"""Increment it when the same settings give other stored teacher rows than before."""
 
 
 def student_id(profile: Profile) -> str:
-    """Model id of the SFT student. Raises FileNotFoundError when it is not there."""
+    """Model id of the SFT student. Raises FileNotFoundError when its folder holds no model."""
     return model_id(profile.resolve(profile.models.student))
 
 
 def teacher_id(profile: Profile) -> str:
-    """Model id of the teacher. Raises FileNotFoundError when it is not there."""
+    """Model id of the teacher. Raises FileNotFoundError when its folder holds no model."""
     return model_id(profile.resolve(profile.models.teacher))
 
 
 def engine_version(profile: Profile, engine: str) -> list[str]:
-    """A sampling backend or teacher engine, with the versions of what it computes with."""
-    if engine == "vllm":
-        return [engine, profile.vllm.version, *profile.vllm.identity_args()]
-    return [engine, *(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers"))]
+    """The name of a sampling backend or teacher engine, then the versions and arguments that it computes with.
+
+    Raises ValueError for an unknown one."""
+    match engine:
+        case "transformers":
+            packages = ("torch", "transformers")
+            return [engine, *(f"{package} {importlib.metadata.version(package)}" for package in packages)]
+        case "vllm":
+            return [engine, profile.vllm.version, *profile.vllm.identity_args()]
+        case _:
+            raise unknown("engine", engine, ENGINES)
 
 
 def sampling_id(profile: Profile) -> str:
-    """What changes a response's distribution or draw; the number of responses and the batch size do not."""
+    """Hash of the settings that decide a response, besides query, model and index; the number of responses and the
+    batch size are not among them. Column `sampling_id` of `samples`."""
     s = profile.sampling
-    made_by = engine_version(profile, s.backend)
-    return digest("sampling", profile.models.dtype, made_by, s.temperature, s.top_p, s.max_tokens, s.seed)
+    engine = engine_version(profile, s.backend)
+    return digest("sampling", profile.models.dtype, engine, s.temperature, s.top_p, s.max_tokens, s.seed)
 
 
 def storage_id(profile: Profile) -> str:
-    """What changes the stored teacher rows, besides the teacher. Column `settings_id` of `teacher_logits`."""
+    """Hash of the settings that decide the stored teacher rows, besides the teacher and the response. Column
+    `settings_id` of `teacher_logits`."""
     stored = profile.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples", "n_processes"})
-    return digest(
-        "teacher", STORE_VERSION, profile.models.dtype, engine_version(profile, profile.teacher.engine), stored
-    )
+    engine = engine_version(profile, profile.teacher.engine)
+    return digest("teacher", STORE_VERSION, profile.models.dtype, engine, stored)
 
 
 def scoring_id(profile: Profile) -> str:
-    """What changes the log-probabilities that a model gives a response, besides the model. Column `settings_id` of
-    `reference_logprobs`."""
+    """Hash of the settings that decide the log-probabilities that a model gives a response, besides the model. Column
+    `settings_id` of `reference_logprobs`."""
     return digest("scoring", profile.models.dtype)
 
 
 def answering_id(profile: Profile) -> str:
-    """What changes a model's answer to a held-out query, besides the model. Column `settings_id` of `evaluations`."""
-    made_by = engine_version(profile, profile.sampling.backend)
-    return digest("evaluation", profile.models.dtype, made_by, profile.evaluation.max_tokens)
+    """Hash of the settings that decide a model's answer to a held-out query, besides the model. Column `settings_id` of
+    `evaluations`."""
+    engine = engine_version(profile, profile.sampling.backend)
+    return digest("evaluation", profile.models.dtype, engine, profile.evaluation.max_tokens)
 
 
 def settings_id(settings: dict) -> str:
@@ -74,4 +84,4 @@ IDENTITIES: dict[str, Callable[[Profile], object]] = {
     "scoring_id": scoring_id,
     "teacher_engine": lambda profile: engine_version(profile, profile.teacher.engine),
 }
-"""What a scorer can depend on (`Scorer.depends_on`), by name."""
+"""The models and settings that a scorer can depend on (`Scorer.depends_on`): name -> function that gives the value."""

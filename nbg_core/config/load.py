@@ -1,8 +1,9 @@
 """Profiles from YAML files: one file is one way to run the pipeline.
 
-A profile is chosen by `NBG_PROFILE` (a name in profiles/ or a path), default `embedded`. An unknown key is refused with
-the nearest known one. Relative paths in it start from its root: the key `root` of the file (itself relative to the
-file), else `NBG_ROOT`, else the folder above the `profiles/` that the file lies in, else this project.
+`NBG_PROFILE` chooses the profile, as a name in profiles/ or a path; the default is `embedded`. An unknown key is an
+error that names the nearest known key. Relative paths in a profile start from its root: the key `root` of the file
+(itself relative to the file's folder), else `NBG_ROOT`, else the folder that holds the file's `profiles/` folder, else
+this project.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from nbg_core.base.names import nearest
+from nbg_core.base.names import file_name_problem, nearest
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 
 
@@ -23,13 +25,14 @@ class ProfileError(ValueError):
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
-    """YAML in which the second of two equal keys is an error; else it would silently replace the first."""
+    """YAML loader that raises an error for a key that a mapping has twice, where the second would replace the first."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+                problem = f"key {key.value!r} is there twice; keep one"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return node
 
@@ -39,16 +42,21 @@ def load_profile(which: str | Path | None = None) -> Profile:
 
     Raises ProfileError for a missing file, bad YAML, an unknown key or a bad value."""
     which = str(which or os.environ.get("NBG_PROFILE") or "embedded")
-    path = Path(which) if which.endswith((".yaml", ".yml")) else PROJECT_ROOT / "profiles" / f"{which}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (PROJECT_ROOT / "profiles").glob("*.yaml"))
+    folder = PROJECT_ROOT / "profiles"
+    is_path = which.endswith((".yaml", ".yml"))
+    path = Path(which) if is_path else folder / f"{which}.yaml"
+    if not is_path and file_name_problem(which) or not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ProfileError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
-        raise ProfileError(f"{path}: a profile is a mapping of keys, got {type(data).__name__}")
+        raise ProfileError(
+            f"{path}: a profile is a mapping of keys, got {type(data).__name__}; write `key: value` lines, like the "
+            "profiles in profiles/"
+        )
     data = {"name": path.stem, **data, "root": _root(path, data.get("root"))}
     try:
         return Profile.model_validate(data)
@@ -57,23 +65,24 @@ def load_profile(which: str | Path | None = None) -> Profile:
 
 
 def _root(path: Path, root: object) -> object:
-    """Where relative paths of the profile at `path`, whose key `root` is given, start from."""
+    """The folder that relative paths of the profile at `path` start from; `root` is the value of its key, if any."""
     folder = path.resolve().parent
     if root is not None:
-        return (folder / root).resolve() if isinstance(root, str) else root  # what is no text is refused as a value
+        return (folder / root).resolve() if isinstance(root, str) else root  # Profile refuses a value that is no path
     if override := os.environ.get("NBG_ROOT"):
         return Path(override).resolve()
     return folder.parent if folder.name == "profiles" else PROJECT_ROOT
 
 
-def _explain(error: dict, model: type[BaseModel]) -> str:
-    where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic's mark of a key of a mapping
-    if error["type"] == "extra_forbidden":
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
+    where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic marks a mapping's key by "[key]"
+    if error["type"] in ("extra_forbidden", "missing"):
         for part in error["loc"][:-1]:
-            model = _section(model.model_fields[part].annotation)
-        return f"unknown key {where!r}; {nearest(str(error['loc'][-1]), model.model_fields)}"
-    if error["type"] == "missing":
-        return f"missing key {where!r}"
+            model = _section(model.model_fields[str(part)].annotation) or model
+        key = str(error["loc"][-1])
+        if error["type"] == "extra_forbidden":
+            return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
+        return f"missing key {where!r}; add it: {' '.join((model.model_fields[key].description or '').split())}"
     return f"{where} = {error['input']!r}: {error['msg']}" if where else error["msg"]
 
 
@@ -91,7 +100,7 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                yield f"| `{prefix}{name}` | {default} | {' '.join(field.description.split())} |"
+                yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")
 

@@ -1,11 +1,11 @@
-"""A profile: what can be set, section by section."""
+"""The settings of a profile, section by section."""
 
 from __future__ import annotations
 
 import re
 import zoneinfo
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,75 +17,82 @@ from nbg_core.scorers.scorers import SCORERS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
+Engine = Literal["transformers", "vllm"]
+"""What runs a model for sampling or for the teacher's scoring."""
+ENGINES: tuple[str, ...] = get_args(Engine)
+
 
 class Paths(Section):
+    """Folders, absolute or relative to the profile's root."""
+
     queries: Path = Path("data/queries")
     """Folder of the query files; each file is a slice."""
     checkpoints: Path = Path("data/checkpoints")
     """Folder of trained students, one sub-folder per checkpoint id."""
     work: Path = Path("data/work")
-    """Folder of what a run needs while it runs: requests, logs, resumable training states."""
+    """Folder of temporary files of runs: requests, logs, locks, resumable training states."""
 
 
 class LakeSettings(Section):
     catalog: str = "sqlite:data/lake/catalog.sqlite"
-    """`sqlite:PATH` on one machine, `postgres:CONNECTION STRING` for many."""
+    """Where DuckLake keeps its catalog: `sqlite:PATH` on one machine, `postgres:CONNECTION STRING` for many."""
     data_path: str = "data/lake/files"
     """Folder or object-store prefix of the Parquet files."""
     author: str = "nbg"
-    """Author written into each snapshot."""
+    """Author that each snapshot of the lake names."""
 
     @field_validator("catalog")
     @classmethod
     def _kind_is_known(cls, catalog: str):
         if not re.match(r"(sqlite|postgres):.", catalog):
-            raise ValueError("write it as sqlite:PATH or postgres:CONNECTION STRING")
+            raise ValueError("the catalog has another form; write it as sqlite:PATH or postgres:CONNECTION STRING")
         return catalog
 
 
 class Models(Section):
     student: Path
-    """Folder of the SFT student (NBG4-3B-SFT), the policy until a checkpoint is promoted."""
+    """Folder of the SFT student (NBG4-3B-SFT), which is the policy until a checkpoint is promoted."""
     teacher: Path
-    """Folder of the teacher (NBG3.5-Pro); same tokenizer as the student."""
+    """Folder of the teacher (NBG3.5-Pro), which must have the student's tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype models are loaded in for sampling and scoring: float32 with training.precision fp32, bfloat16 with bf16."""
+    """Dtype of the models in sampling and scoring: float32 with training.precision fp32, bfloat16 with bf16."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model folder. Leave off unless you wrote that code."""
+    """Run Python code that comes with a model folder. Leave it off unless you trust that code."""
 
 
 class QuerySettings(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """Share of each slice held out for evaluation, chosen by query id; a row's own `split` field wins."""
+    """Share of each slice that is held out for evaluation. The query id decides which; a row's own `split` wins."""
     shingle_words: Annotated[int, Field(ge=1)] = 5
-    """Words per shingle for near-duplicate detection."""
+    """Words in a shingle, the unit in which near duplicates are compared."""
     near_duplicate_jaccard: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Queries whose shingle sets overlap by this Jaccard similarity or more are near duplicates."""
+    """Queries whose sets of shingles have at least this Jaccard similarity are near duplicates."""
     contamination_words: Annotated[int, Field(ge=1)] = 13
-    """A training query sharing a run of this many words with a held-out query is dropped."""
+    """A training query that shares this many words in a row with a held-out query is dropped."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 192
-    """Longest prompt, in tokens, chat template applied."""
+    """Longest prompt, in tokens, with the chat template applied; longer ones are dropped."""
 
 
 class SamplingSettings(Section):
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """Sampler, of held-out answers too: `transformers` in a subprocess, or vLLM servers (section vllm)."""
+    backend: Engine = "transformers"
+    """What draws responses, and the answers of the evaluation: `transformers` in a subprocess, or vLLM servers (section
+    vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
     """Responses per query from the current policy."""
     n_teacher: Annotated[int, Field(ge=0)] = 0
-    """Responses per query from the teacher (the paper takes its positives from there)."""
+    """Responses per query from the teacher (the published method takes its positives from the teacher)."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus probability mass."""
+    """Nucleus sampling: tokens are drawn from the most probable ones that have this mass together."""
     max_tokens: Annotated[int, Field(ge=1)] = 48
-    """Longest response, in tokens, end-of-turn included."""
+    """Longest response, in tokens, including the end-of-turn token."""
     seed: int = 0
-    """Base seed; each response's own seed is derived from it and the response's id."""
+    """Base seed; each response has its own seed, derived from this one and the response's id."""
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Responses generated at once."""
+    """Responses generated at the same time (backend `transformers`)."""
     chunk_queries: Annotated[int, Field(ge=1)] = 128
-    """Queries per commit; what finishes is also committed every 30 s: what a crash can lose."""
+    """Queries per commit. Finished responses are also committed every 30 s; a crash loses what is not committed."""
 
     @model_validator(mode="after")
     def _enough_responses(self):
@@ -99,13 +106,13 @@ class PreferenceSettings(Section):
         "verifier": 1.0,
         "teacher_loglik": 0.0,
     }
-    """Weight of each scorer in the combined score; weight 0 scores nothing."""
+    """Weight of each scorer in the combined score of a response; a scorer of weight 0 does not run."""
     min_margin: Annotated[float, Field(gt=0)] = 0.5
-    """Smallest chosen - rejected combined score: positive >> negative."""
+    """Least difference of the combined scores of chosen and rejected."""
     max_pairs_per_query: Annotated[int, Field(ge=1)] = 2
-    """At most this many pairs of one query, widest margins first, no response twice."""
+    """Most pairs of one query. Those of the widest margins are taken, and no response twice."""
     truncated_positive: bool = False
-    """Let a truncated response (finish reason `length`) be a positive."""
+    """Whether a truncated response (finish reason `length`) can be chosen."""
 
     @model_validator(mode="after")
     def _something_scores(self):
@@ -115,48 +122,51 @@ class PreferenceSettings(Section):
 
 
 class TeacherSettings(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
     """What runs the teacher's forward passes: `transformers`, or vLLM servers, which give top entries only."""
     k_head: Annotated[int, Field(ge=1)] = 64
-    """Most probable entries kept exactly, at most."""
+    """Most top entries per position: the teacher's most probable tokens, each stored with its log-probability."""
     m_tail: Annotated[int, Field(ge=0)] = 64
-    """Entries sampled from the mass outside the head, at most; 0 stores the bucket only."""
+    """Most tail samples per position: tokens drawn from outside the top entries; 0 stores only the tail's mass."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-4
-    """The head is the smallest that leaves at most this mass outside; then no tail is sampled."""
+    """Mass that the top entries may leave out. Where k_head entries suffice, the fewest that do are stored, and no tail
+    is sampled."""
     min_weight: Annotated[float, Field(ge=0, lt=1)] = 1 / 80
-    """Least probability of a head entry, and mass that a tail sample stands for; 0 always takes k_head and m_tail."""
+    """Least probability of a top entry, and mass that one tail sample stands for; with 0 a position always has k_head
+    entries and m_tail samples."""
     logprob_bits: Annotated[int, Field(ge=1, le=23)] = 6
-    """Bits of mantissa that stored log-probabilities keep; 23 is float32 as it is."""
+    """Bits of the mantissa that stored log-probabilities keep; 23 keeps all of a float32."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the stored distribution; the student is compared at the same one."""
+    """Temperature of the stored distribution; the student's is taken at the same one."""
     seed: int = 0
     """Base seed of the tail samples."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
     """Tokens per forward pass, padding included."""
     n_processes: Annotated[int, Field(ge=1)] = 1
-    """Processes that score side by side with engine `transformers`, a GPU and a copy of the teacher each."""
+    """Processes that score in parallel with engine `transformers`; each has a GPU and a copy of the teacher."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
-    """Responses per commit; what finishes is also committed every 30 s: what a crash can lose."""
+    """Responses per commit. Scored responses are also committed every 30 s; a crash loses what is not committed."""
 
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-"""The training precision that goes with a dtype of the models: it makes the policy start at its reference."""
+"""`models.dtype` -> the `training.precision` that goes with it. With another one, the policy would differ from its
+reference before the first step."""
 
 
 class EvaluationSettings(Section):
     max_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest answer, in tokens."""
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Answers generated at once (greedy)."""
+    """Answers generated at the same time; answers are greedy."""
     min_queries: Annotated[int, Field(ge=1)] = 20
-    """Held-out queries that the promotion gate needs, over all slices; fewer prove nothing."""
+    """Held-out queries, over all slices, without which the promotion gate refuses: fewer prove nothing."""
     auto_promote: bool = False
-    """Let the refresh job promote a checkpoint that passes the gate."""
+    """Whether a checkpoint that passes the gate is promoted at once."""
 
 
 class RefreshSettings(Section):
     cron: str = "0 3 * * *"
-    """When the refresh schedule runs (cron, `timezone`)."""
+    """When the refresh schedule runs: minute, hour, day, month, weekday, in `timezone`."""
     timezone: str = "UTC"
     """Time zone of `cron`."""
 
@@ -165,7 +175,8 @@ class RefreshSettings(Section):
         fields = self.cron.split()
         if len(fields) != len(CRON):
             raise ValueError(
-                f"cron {self.cron!r} does not have the fields {', '.join(CRON)}; '0 3 * * *' is 3 at night"
+                f"cron {self.cron!r} does not have the fields {', '.join(CRON)}; write it like '0 3 * * *', every day "
+                "at 3:00"
             )
         for field, (name, allowed) in zip(fields, CRON.items(), strict=True):
             if not all(_is_cron_part(part, allowed) for part in field.lower().split(",")):
@@ -179,7 +190,7 @@ class RefreshSettings(Section):
 
 
 CRON = {"minute": range(60), "hour": range(24), "day": range(1, 32), "month": range(1, 13), "weekday": range(8)}
-"""Fields of a cron line, and the numbers that each may hold."""
+"""Field of a cron line -> the numbers that it may hold, in the order of the fields."""
 
 
 def _is_cron_part(part: str, allowed: range) -> bool:
@@ -188,24 +199,26 @@ def _is_cron_part(part: str, allowed: range) -> bool:
 
 
 class Profile(Section):
+    """All settings of the pipeline; `load_profile` reads one from a file."""
+
     name: str
-    """Shown in every run's metadata."""
+    """Shown in every run's metadata; the file's name unless it is set."""
     root: Path = PROJECT_ROOT
     """Folder that relative paths start from; set by `load_profile`."""
     models: Models
     """Teacher and student."""
     paths: Paths = Paths()
-    """Where files live."""
+    """Folders of files."""
     lake: LakeSettings = LakeSettings()
-    """Where tables live."""
+    """Where the tables are."""
     queries: QuerySettings = QuerySettings()
-    """Ingest."""
+    """Ingest of the query files."""
     sampling: SamplingSettings = SamplingSettings()
-    """Student (and teacher) responses."""
+    """Responses of the student and, if set, the teacher."""
     preference: PreferenceSettings = PreferenceSettings()
-    """Pair selection."""
+    """Selection of pairs."""
     teacher: TeacherSettings = TeacherSettings()
-    """Teacher logits."""
+    """Storage of the teacher's distributions."""
     training: TrainingSettings = TrainingSettings()
     """DeepSpeed training."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -215,7 +228,7 @@ class Profile(Section):
     refresh: RefreshSettings = RefreshSettings()
     """The refresh schedule."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per worker process; none leaves it to torch."""
+    """CPU threads per worker process; null leaves the number to torch."""
 
     @model_validator(mode="after")
     def _estimator_has_samples(self):
@@ -228,24 +241,24 @@ class Profile(Section):
         dtype, precision = self.models.dtype, self.training.precision
         if PRECISIONS[dtype] != precision:
             raise ValueError(
-                f"models.dtype {dtype!r} and training.precision {precision!r} do not go together: rounded otherwise, "
-                f"the policy would not start at its reference; set training.precision to {PRECISIONS[dtype]!r}, or "
-                "change models.dtype"
+                f"models.dtype {dtype!r} and training.precision {precision!r} do not go together: with other rounding, "
+                f"the policy would differ from its reference before the first step; set training.precision to "
+                f"{PRECISIONS[dtype]!r}, or change models.dtype"
             )
         return self
 
     @model_validator(mode="after")
     def _vllm_gives_top_entries_only(self):
-        t, estimator = self.teacher, self.training.loss.estimator
+        teacher = self.teacher
         needed = {
-            "teacher.m_tail": (t.m_tail, 0),
-            "teacher.min_weight": (t.min_weight, 0),
-            "teacher.temperature": (t.temperature, 1),
-            "training.loss.estimator": (estimator, "bucket"),
+            "teacher.m_tail": (teacher.m_tail, 0),
+            "teacher.min_weight": (teacher.min_weight, 0),
+            "teacher.temperature": (teacher.temperature, 1),
+            "training.loss.estimator": (self.training.loss.estimator, "bucket"),
         }
-        wrong = {key: want for key, (have, want) in needed.items() if have != want}
-        if t.engine == "vllm" and wrong:
-            remedy = ", ".join(f"{key} to {want!r}" for key, want in wrong.items())
+        wrong = {key: needed_value for key, (value, needed_value) in needed.items() if value != needed_value}
+        if teacher.engine == "vllm" and wrong:
+            remedy = ", ".join(f"{key} to {needed_value!r}" for key, needed_value in wrong.items())
             raise ValueError(
                 "teacher.engine 'vllm' gives the most probable entries at temperature 1 and no samples of the tail; "
                 f"set {remedy}, or teacher.engine to 'transformers'"
@@ -253,5 +266,5 @@ class Profile(Section):
         return self
 
     def resolve(self, path: Path | str) -> Path:
-        """`path` below the project root, unless it is absolute."""
+        """The absolute path of `path`, which is relative to the profile's root unless it is absolute."""
         return (self.root / path).resolve()

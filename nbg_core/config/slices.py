@@ -8,7 +8,7 @@ from nbg_core.base.names import file_name_problem
 from nbg_core.config.profile import Profile
 
 SUFFIXES = (".jsonl", ".parquet")
-"""Of query files, in the order in which they are looked for."""
+"""Suffixes of query files, in the order in which they are looked for."""
 
 
 def slice_names(profile: Profile) -> list[str]:
@@ -17,7 +17,7 @@ def slice_names(profile: Profile) -> list[str]:
 
 
 def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
-    """Names of the query files that can be slices, sorted, and the reason for each name that cannot."""
+    """(names of the query files that can be slices, sorted; name -> reason for each that cannot)."""
     folder = profile.resolve(profile.paths.queries)
     good, refused = [], {}
     for name in sorted({p.stem for p in folder.glob("*") if p.suffix in SUFFIXES and p.is_file()}):
@@ -30,7 +30,7 @@ def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
 
 
 def check_slice_name(name: str) -> None:
-    """Raise ValueError, with the reason, for a name that cannot be a partition key and a file name."""
+    """Raise ValueError, with the reason, for a name that cannot be both a partition key and a file name."""
     problem = file_name_problem(name)
     if problem is None and "..." in name:
         problem = "it holds '...', which separates the ends of a partition range"

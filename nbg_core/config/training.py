@@ -12,15 +12,15 @@ from nbg_core.losses.settings import LossConfig
 
 
 class LoraSettings(Section):
-    """Low-rank adapters (Hu et al. 2021): W + alpha / rank * B A, B 0 at the start. No dropout: the policy is compared
-    with a reference without it."""
+    """Low-rank adapters: weights W + alpha / rank * B A, with B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
+    There is no dropout, because the policy is compared with a reference that has none."""
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of A and B."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale of the update, over `rank`."""
+    """Scale of the update; it is divided by `rank`."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear` is all but the output matrix."""
+    """Names of the linear layers that get an adapter; `all-linear` is every linear layer but the output matrix."""
 
 
 class TrainingSettings(Section):
@@ -29,11 +29,11 @@ class TrainingSettings(Section):
     epochs: Annotated[int, Field(ge=1)] = 1
     """Passes over the pairs."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many optimizer steps."""
+    """Stop after this many optimizer steps; null trains all epochs."""
     global_batch_pairs: Annotated[int, Field(ge=1)] = 64
-    """Pairs per optimizer step, over all ranks and accumulation."""
+    """Pairs per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Tokens that go through the student in one forward pass on one rank; a longer pair has a pass of its own."""
+    """Most tokens of one forward pass on one rank; a longer pair has a pass of its own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -41,48 +41,53 @@ class TrainingSettings(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after warm-up."""
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW weight decay."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW betas."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient clipping norm."""
+    """Largest global gradient norm; a longer gradient is scaled down to it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the training weights (bf16 keeps fp32 master weights): that of models.dtype."""
+    """Dtype of the weights in training, which must fit models.dtype; bf16 keeps fp32 master weights."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage; with bf16, 0 runs as 1."""
     offload_optimizer: bool = False
-    """Keep the fp32 master weights and Adam's moments in CPU memory and update them there (ZeRO stage 1 or more)."""
+    """Keep fp32 master weights and Adam's moments in CPU memory and update them there; needs zero_stage 1 or more."""
     n_processes: Annotated[int, Field(ge=1)] = 1
-    """Ranks on this machine (or per node with a hostfile)."""
+    """Ranks on this machine; with a hostfile, ranks per node."""
     hostfile: Path | None = None
-    """DeepSpeed hostfile; none trains on this machine alone."""
+    """DeepSpeed hostfile; null trains on this machine alone."""
     sequence_parallel: Annotated[int, Field(ge=1)] = 1
-    """Ranks of a machine that share the tokens of a micro-batch, for pairs too long for one; divides the heads."""
+    """Ranks of a machine that share the tokens of a micro-batch, for pairs too long for one rank; must divide
+    n_processes and the model's attention heads."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """Compile the model's layers (`torch.compile`), which fuses what lies between matrix products: faster on a GPU,
-    after a slower start; sums round otherwise. Not with zero_stage 3; needs a C and a C++ compiler. Like the settings
-    above, it makes no other training of one that is done."""
+    """Compile the model's layers with `torch.compile`: faster on a GPU after a slower start, with other rounding. Not
+    with zero_stage 3; needs a C and a C++ compiler. Switching it does not make a finished training stale."""
     lora: LoraSettings | None = None
-    """Train low-rank adapters alone, merged into the weights at the end; none trains all weights."""
+    """Train low-rank adapters only, which are merged into the weights at the end; null trains all weights."""
     save_every: Annotated[int, Field(ge=1)] = 20
-    """Optimizer steps between resumable states: what a crash can lose."""
+    """Optimizer steps between resumable states; a crash loses at most this many."""
     seed: int = 0
-    """Seed of the data order and of the adapters' first weights."""
+    """Seed of the data order and of the adapters' initial weights."""
 
     @model_validator(mode="after")
     def _offload_has_a_stage(self):
         if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3: without ZeRO there is nothing to offload")
+            raise ValueError(
+                "offload_optimizer needs zero_stage 1, 2 or 3; set zero_stage, or offload_optimizer to false"
+            )
         return self
 
     @model_validator(mode="after")
     def _compiled_layers_are_whole(self):
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 takes layers apart between their uses")
+            raise ValueError(
+                "compile needs zero_stage 0, 1 or 2, since stage 3 splits each layer's weights over the ranks; set "
+                "compile to false, or a lower zero_stage"
+            )
         return self
 
     @model_validator(mode="after")
@@ -90,17 +95,18 @@ class TrainingSettings(Section):
         if self.n_processes % self.sequence_parallel:
             raise ValueError(
                 f"n_processes={self.n_processes} is no multiple of sequence_parallel={self.sequence_parallel}: ranks "
-                "share sequences in groups of that size"
+                "share sequences in groups of that size; change one of the two"
             )
         return self
 
     def identity_fields(self) -> dict:
-        """What decides the trained weights, up to rounding.
+        """The settings that decide the trained weights, up to rounding.
 
-        Ranks, ZeRO stage, offload, micro-batches and recomputation share out the same sums in another way: a training
-        that died on 8 ranks is the same training on 4, and goes on from its state there."""
+        Ranks, ZeRO stage, offload, micro-batches and recomputation only divide the same sums in another way. So a
+        training that was interrupted on 8 ranks can be resumed on 4."""
         return self.model_dump(mode="json", exclude=_HOW_A_TRAINING_RUNS)
 
 
+# Settings that change how a training runs, and not which weights it gives.
 _HOW_A_TRAINING_RUNS = {"micro_batch_tokens", "zero_stage", "offload_optimizer", "n_processes", "hostfile",
                         "sequence_parallel", "gradient_checkpointing", "compile", "save_every"}  # fmt: skip

@@ -1,4 +1,7 @@
-"""Settings of vLLM servers: section `vllm` of a profile."""
+"""Settings of vLLM servers: section `vllm` of a profile.
+
+A server is either started by a stage ("our server") or already running at an address that the profile names.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,22 @@ class VllmSettings(Section):
     python: Path = Path(".venv-vllm/bin/python")
     """Interpreter of the environment that vLLM is installed in (`make vllm` builds it)."""
     version: str = "0.32.0"
-    """Version that the servers must be of; part of the keys of what they make."""
+    """vLLM version that the servers must have; rows made with another version count as other rows."""
     addresses: tuple[str, ...] = ()
-    """Base URLs of servers that run already, like http://host:8000, each serving one of the models under its model id;
-    none: a server is started for each stage that needs one, and stopped after it."""
+    """Base URLs of servers that already run, like http://host:8000; each serves one of the models under its model id.
+    Empty: each stage that needs a server starts one and stops it at its end."""
     args: tuple[str, ...] = ()
-    """More arguments for the server that we start, like --tensor-parallel-size=8 or --gpu-memory-utilization=0.85.
-    Those that may change what a model answers (--quantization=fp8) are part of the keys of what it makes."""
+    """More arguments for the server that a stage starts, like --tensor-parallel-size=8 or
+    --gpu-memory-utilization=0.85. With another argument that may change a model's answers (--quantization=fp8), rows
+    count as other rows."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
-    """Longest sequence our server takes, in tokens; none is the model's own."""
+    """Longest sequence that a started server takes, in tokens; null is the model's own limit."""
     max_in_flight: Annotated[int, Field(ge=1)] = 64
-    """Requests that wait for an answer at once, over all servers: what a killed server can lose."""
+    """Requests that wait for an answer at the same time, over all servers; a killed server loses at most this many."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds a request may take before it is tried again."""
+    """Seconds until an unanswered request is sent again."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds our server may take until it answers."""
+    """Seconds that a started server may take until it answers."""
 
     @model_validator(mode="after")
     def _addresses_are_urls(self):
@@ -51,7 +55,7 @@ class VllmSettings(Section):
         return args
 
     def identity_args(self) -> list[str]:
-        """Arguments of our own servers that may change what a model answers."""
+        """Arguments of the servers that stages start that may change what a model answers, sorted."""
         if self.addresses:
             return []
         return sorted(a for a in self.args if _name(a) not in _HOW_A_SERVER_RUNS)
@@ -61,6 +65,7 @@ def _name(arg: str) -> str:
     return arg.partition("=")[0].replace("_", "-")
 
 
+# Arguments that change how a server runs, and not what a model answers.
 _HOW_A_SERVER_RUNS = {
     "--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size", "--enable-expert-parallel",
     "--distributed-executor-backend", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--cpu-offload-gb",

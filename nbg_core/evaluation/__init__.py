@@ -1,1 +1,1 @@
-"""Asset `student_eval`, tables `evaluations` and `promotions`: held-out accuracy, and the gate for promotion."""
+"""Asset `student_eval`, tables `evaluations` and `promotions`: accuracy on held-out queries, and the promotion gate."""

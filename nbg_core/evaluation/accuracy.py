@@ -1,7 +1,7 @@
 """Accuracy on held-out queries, per slice and over all, with 95% intervals.
 
-Wilson's interval for one accuracy and Tango's for a difference (`intervals`), paired because all models answer the same
-queries.
+Wilson's interval for an accuracy, and Tango's for a difference of two accuracies (module `intervals`), which is paired
+because all models answer the same queries.
 """
 
 from __future__ import annotations
@@ -18,24 +18,32 @@ from nbg_core.lake.queries import checkpoint_row
 from nbg_core.scorers.verifiers import scorer_ids
 
 OVERALL = "overall"
-"""What the total is called in `slice`. Whether a row is the total is said by `is_overall`: a slice may have the name,
-and then the total is called OVERALL_BESIDE."""
+"""Value of column `slice` in the row over all slices. Column `is_overall` tells that row from a slice of this name."""
 OVERALL_BESIDE = "overall (all slices)"
+"""The same where a slice is called OVERALL."""
+
+
+class NotEvaluated(LookupError):
+    """No evaluation of the checkpoint is complete."""
 
 
 class Evaluated(NamedTuple):
-    """A checkpoint's newest evaluation: see `summarise`, and the name of the profile that it was made with."""
+    """The newest evaluation of a checkpoint."""
 
     checkpoint: str
+    """Checkpoint id."""
     summary: pl.DataFrame
+    """See `summarise`."""
     profile: str
+    """Name of the profile that it was made with."""
 
 
 def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | None = None) -> Evaluated:
-    """Of the checkpoint given, else of the newest that the profile of this name has evaluated, else of the newest of
-    all: its summary over the queries and with the settings of its newest evaluation.
+    """The newest evaluation of a checkpoint, summarised over the queries and with the settings that it was made with.
 
-    Raises LookupError before the first evaluation."""
+    Without `checkpoint`, it is the one that the profile named `profile` evaluated last, else the one that any profile
+    evaluated last. Raises NotEvaluated if there is none, and LookupError if no held-out query has an answer of all the
+    models."""
     rows = lake.sql(
         "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
         "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
@@ -48,19 +56,22 @@ def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | 
             break
     else:
         what = f"checkpoint {checkpoint} is not" if checkpoint else "nothing is"
-        raise LookupError(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
+        raise NotEvaluated(f"{what} evaluated yet; materialise student_eval first (nbg run, or the UI)")
     parent = checkpoint_row(lake, checkpoint)["parent_model_id"]
     models = {"before": parent, "after": checkpoint, "teacher": made_with["teacher"]}
     return Evaluated(checkpoint, summarise(lake, made_with["answering_id"], models, read["snapshot"]), made_by)
 
 
 def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: int | None = None) -> pl.DataFrame:
-    """Accuracy per slice and, in the last row, over all, for `models`: {'before', 'after', 'teacher'} -> model id.
+    """Accuracy per slice and, in the last row, over all slices.
 
-    Columns: slice, is_overall, n (queries), and for each role its accuracy, low, high (95%); fixed and broken (queries
-    that `after` alone, and that `before` alone, got right); difference, difference_low, difference_high (95%) of after -
-    before. Only queries held out at `snapshot` (now) count, and answers verified as those queries then say.
-    Raises LookupError when there is none that all the models have answered."""
+    `models` is role -> model id, with the roles 'before' (training), 'after' and 'teacher'. Columns: slice; is_overall;
+    n, the number of queries; for each role ROLE, ROLE_low and ROLE_high, its accuracy and 95% interval; fixed, queries
+    that 'after' got right and 'before' wrong; broken, the reverse; difference, difference_low and difference_high, the
+    accuracy of 'after' minus that of 'before' and its 95% interval.
+
+    Only queries that all models have answered count, that are held out at `snapshot` (default: now), and whose answers
+    were verified with the verifier and reference answer that they have there. Raises LookupError if there is none."""
     queries = lake.sql(
         "SELECT query_id, verifier, answer, verifier_args FROM queries WHERE split = 'eval' AND verifier IS NOT NULL",
         snapshot=snapshot,
@@ -73,7 +84,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     for role, model in models.items():
         one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
         wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
-    if wide.is_empty():
+    if wide is None or wide.is_empty():
         raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
     names = wide["slice"].unique().sort().to_list()
     groups = [(name, wide.filter(pl.col("slice") == name)) for name in names]

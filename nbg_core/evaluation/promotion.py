@@ -1,4 +1,4 @@
-"""The promotion gate, and promotion: which model becomes the policy that the next round samples from."""
+"""The promotion gate, and promotion, which makes a model the policy that the next round samples from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import polars as pl
 
 from nbg_core.base.ids import model_id
 from nbg_core.config.profile import Profile
-from nbg_core.evaluation.accuracy import latest_summary
+from nbg_core.evaluation.accuracy import NotEvaluated, latest_summary
 from nbg_core.evaluation.intervals import mcnemar_p_value
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import checkpoint_row
@@ -16,15 +16,16 @@ from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.policy import SFT
 
 SIGNIFICANCE = 0.05
-"""p-value below which a difference is more than noise."""
+"""A difference whose p-value is below this counts as real."""
 
 
 def gate(summary: pl.DataFrame, min_queries: int) -> str | None:
-    """Why a checkpoint may not be promoted, or None: better overall, and worse on no slice, both beyond noise.
+    """Why a checkpoint may not be promoted, or None if it may: it is better overall and worse on no slice.
 
-    `summary` as from `accuracy.summarise`. Noise is McNemar's exact test, which holds at any n. A slice counts as worse
-    by a p-value below SIGNIFICANCE / number of slices (Bonferroni): with many slices, one of them looks worse by
-    chance. Fewer than `min_queries` held-out queries prove nothing."""
+    `summary` is a frame of `accuracy.summarise`. Differences are tested with McNemar's exact test, which holds at any
+    n. Overall, the p-value must be below SIGNIFICANCE. A slice counts as worse if its p-value is below SIGNIFICANCE /
+    number of slices (Bonferroni), since of many slices some look worse by chance. With fewer than `min_queries`
+    held-out queries the answer is always no."""
     overall = summary.filter("is_overall").row(0, named=True)
     if overall["n"] < min_queries:
         return (
@@ -58,15 +59,17 @@ def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
 
 
 def promotion_blocker(lake: Lake, checkpoint: str, min_queries: int) -> str | None:
-    """Why its last evaluation speaks against promoting a checkpoint; None if it does not, or there is none."""
+    """The gate's reason against a checkpoint by its newest evaluation; None if it passed or was never evaluated.
+
+    Raises LookupError for an unknown checkpoint, and for an evaluation whose queries have all changed since."""
     try:
         return gate(latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"]).summary, min_queries)
-    except LookupError:
+    except NotEvaluated:
         return None
 
 
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
-    """Promote a checkpoint by hand; `sft` goes back to the profile's student.
+    """Promote a checkpoint by hand; 'sft' makes the profile's SFT student the policy again.
 
     Raises LookupError for an unknown checkpoint."""
     if checkpoint == SFT:

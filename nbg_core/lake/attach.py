@@ -67,7 +67,8 @@ def lake_error(catalog: str, data_path: str, what: str, error: Exception) -> Lak
 def _newest_snapshot(catalog: str, data_path: str) -> int:
     con = attach(catalog, data_path, read_only=True)
     try:
-        return con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchone()[0]
+        [(newest,)] = con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchall()
+        return newest
     finally:
         con.close()
 

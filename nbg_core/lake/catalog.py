@@ -12,6 +12,7 @@ from filelock import FileLock
 from nbg_core.base.ids import digest
 from nbg_core.lake import tables
 from nbg_core.lake.attach import LakeError, lake_error
+from nbg_core.lake.claims import claim
 from nbg_core.lake.conflicts import retry_on_conflict
 from nbg_core.lake.teacher_columns import GAP_ZERO
 from nbg_core.lake.views import VIEWS
@@ -28,6 +29,7 @@ def create(lake: Lake) -> None:
     try:
         if "://" not in lake.data_path:
             Path(lake.data_path).mkdir(parents=True, exist_ok=True)
+        claim(lake.catalog, lake.data_path)
         if kind == "sqlite":
             _create_file(lake, Path(where))
         else:

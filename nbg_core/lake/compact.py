@@ -4,6 +4,8 @@ What a reader sees stays the same, at every snapshot, row ids and insertions inc
 neighbouring files into one that knows which snapshot each row came with. The catalog then holds one snapshot more.
 Replaced files stay for KEEP, for readers that have opened them; a later call deletes them.
 
+Files that never came into the catalog are another matter: see `uncommitted`.
+
 Teacher logits are left as they are: their files are large, and DuckDB would write them without the encoding that makes
 them small (`files.write_parquet`).
 """

@@ -77,7 +77,8 @@ class Lake:
     def snapshot(self) -> int:
         """The newest snapshot id."""
         with self.connection(read_only=True) as con:
-            return con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchone()[0]
+            [(newest,)] = con.execute("SELECT max(snapshot_id) FROM ducklake_snapshots('lake')").fetchall()
+        return newest
 
     def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
         """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
@@ -136,10 +137,11 @@ class Lake:
 
     def _snapshot_of(self, record: Record) -> int:
         with self.connection(read_only=False) as con:  # it is attached already
-            return con.execute(
+            [(snapshot,)] = con.execute(
                 "SELECT snapshot_id FROM lineage.materialisations WHERE materialisation_id = ?",
                 [record.materialisation_id],
-            ).fetchone()[0]
+            ).fetchall()
+        return snapshot
 
     def _landed(self, record: Record) -> int | None:
         """The rows that a commit has written, None if it is not in the lake."""
@@ -189,9 +191,10 @@ def _checked(write: Write, record: Record) -> Frames:
     def check(rows: pl.DataFrame) -> pl.DataFrame:
         return tables.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))
 
-    if callable(write.rows):
-        return lambda: map(check, write.rows())
-    rows = check(write.rows)
+    given = write.rows
+    if callable(given):
+        return lambda: map(check, given())
+    rows = check(given)
     return lambda: [rows]
 
 

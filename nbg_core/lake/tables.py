@@ -7,11 +7,13 @@ is what makes a row the same row on the second run. Every row names the commit t
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 
 import dataframely as dy
 import numpy as np
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
 from nbg_core.lake import teacher_columns
@@ -36,6 +38,11 @@ def _ints(what: str) -> dy.List:
 
 def _floats(what: str, *, allow_inf: bool = False) -> dy.List:
     return dy.List(dy.Float32(allow_inf=allow_inf), description=what)
+
+
+def _schema(name: str, doc: str, base: type[dy.Schema], columns: dict[str, dy.Column]) -> type[dy.Schema]:
+    """A schema whose columns are made from a declaration elsewhere."""
+    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(columns, __doc__=doc))
 
 
 class Produced(dy.Schema):
@@ -104,7 +111,7 @@ class Rejections(Produced):
     query_id = dy.String(nullable=True, description="query concerned")
     chosen_id = dy.String(nullable=True, description="best candidate positive, if any")
     rejected_id = dy.String(nullable=True, description="candidate negative, if any")
-    reason = dy.String(description="short code; the README lists them")
+    reason = dy.String(description="short code; docs/data.md lists them")
     detail = dy.String(description="the values behind the reason")
 
 
@@ -114,18 +121,22 @@ def _teacher_column(column: TeacherColumn) -> dy.List:
     return _floats(column.meaning, allow_inf=column.may_be_inf)
 
 
-TeacherLogits = type(dy.Schema)("TeacherLogits", (Produced,), {
-    "__doc__": """The teacher's distribution at every position of one response, as flat lists over positions.
+TeacherLogits = _schema(
+    "TeacherLogits",
+    """The teacher's distribution at every position of one response, as flat lists over positions.
 
     Position r owns `head_counts[r] + tail_counts[r]` consecutive entries. The first of them, the head, are its most
     probable tokens, exactly. The others are systematic samples of the mass outside, each of weight exp(tail_logmass) /
     tail_count. The view `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
     """,
-    "sample_id": _id("response scored", primary_key=True),
-    "model_id": _id("teacher", primary_key=True),
-    "settings_id": _id("hash of the storage settings and the dtype", primary_key=True),
-    **{column.name: _teacher_column(column) for column in TEACHER_COLUMNS},
-})  # fmt: skip
+    Produced,
+    {
+        "sample_id": _id("response scored", primary_key=True),
+        "model_id": _id("teacher", primary_key=True),
+        "settings_id": _id("hash of the storage settings and the dtype", primary_key=True),
+        **{column.name: _teacher_column(column) for column in TEACHER_COLUMNS},
+    },
+)
 
 
 class ReferenceLogprobs(Produced):
@@ -165,13 +176,17 @@ class CheckpointPairs(dy.Schema):
     materialisation_id = _id("commit that wrote this row")
 
 
-TrainingSteps = type(dy.Schema)("TrainingSteps", (dy.Schema,), {
-    "__doc__": "Metrics of one optimizer step, taken before its update, over the global batch.",
-    "training_id": _id("training", primary_key=True),
-    "step": dy.Int64(description="0-based optimizer step", primary_key=True),
-    **{metric.name: dy.Float64(description=metric.meaning) for metric in METRICS},
-    "materialisation_id": _id("commit that wrote this row"),
-})  # fmt: skip
+TrainingSteps = _schema(
+    "TrainingSteps",
+    "Metrics of one optimizer step, taken before its update, over the global batch.",
+    dy.Schema,
+    {
+        "training_id": _id("training", primary_key=True),
+        "step": dy.Int64(description="0-based optimizer step", primary_key=True),
+        **{metric.name: dy.Float64(description=metric.meaning) for metric in METRICS},
+        "materialisation_id": _id("commit that wrote this row"),
+    },
+)
 
 
 class Evaluations(dy.Schema):
@@ -236,13 +251,13 @@ TABLES: dict[str, type[dy.Schema]] = {
 BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""
 
-_SQL_TYPES = {
+_SQL_TYPES: dict[DataTypeClass, str] = {
     pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
     pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
 }  # fmt: skip
 
 
-def sql_type(dtype: pl.DataType) -> str:
+def sql_type(dtype: pl.DataType | DataTypeClass) -> str:
     """DuckDB's name of a polars type used in a schema above."""
     if isinstance(dtype, pl.List):
         return sql_type(dtype.inner) + "[]"
@@ -276,8 +291,8 @@ def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
     declared = TABLES[table].column_names()
     if unknown := [name for name in df.columns if name not in declared]:
         raise ValueError(
-            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric of "
-            "training_steps in nbg_core/losses/metrics.py), or do not write it"
+            f"table {table} declares no column {', '.join(unknown)}; declare it in nbg_core/lake/tables.py (a metric "
+            "of training_steps in nbg_core/losses/metrics.py), or do not write it"
         )
     if missing := [name for name in declared if name not in df.columns]:
         raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")

@@ -1,1 +1,1 @@
-"""What made what: the current policy, what is stale, and the way from a checkpoint to the rows that trained it."""
+"""Lineage: the current policy, stale partitions, and the trace from a checkpoint to the rows that trained it."""

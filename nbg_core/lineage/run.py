@@ -1,9 +1,10 @@
-"""What a stage gets to work with: profile, lake, run id, and a way to say how far it is; and what it returns."""
+"""What every stage takes (`Run`: profile, lake, policy, log) and returns (`Report`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbg_core.assets import settings_of, upstream_partitions
 from nbg_core.base.progress import Progress
@@ -18,10 +19,10 @@ from nbg_core.lineage.policy import Policy, current_policy
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a stage says of the partition that it has made. Each stage adds fields of its own, by a subclass.
+    """What a stage reports of the partition that it made. Stages add fields of their own in a subclass.
 
-    Every field is shown in Dagster under its name, so a value that is not declared is an error (TypeError) where the
-    report is made."""
+    Dagster shows every field under its name. A value without a declared field is a TypeError when the report is made.
+    """
 
     asset: str
     slice: str | None
@@ -32,21 +33,25 @@ class Report:
     rows: int
     """Rows of the partition."""
     new_rows: int
-    """Rows that this run made; 0 when everything was there."""
+    """Rows that this run added; 0 when all were there already."""
 
     @classmethod
-    def of(cls, commit: Commit, asset: str, slice_name: str | None, data_version: str, **values: object):
-        """The report of a partition that `commit` has completed."""
+    def of(cls, commit: Commit, asset: str, slice_name: str | None, data_version: str, **values: Any):
+        """The report of a partition that `commit` has completed; `values` are the fields not given otherwise."""
         return cls(asset=asset, slice=slice_name, snapshot=commit.snapshot, data_version=data_version, **values)
 
 
 @dataclass
 class Run:
+    """One run of a stage: what it reads from and writes to."""
+
     profile: Profile
     lake: Lake
     run_id: str = "local"
+    """Dagster's run id; recorded with every commit."""
     log: Callable[[str], None] = print
     policy: Policy = field(init=False)
+    """The current policy when the run starts."""
 
     def __post_init__(self):
         self.policy = current_policy(self.lake, self.profile)
@@ -56,9 +61,9 @@ class Run:
         return settings_of(asset, self.profile, self.policy.model_id, slice_name)
 
     def read_upstream(self, asset: str, slice_name: str | None) -> tuple[int, list[Input]]:
-        """The snapshot to read at, and the input records of the asset's upstream partitions as of it.
+        """The newest snapshot, and for each upstream partition the record of its content at that snapshot.
 
-        Raises LookupError if one was never materialised."""
+        Raises LookupError if one of them was never materialised."""
         snapshot = self.lake.snapshot()
         partitions = upstream_partitions(asset, slice_name, slice_names(self.profile))
         return snapshot, [input_of(self.lake, *partition, snapshot) for partition in partitions]
@@ -72,8 +77,8 @@ class Run:
         inputs: Iterable[Input] = (),
         data_version: str | None = None,
     ) -> Commit:
-        """Commit `writes` with their lineage. With a `data_version` the partition is complete; without, it is a
-        chunk: work that a later run finds and does not do again."""
+        """Commit `writes` together with their lineage. With a `data_version` the commit completes the partition.
+        Without one it stores a chunk of finished work, which a later run finds and does not repeat."""
         settings = self.settings(asset, slice_name)
         record = Record(
             asset=asset, slice_name=slice_name, run_id=self.run_id, profile=self.profile.name,
@@ -83,4 +88,5 @@ class Run:
         return self.lake.commit(record, list(writes))
 
     def progress(self, what: str, total: int) -> Progress:
+        """Progress over `total` items, logged under the name `what`."""
         return Progress(what, total, self.log)

@@ -1,4 +1,4 @@
-"""From an id to everything connected to it."""
+"""Trace an id to the queries, samples, pairs and checkpoints connected to it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from nbg_core.lake.queries import only_one
 from nbg_core.lake.tables import TABLES
 
 
-def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
-    """Everything connected to an id, up and down: a checkpoint, training, pair, sample or query id, or its beginning.
+def trace(lake: Lake, start: str) -> dict[str, pl.DataFrame]:
+    """The rows connected to an id: what it was made from, and what was made from it.
 
-    Returns frames by name: queries, samples, pairs, checkpoints. Pairs and queries that were replaced since are found
-    too, as they last were; those of a checkpoint as they were when it was trained. Raises LookupError for an unknown
-    id, and for a beginning that several ids share."""
-    id = whole_id(lake, id)
+    `start` is a checkpoint, training, pair, sample or query id, or the beginning of one. Returns frames by table name:
+    queries, samples, pairs, checkpoints. Pairs and queries that have been replaced are included, in their last version;
+    for a checkpoint, in the version at the time of its training. Raises LookupError for an unknown id, and for a
+    beginning that several ids share."""
+    whole = whole_id(lake, start)
     checkpoints = lake.sql(
-        "SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [id]
+        "SELECT * FROM checkpoints WHERE checkpoint_id = $1 OR training_id = $1 ORDER BY snapshot_id", [whole]
     )
     if checkpoints.height:
         pairs = _ever(
@@ -25,7 +26,7 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
             checkpoints["training_id"][-1], snapshot=checkpoints["input_snapshot"][-1],
         )  # fmt: skip
     else:
-        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", id)
+        pairs = _ever(lake, "pairs", "? IN (pair_id, chosen_id, rejected_id, query_id)", whole)
         checkpoints = lake.sql(
             "SELECT * FROM checkpoints WHERE training_id IN (SELECT training_id FROM checkpoint_pairs "
             "WHERE pair_id IN (SELECT unnest(?::VARCHAR[]))) ORDER BY snapshot_id",
@@ -35,10 +36,10 @@ def trace(lake: Lake, id: str) -> dict[str, pl.DataFrame]:
     samples = lake.sql(
         "SELECT * FROM samples WHERE sample_id IN (SELECT unnest(?::VARCHAR[])) OR ? IN (sample_id, query_id) "
         "ORDER BY sample_id",
-        [members, id],
+        [members, whole],
     )
     queries = _ever(
-        lake, "queries", "query_id IN (SELECT unnest(?::VARCHAR[]))", [id, *samples["query_id"], *pairs["query_id"]]
+        lake, "queries", "query_id IN (SELECT unnest(?::VARCHAR[]))", [whole, *samples["query_id"], *pairs["query_id"]]
     )
     return {"queries": queries, "samples": samples, "pairs": pairs, "checkpoints": checkpoints}
 
@@ -53,10 +54,11 @@ def whole_id(lake: Lake, start: str) -> str:
 
 
 def _ever(lake: Lake, table: str, condition: str, param: object, snapshot: int | None = None) -> pl.DataFrame:
-    """The newest version of each row that a table had until `snapshot`, rows deleted since included, by primary key."""
-    key, newest = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
+    """Rows of a table that meet `condition`, including deleted ones: the last version of each up to `snapshot`
+    (default: the newest), ordered by primary key. `param` is the parameter of the condition."""
+    key, last = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
     return lake.sql(
-        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {newest}) WHERE {condition} "
+        f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {last}) WHERE {condition} "
         f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY snapshot_id DESC) = 1 ORDER BY {key}",
         [param],
     )

@@ -1,1 +1,1 @@
-"""The joint loss and its parts: pure functions of tensors, which know nothing of profiles, models or the lake."""
+"""The joint loss and its parts: pure functions of tensors that do not depend on profiles, models or the lake."""

@@ -1,10 +1,11 @@
 """The divergences between teacher and student that a profile can name (`training.loss.divergence`).
 
-A divergence is a row of DIVERGENCES. Its functions get log-probabilities of the teacher and of the student over the
-same outcomes and sum over the last dimension. They use tensor methods only: the names are checked when a profile is
-read, which must not import torch.
+A divergence is an entry of DIVERGENCES. Its functions get log-probabilities of the teacher (p) and the student (q) over
+the same outcomes, in nats, and sum over the last dimension. This module does not import torch, because reading a
+profile checks names against DIVERGENCES and must not import it.
 
-Shapes: T response tokens, K stored entries, K + 1 outcomes: the top entries, and everything else as one (the bucket).
+Shapes: T response tokens, K stored teacher entries of the widest position. The bucket estimator has K + 1 outcomes: the
+entries, and all other tokens together (the bucket).
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOG_TINY = math.log(2.0**-126)
-"""-87.3, log of the smallest normal float32. Reverse KL and JSD take smaller log-probabilities, a mass of exactly 0
-included, to be this: everything stays finite."""
+"""-87.3, the log of the smallest normal float32. Reverse KL and JSD raise smaller log-probabilities, -inf included, to
+this value, so that everything stays finite."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence between the teacher p and the student q at one position."""
+    """A divergence between the teacher p and the student q at each position."""
 
     name: str
+    """Value of `training.loss.divergence`."""
     meaning: str
     of_buckets: Callable[[Tensor, Tensor, float], Tensor]
-    """(log p, log q, jsd_alpha) -> [T], from log-probs [T, K + 1] of all outcomes."""
+    """Bucket estimator: (log p [T, K + 1], log q [T, K + 1], jsd_alpha) -> divergence [T]."""
     of_samples: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """(weights, log p, log q) -> [T], from [T, K] at stored entries whose weights are an unbiased sample of p. None: the
-    divergence has no such estimate and needs `estimator: bucket`."""
+    """Estimator `sampled_tail`: (weights [T, K], log p [T, K], log q [T, K]) -> unbiased estimate [T] of the
+    divergence, where the weights are an unbiased sample of p. None if there is no such estimate; the profile then needs
+    `estimator: bucket`."""
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """KL(p || q) [T]."""
+    """KL(p || q) [T]; `alpha` is not used."""
     return kl_terms(log_p.exp(), log_p, log_q).sum(-1)
 
 
@@ -46,7 +49,7 @@ def sampled_forward_kl(weights: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """KL(q || p) [T]."""
+    """KL(q || p) [T]; `alpha` is not used."""
     log_p, log_q = log_p.clamp(min=LOG_TINY), log_q.clamp(min=LOG_TINY)
     return kl_terms(log_q.exp(), log_q, log_p).sum(-1)
 
@@ -60,7 +63,7 @@ def generalised_jsd(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 
 def kl_terms(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (log a - log b), and 0 where a is 0, whatever the logs are there; no NaN in the gradient either."""
+    """a (log a - log b), elementwise. Where a is 0 the value is 0 and no gradient is NaN, whatever the logs are."""
     return a * (log_a - log_b).where(a > 0, 0.0)
 
 

@@ -1,9 +1,11 @@
 """The sequence-level DPO loss, in the variants that a profile can name (`training.loss.dpo_variant`).
 
-A variant is a row of DPO_VARIANTS: a function of the margin d = r+ - r- of a pair, where r = beta * (log p_policy -
-log p_reference) is a response's implicit reward. `ipo` compares sums over the response, as published (TRL averages over
-tokens there); `sigmoid_norm` is the length-normalised form. torch is imported only where it is used: the names are
-checked when a profile is read.
+A variant is an entry of DPO_VARIANTS: a function of the margin d = r+ - r- of a pair, where r = beta * (log p_policy -
+log p_reference) is a response's implicit reward, r+ the chosen's and r- the rejected's. `ipo` compares sums over the
+response, as published (TRL averages over tokens there). `sigmoid_norm` is `sigmoid` with rewards divided by length.
+
+torch is imported only inside functions, because reading a profile checks names against DPO_VARIANTS and must not import
+it.
 
 Shapes: B pairs.
 """
@@ -23,18 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DpoVariant:
-    """A DPO loss of the margin."""
+    """A DPO loss as a function of the margin."""
 
     name: str
+    """Value of `training.loss.dpo_variant`."""
     meaning: str
     loss: Callable[[Tensor, float, float], Tensor]
     """(margin [B], beta, label_smoothing) -> loss [B]."""
     per_token: bool = False
-    """Rewards are divided by the number of response tokens before they are compared."""
+    """Whether rewards are divided by the number of response tokens before they are compared."""
     takes_label_smoothing: bool = False
-    """Whether label_smoothing has a meaning; a value above 0 is refused where it has none."""
+    """Whether the loss uses label_smoothing; if not, a value above 0 is an error."""
     is_log_2_at_0: bool = False
-    """Whether the loss of a margin of 0 is log 2, which is checked before the first update."""
+    """Whether the loss of a margin of 0 is log 2. Then the check `starts_at_reference` compares the first step with
+    it."""
 
 
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -74,9 +78,9 @@ class DpoTerms:
     loss: Tensor
     """[B], differentiable."""
     chosen_reward: Tensor
-    """[B], detached: beta * (log p_policy - log p_reference) of the chosen; per token if the variant is."""
+    """[B], detached: implicit reward of the chosen, divided by its length if the variant is `per_token`."""
     rejected_reward: Tensor
-    """[B], detached: the same of the rejected."""
+    """[B], detached: the same for the rejected."""
 
 
 def sequence_dpo_loss(
@@ -91,25 +95,26 @@ def sequence_dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
 ) -> DpoTerms:
-    """DPO loss [B] per pair from log-probabilities [B] summed (not averaged) over the response; no reduction.
+    """DPO loss [B], one per pair: not reduced.
 
-    float32, or float64 if given. Lengths [B] are in tokens. Raises ValueError for an unknown variant, beta <= 0, label
-    smoothing outside [0, 0.5) or with a variant that takes none, and a variant per token without lengths."""
-    kind = find(DPO_VARIANTS, variant, "DPO variant")
+    policy_* and reference_* [B] are log-probabilities in nats, summed (not averaged) over the response; lengths [B] are
+    in tokens. Computed in float32, or in float64 if they are. Raises ValueError for an unknown variant, beta <= 0,
+    label smoothing outside [0, 0.5) or with a variant that takes none, and a variant `per_token` without lengths."""
+    dpo_variant = find(DPO_VARIANTS, variant, "DPO variant")
     check_label_smoothing(variant, label_smoothing)
     if not beta > 0:
         raise ValueError(f"beta={beta}: the inverse temperature of DPO must be above 0")
-    chosen = beta * (upcast(policy_chosen) - upcast(reference_chosen))
-    rejected = beta * (upcast(policy_rejected) - upcast(reference_rejected))
-    if kind.per_token:
+    chosen = beta * (upcast(policy_chosen) - upcast(reference_chosen))  # [B]
+    rejected = beta * (upcast(policy_rejected) - upcast(reference_rejected))  # [B]
+    if dpo_variant.per_token:
         if chosen_lengths is None or rejected_lengths is None:
             raise ValueError(f"variant={variant!r} needs chosen_lengths and rejected_lengths: pass both, in tokens")
         chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
-    return DpoTerms(kind.loss(chosen - rejected, beta, label_smoothing), chosen.detach(), rejected.detach())
+    return DpoTerms(dpo_variant.loss(chosen - rejected, beta, label_smoothing), chosen.detach(), rejected.detach())
 
 
 def check_label_smoothing(variant: str, label_smoothing: float) -> None:
-    """Raise ValueError for label smoothing outside [0, 0.5), or where the variant has no use for it."""
+    """Raise ValueError for label smoothing outside [0, 0.5), or above 0 with a variant that takes none."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing={label_smoothing}: it is a share of flipped preferences, from 0 to below 0.5"

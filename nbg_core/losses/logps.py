@@ -1,4 +1,4 @@
-"""Log-probabilities from logits.
+"""Log-probabilities, in nats, from logits.
 
 Shapes: T response tokens, V vocabulary, K token ids per position.
 """
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log p(token_ids) [T] under logits [T, V] at temperature 1. Row t of the logits predicts token t.
 
-    No reduction; float32, or float64 for float64 logits. Training and scoring get the same numbers from
-    `modeling.lm_head`, which never holds all logits at once."""
-    z = upcast(logits)
+    Not reduced; float32, or float64 for float64 logits. Training and scoring get the same numbers from
+    `modeling.lm_head`, which never holds all logits at once; this is the plain form that tests compare it with."""
+    z = upcast(logits)  # [T, V]
     return gather_logps(z, log_sum_exp(z), token_ids[:, None])[:, 0]
 
 
@@ -26,12 +26,12 @@ def gather_logps(z: Tensor, log_z: Tensor, ids: Tensor) -> Tensor:
 
 
 def log_sum_exp(z: Tensor) -> Tensor:
-    """[T, 1] of z [T, V]."""
+    """log sum exp [T, 1] of logits z [T, V]."""
     return z.logsumexp(-1, keepdim=True)
 
 
 def upcast(x: Tensor) -> Tensor:
     """`x` in float32; float64 stays float64.
 
-    Rounding logits to bf16 costs 0.02 nats a token, so nothing is computed in half precision."""
+    Losses are not computed in half precision: rounding logits to bfloat16 alone costs 0.02 nats per token."""
     return x if x.dtype.itemsize == 8 else x.float()

@@ -1,7 +1,7 @@
-"""The metrics of an optimizer step. A metric is one row of METRICS, and everything else follows from it.
+"""The metrics of an optimizer step. A metric is one entry of METRICS, and everything else follows from it.
 
-What follows: the sum over micro-batches and ranks, the column of `training_steps` with its description, the step's
-line in `steps.jsonl`, and the curve in the Dagster UI. A metric that is not declared here is an error, not dropped.
+From an entry follow the sum over micro-batches and ranks, the column of `training_steps` with its description, the
+value in each line of `steps.jsonl`, and the curve in the Dagster UI. A metric without an entry is an error.
 
 Shapes: B pairs of a micro-batch, T response tokens.
 """
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
     from nbg_core.losses.dpo import DpoTerms
 
 Count = Literal["pairs", "chosen_tokens", "rejected_tokens"]
+"""What a mean can be over: a field of `joint.Denominators`."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What metrics are computed from. Tensors [B] and [B, 2] are of whole pairs, tensors [T] of the rows at hand; with
-    sequence parallelism a rank has some of the rows of its pairs. float64."""
+    """What the metrics of a micro-batch are computed from. Values are float64.
+
+    Tensors [B] and [B, 2] are of whole pairs. Tensors [T] are of the rows at hand, which with sequence parallelism are
+    only some of the rows of these pairs."""
 
     policy: Tensor
-    """[B, 2]: log-probability of the whole chosen and rejected under the policy, nats."""
+    """[B, 2]: log-probability of the whole chosen and the whole rejected response under the policy, nats."""
     dpo: DpoTerms
     margin: Tensor
-    """[B]: implicit reward of the chosen less that of the rejected, beta included."""
+    """[B]: implicit reward of the chosen minus that of the rejected, beta included."""
     kl: Tensor
-    """[T]: divergence to the teacher, nats."""
+    """[T]: divergence between teacher and student, nats."""
     is_chosen: Tensor
     """[T] bool."""
 
@@ -43,14 +46,19 @@ class Metric:
     meaning: str
     """Description of the column."""
     sum: Callable[[Terms], Tensor] | None = None
-    """This micro-batch's sum. None: the training loop measures the metric once a step."""
+    """Gives a micro-batch's sum, a scalar. None: the training loop measures the metric once per step."""
     mean_over: Count | None = None
     """The count of the global batch that the sum is divided by."""
     of: Literal["pairs", "rows"] = "pairs"
-    """Whether the sum is over whole pairs, which all ranks of a sequence-parallel group have alike, or over the rows at
-    hand, of which each has its own."""
+    """What the sum is over: whole pairs, so that it is the same on all ranks of a sequence-parallel group, or the rows
+    at hand, which are others on each rank."""
     plot: str | None = None
-    """Title of the figure that shows the metric's curve; metrics of one title share a figure."""
+    """Title of the figure that shows the metric's curve; metrics of the same title share a figure."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a sum without a count to divide it by, or the reverse."""
+        if (self.sum is None) != (self.mean_over is None):
+            raise ValueError(f"metric {self.name!r} needs both `sum` and `mean_over`, or neither")
 
 
 METRICS: tuple[Metric, ...] = (
@@ -83,14 +91,16 @@ SUMMED: tuple[Metric, ...] = tuple(m for m in METRICS if m.sum is not None)
 """Metrics that are summed over micro-batches and ranks, in the order in which they are added up."""
 
 PLOTS: tuple[str, ...] = tuple(dict.fromkeys(m.plot for m in METRICS if m.plot))
-"""Titles of the figures."""
+"""Titles of the figures, in the order of METRICS."""
 
 
 def check_metrics(names: Iterable[str]) -> None:
-    """Raise ValueError unless `names` are exactly those of METRICS."""
-    names, declared = set(names), {m.name for m in METRICS}
-    if names != declared:
+    """Raise ValueError unless the measured metrics `names` are exactly those of METRICS."""
+    measured, declared = set(names), {m.name for m in METRICS}
+    if measured != declared:
+        undeclared = ", ".join(sorted(measured - declared)) or "none"
+        missing = ", ".join(sorted(declared - measured)) or "none"
         raise ValueError(
-            f"a step's metrics are {', '.join(sorted(names ^ declared))} off from those that are declared; declare "
-            "each in nbg_core/losses/metrics.py, and measure each that is declared"
+            f"metrics of a training step that METRICS in nbg_core/losses/metrics.py does not declare: {undeclared}; "
+            f"declared and not measured: {missing}. Declare what is measured and measure what is declared"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,43 +11,54 @@ from nbg_core.base.section import Section
 from nbg_core.losses.divergence import DIVERGENCES
 from nbg_core.losses.dpo import DPO_VARIANTS, check_label_smoothing
 
+Estimator = Literal["sampled_tail", "bucket"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+
 
 class LossConfig(Section):
+    """What a profile says of the joint loss: L = w_dpo * L_DPO + w_pos * L_pos + w_neg * L_neg."""
+
     w_dpo: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the sequence-level DPO term; a term of weight 0 is reported and not trained on."""
+    """Weight of the sequence-level DPO loss. A term of weight 0 is not trained on, but still reported."""
     w_pos: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the token-level divergence on the chosen."""
+    """Weight of the token-level divergence on chosen responses."""
     w_neg: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the token-level divergence on the rejected."""
+    """Weight of the token-level divergence on rejected responses."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """DPO inverse temperature."""
+    """Inverse temperature of DPO, which scales the margins."""
     dpo_variant: Annotated[str, OneOf("DPO variant", DPO_VARIANTS)] = "sigmoid"
-    """DPO loss."""
+    """DPO loss: sigmoid, sigmoid_norm (rewards per token), ipo or hinge."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (cDPO)."""
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen's negative log-likelihood per token (RPO anchor)."""
+    """Weight of the negative log-likelihood per token of chosen responses (as in RPO)."""
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
-    """Token-level divergence between teacher and student; forward is KL(teacher || student)."""
-    estimator: Literal["sampled_tail", "bucket"] = "sampled_tail"
-    """`sampled_tail`: unbiased forward KL; `bucket`: everything outside the top entries is one outcome."""
+    """Token-level divergence: forward is KL(teacher || student), reverse is KL(student || teacher), jsd the generalised
+    Jensen-Shannon divergence."""
+    estimator: Estimator = "sampled_tail"
+    """How the divergence is computed from stored entries. `sampled_tail`: unbiased, forward KL only; `bucket`: all
+    tokens outside the top entries count as one outcome, a lower bound."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Teacher's weight in the generalised Jensen-Shannon mixture."""
+    """Weight of the teacher in the mixture of divergence jsd."""
     scale_by_temperature_squared: bool = True
-    """Multiply the divergence by temperature^2, so that its gradient keeps its size (Hinton et al. 2015)."""
+    """Multiply the divergence by teacher.temperature^2, so that the size of its gradient does not depend on the
+    temperature (Hinton et al. 2015)."""
 
     @model_validator(mode="after")
     def _estimator_fits(self):
         if self.estimator == "sampled_tail" and DIVERGENCES[self.divergence].of_samples is None:
-            raise ValueError(f"divergence {self.divergence!r} needs estimator 'bucket'")
+            raise ValueError(
+                f"divergence {self.divergence!r} needs estimator 'bucket'; set training.loss.estimator to it, or "
+                "training.loss.divergence to 'forward'"
+            )
         check_label_smoothing(self.dpo_variant, self.label_smoothing)
         return self
 
 
 class LossSettings(LossConfig):
-    """Settings of the joint loss: those of a profile, and the temperature that the teacher's rows were stored at.
+    """Settings of the joint loss: those of a profile, and the temperature of the stored teacher rows.
 
-    Raises ValueError (pydantic's ValidationError), naming setting and value, for values that make no sense."""
+    Raises ValueError (pydantic's ValidationError), naming setting and value, for an invalid value."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the divergence, the one the teacher was stored at; DPO and NLL are always at 1."""
+    """Temperature of both distributions in the divergence: that of the stored teacher rows. DPO and NLL are at 1."""

@@ -19,15 +19,15 @@ class TeacherTargets:
     Row t is the distribution from which response token t was predicted: rows are already shifted."""
 
     ids: Tensor
-    """[T, K] int64. Ids of top entries are distinct in a row. A tail id that was drawn twice is there twice, and its
-    weights add up. Padding holds any valid id."""
+    """[T, K] int64: vocabulary ids. Top entries of a row are distinct; a tail id that was drawn twice is there twice,
+    and its weights add up. Padding, which is neither top nor tail, may hold any valid id."""
     logprobs: Tensor
-    """[T, K] float32: teacher log p at `ids`, in nats, at the temperature it was stored at. -inf is a probability of 0;
-    padding holds anything."""
+    """[T, K] float32: the teacher's log p at `ids`, in nats, at the temperature of the stored rows. -inf is a
+    probability of 0; padding may hold anything."""
     is_top: Tensor
-    """[T, K] bool: entries that are kept exactly."""
+    """[T, K] bool: top entries."""
     is_tail: Tensor
-    """[T, K] bool: entries that were sampled from the mass outside the top entries."""
+    """[T, K] bool: entries that were sampled from outside the top entries."""
     tail_logmass: Tensor
     """[T] float32: exact log of the teacher's mass outside the top entries; -inf when there is none."""
 
@@ -41,5 +41,5 @@ class TeacherTargets:
         return tail.where(self.is_tail, top)
 
     def take(self, rows: slice) -> TeacherTargets:
-        """The targets of some rows; views, nothing is copied."""
+        """The targets of some rows, as views: nothing is copied."""
         return TeacherTargets(**{name: tensor[rows] for name, tensor in vars(self).items()})

@@ -9,78 +9,88 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbg_core.base.names import find
+from nbg_core.base.names import find, unknown
 from nbg_core.losses.divergence import DIVERGENCES, LOG_TINY
 from nbg_core.losses.logps import gather_logps, log_sum_exp, upcast
-from nbg_core.losses.settings import LossSettings
+from nbg_core.losses.settings import ESTIMATORS, LossSettings
 from nbg_core.losses.targets import TeacherTargets
 
 
 def sampled_tail_forward_kl(logits: Tensor, targets: TeacherTargets, *, temperature: float = 1.0) -> Tensor:
     """Unbiased estimate [T] of KL(teacher || student) from top entries and tail samples.
 
-    sum_v q_v (log p_T(v) - log p_s(v)), q = `targets.weights()`. logits [T, V], already shifted; float32, or float64 if
-    given; no reduction, no temperature^2. The expected gradient in logits / temperature is p_s - p_T. One row's estimate
-    may be negative; its expectation is not. A row without tail samples counts its top entries alone: right when what is
-    outside is negligible, else use `bucket_divergence`. Raises ValueError for a temperature <= 0. Source: random-sampling
-    distillation, arXiv 2503.16870, here stratified with exact top entries."""
-    s = LossSettings(temperature=temperature)
-    z = upcast(logits) / temperature
-    return divergence_of(gather_logps(z, log_sum_exp(z), targets.ids), None, targets, s)
+    It is sum_v w_v (log p_T(v) - log p_S(v)) over the stored entries v, with the weights w = `targets.weights()`.
+    logits [T, V] are already shifted; float32, or float64 if they are; not reduced, and without temperature^2. The
+    expected gradient by logits / temperature is p_S - p_T. The estimate of a row may be negative; its expectation is
+    not. A row without tail samples counts its top entries alone, which is right when the mass outside them is
+    negligible; else use `bucket_divergence`. Raises ValueError for a temperature <= 0.
+
+    Source: random-sampling distillation, arXiv 2503.16870; here the top entries are exact and only the rest is
+    sampled."""
+    settings = LossSettings(temperature=temperature)
+    z = upcast(logits) / temperature  # [T, V]
+    return divergence_of(gather_logps(z, log_sum_exp(z), targets.ids), None, targets, settings)
 
 
 def bucket_divergence(
     logits: Tensor, targets: TeacherTargets, *, kind: str, temperature: float = 1.0, jsd_alpha: float = 0.5
 ) -> Tensor:
-    """Divergence [T] over the top entries and one more outcome, everything outside them; tail samples are not read.
+    """Divergence [T] over the top entries and one more outcome, all tokens outside them. Tail samples are not read.
 
-    logits [T, V], already shifted; float32, or float64 if given; no reduction, no temperature^2. `kind` is a name in
-    DIVERGENCES. Each is a lower bound of the divergence over the whole vocabulary, equal to it when the top entries are
-    the whole vocabulary. Raises ValueError for an unknown kind, a temperature <= 0 or a jsd_alpha outside (0, 1)."""
-    s = LossSettings(divergence=kind, estimator="bucket", temperature=temperature, jsd_alpha=jsd_alpha)
-    z = upcast(logits) / temperature
-    log_z = log_sum_exp(z)
-    return divergence_of(gather_logps(z, log_z, targets.ids), tail_logps(z, log_z, targets), targets, s)
+    logits [T, V] are already shifted; float32, or float64 if they are; not reduced, and without temperature^2. `kind`
+    is a name in DIVERGENCES. The value is a lower bound of the divergence over the whole vocabulary, and equal to it
+    when all tokens are top entries. Raises ValueError for an unknown kind, a temperature <= 0 or a jsd_alpha outside
+    (0, 1)."""
+    settings = LossSettings(divergence=kind, estimator="bucket", temperature=temperature, jsd_alpha=jsd_alpha)
+    z = upcast(logits) / temperature  # [T, V]
+    log_z = log_sum_exp(z)  # [T, 1]
+    return divergence_of(gather_logps(z, log_z, targets.ids), tail_logps(z, log_z, targets), targets, settings)
 
 
-def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets, s: LossSettings) -> Tensor:
-    """Divergence [T] of `s`, without temperature^2, from the student's log-probs at the temperature of `s`.
+def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets, settings: LossSettings) -> Tensor:
+    """The divergence [T] that `settings` name, without temperature^2, from the student's log-probabilities at the
+    temperature of `settings`.
 
-    entries [T, K]: at targets.ids. tail [T]: log of the mass outside the top entries, read by the bucket estimator."""
-    divergence = find(DIVERGENCES, s.divergence, "divergence")
-    log_p = targets.logprobs.to(entries.dtype)
-    match s.estimator:
+    entries [T, K]: at targets.ids. tail [T]: log of the mass outside the top entries; only the bucket estimator reads
+    it."""
+    divergence = find(DIVERGENCES, settings.divergence, "divergence")
+    log_p = targets.logprobs.to(entries.dtype)  # [T, K]
+    match settings.estimator:
         case "sampled_tail":
+            assert divergence.of_samples is not None  # LossSettings refuses the other divergences
             return divergence.of_samples(targets.weights().to(entries.dtype), log_p, entries)
         case "bucket":
+            assert tail is not None  # whoever has this estimator computes it
             log_p = torch.where(targets.is_top, log_p, -torch.inf)
             log_p = torch.cat([log_p, targets.tail_logmass[:, None].to(entries.dtype)], -1)  # [T, K + 1]
             log_q = torch.cat([torch.where(targets.is_top, entries, -torch.inf), tail[:, None]], -1)  # [T, K + 1]
-            return divergence.of_buckets(log_p, log_q, s.jsd_alpha)
+            return divergence.of_buckets(log_p, log_q, settings.jsd_alpha)
         case _:
-            raise ValueError(f"unknown estimator {s.estimator!r}")
+            raise unknown("estimator", settings.estimator, ESTIMATORS)
 
 
 def tail_logps(z: Tensor, log_z: Tensor, targets: TeacherTargets) -> Tensor:
-    """The student's log mass [T] outside the top entries: a sum over what is outside, never 1 - sum.
+    """Log [T] of the student's mass outside the top entries, from logits z [T, V] and their log-sum-exp log_z [T, 1].
 
-    From logits z [T, V] and their log-sum-exp log_z [T, 1]."""
+    It is summed over the tokens outside. 1 - (mass of the top entries) would lose all digits of a small mass."""
     columns = z.shape[-1]
-    ids = torch.where(targets.is_top, targets.ids, columns)  # what is no top entry goes to a column that is cut off
-    in_top = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)
+    # Entries that are not top entries are scattered to a column behind the vocabulary, which is cut off.
+    ids = torch.where(targets.is_top, targets.ids, columns)  # [T, K]
+    in_top = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)  # [T, V + 1]
     in_top = in_top.scatter_(1, ids, True)[:, :columns]  # [T, V]
-    # The fill is finite: -inf rows give NaN gradients.
+    # The fill is finite, because a row of -inf alone would have NaN gradients.
     tail = log_sum_exp(z.masked_fill(in_top, torch.finfo(z.dtype).min)) - log_z  # [T, 1]
     return torch.where(in_top.all(-1), LOG_TINY, tail[:, 0])
 
 
 def token_divergence(
-    entries: Tensor, tail: Tensor | None, targets: TeacherTargets, is_chosen: Tensor, s: LossSettings
+    entries: Tensor, tail: Tensor | None, targets: TeacherTargets, is_chosen: Tensor, settings: LossSettings
 ) -> Tensor:
-    """`divergence_of` [T], temperature^2 included. A row of a side with weight 0 has a value and no gradient."""
-    if not (s.w_pos and s.w_neg):  # by `where`, not by a factor 0: 0 * NaN is NaN
-        trained = torch.where(is_chosen, bool(s.w_pos), bool(s.w_neg))  # [T]
-        entries = torch.where(trained[:, None], entries, entries.detach())
-        tail = None if tail is None else torch.where(trained, tail, tail.detach())
-    kl = divergence_of(entries, tail, targets, s)
-    return kl * s.temperature**2 if s.scale_by_temperature_squared else kl
+    """`divergence_of` [T], times temperature^2 if the settings say so. Rows of a side (chosen or rejected) of weight 0
+    have a value and no gradient."""
+    if not (settings.w_pos and settings.w_neg):  # by `where`, not by a factor 0: 0 * NaN is NaN
+        trained = torch.where(is_chosen, bool(settings.w_pos), bool(settings.w_neg))  # [T]
+        entries = torch.where(trained[:, None], entries, entries.detach())  # [T, K]
+        tail = None if tail is None else torch.where(trained, tail, tail.detach())  # [T]
+    kl = divergence_of(entries, tail, targets, settings)  # [T]
+    return kl * settings.temperature**2 if settings.scale_by_temperature_squared else kl

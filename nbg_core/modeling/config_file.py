@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "generator", "thinker_config")
 """Sections that hold a language model's configuration: those of transformers' `get_text_config`, and of families that
 name theirs otherwise."""
 
 
-def text_config(folder: Path, key: str) -> object | None:
+def text_config(folder: Path, key: str) -> Any:
     """`key` of the language model in a folder: of its own section if there is one, else of the top level.
 
     None when neither has it, or it is null. Raises FileNotFoundError without a config.json."""

@@ -3,7 +3,7 @@
 Responses to the same prompt, when they are neighbours, share it (`packing`). An architecture whose packed attention is
 not tested goes the plain way: one right-padded sequence a response, the prompt computed again for each.
 
-Shapes: T response tokens of all responses behind one another, H hidden, V rows of the output matrix.
+Shapes: T response tokens of all responses, concatenated, H hidden, V rows of the output matrix.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def no_packing(config: PreTrainedConfig) -> str:
     )
 
 
-def plain_head(model: PreTrainedModel) -> bool:
+def has_plain_lm_head(model: PreTrainedModel) -> bool:
     """Whether logits are hidden states times the output matrix and nothing else: no bias, scale or soft cap."""
     head, configs = model.get_output_embeddings(), (model.config, model.config.get_text_config())
     changed = any(getattr(config, name, None) not in (None, 1) for config in configs for name in _HEAD_SETTINGS)
     return type(head) is nn.Linear and head.bias is None and not changed
 
 
-def output_matrix(model: PreTrainedModel) -> Tensor:
+def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     """The output matrix [V, H]. Raises ValueError for a model whose logits are not simply hidden states times it."""
-    if not plain_head(model):
+    if not has_plain_lm_head(model):
         raise ValueError(
             f"model type {model.config.model_type!r} adds a bias, scales or caps its logits, which scoring does not "
             "do; use a model with a plain output matrix"

@@ -1,4 +1,4 @@
-"""The head's passes over a tile of logits on a GPU, in Triton: each reads the tile once, where torch's operators take
+"""Passes of `lm_head` over a tile of logits on a GPU, in Triton: each reads the tile once, where torch's operators take
 six passes for a log-sum-exp and seven for a gradient.
 
 A float32 tile z [c, V] is more than a GPU's cache holds: what a pass costs is its bytes.
@@ -31,14 +31,14 @@ def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient(
-    z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, at_one: Tensor, temperature: float, out: Tensor
+    z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, at_one: Tensor, *, temperature: float, out: Tensor
 ) -> None:
     """out [c, V] = scale exp(z / temperature - base) + at_one exp(z - log_z), with vectors [c]; in float32, then in
     the dtype of `out`, which may be z. The second term is left out at temperature 1."""
     rows, vocab = z.shape
     _gradient[(rows, triton.cdiv(vocab, BLOCK))](
-        z, out, base, scale, log_z, at_one, vocab, z.stride(0), out.stride(0), temperature, TEMPERATURE_IS_ONE=temperature == 1,
-        BLOCK=BLOCK,
+        z, out, base, scale, log_z, at_one, vocab, z.stride(0), out.stride(0), temperature,
+        TEMPERATURE_IS_ONE=temperature == 1, BLOCK=BLOCK,
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ def load_model(path: Path | str, *, dtype: str, trust_remote_code: bool = False)
     model = AutoModelForCausalLM.from_pretrained(
         _folder(path), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # its decorator loses the type
+    return model.eval()
 
 
 def _folder(path: Path | str) -> Path:

@@ -1,7 +1,7 @@
 """The packed forward pass: no padding is computed, and a prompt is computed once for all responses that share it.
 
-A *tree* is a prompt with one or more branches, its responses; a pair is a tree with two. Trees lie behind one another
-in one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch sees its prompt and itself, and its
+A *tree* is a prompt with one or more branches, its responses; a pair is a tree with two. Trees are concatenated
+into one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch sees its prompt and itself, and its
 positions go on from the prompt's. The last token of a branch is no input: its hidden state would predict nothing. The
 prompt's last hidden row predicts the first token of every branch.
 
@@ -12,7 +12,7 @@ branch 1] and then each further branch alone; a segment attends to [prompt | its
 over the whole sequence exists. On CPU a segment is a call of its own: padding segments of similar lengths into batched
 calls made forward and backward of a 384-wide model 2 to 11% slower (of a 64-wide one 12 to 38%).
 
-Shapes: L input tokens of a pack, T response tokens of all its branches, K keys of all segments behind one another, H
+Shapes: L input tokens of a pack, T response tokens of all its branches, K keys of all segments, concatenated, H
 hidden.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ ATTENTION = "packed_trees"
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees behind one another in one sequence."""
+    """Trees, concatenated into one sequence."""
 
     ids: Tensor
     """[1, L] int64."""
@@ -57,7 +58,9 @@ class Pack:
     """Number of queries and of keys of each segment. The queries of all segments are the L inputs, in order."""
 
     def to(self, device: torch.device | str) -> Pack:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -111,7 +114,7 @@ def pack(prompts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of every range, ranges behind one another."""
+    """start, start + 1, ... of every range, concatenated."""
     return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
 
 
@@ -219,10 +222,11 @@ def _by_segment(
     if _has_varlen(q):
         # Flash attention aligns the ends of queries and keys (pytorch PR 193630). Run on a GPU with torch 2.11, where
         # grouped queries need no argument; with 2.13's the arguments alone are tested.
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        return varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=window, enable_gqa=gqa)
+        seen = (-1 if sliding_window is None else sliding_window - 1, 0)
+        out = varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=seen, enable_gqa=gqa)
+        return cast(Tensor, out)  # a tuple only where more than the output is asked for
     n_queries, n_keys = zip(*layout.segments, strict=True)
-    out = []
+    outputs = []
     for segment in zip(q.split(n_queries), k.split(n_keys), v.split(n_keys), strict=True):
         qs, ks, vs = (x.transpose(0, 1)[None] for x in segment)  # [1, heads, n or m, D]
         n, m = qs.shape[2], ks.shape[2]
@@ -234,8 +238,8 @@ def _by_segment(
         is_causal = qs.shape[2] == m <= window
         mask = None if is_causal else layout.mask(n, m, window)
         o = scaled_dot_product_attention(qs, ks, vs, mask, is_causal=is_causal, scale=scaling, enable_gqa=gqa)
-        out.append(o[0, :, -n:].transpose(0, 1))
-    return torch.cat(out)
+        outputs.append(o[0, :, -n:].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -1,6 +1,6 @@
 """Sequence parallelism: the ranks of a group share the tokens of one pack (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Each rank takes an equal part of a pack's inputs through the model, and of its response rows through the head. Only
+Each rank takes an equal part of a pack's inputs through the model, and of its response rows through the LM head. Only
 attention needs all tokens: there each rank has all of them for its share of the heads. All ranks of a group have the
 same pack, so who has which token is known to everyone, and nothing but token vectors is exchanged.
 

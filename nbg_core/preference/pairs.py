@@ -1,10 +1,11 @@
-"""Which pairs of scored responses are kept, and why a query has none.
+"""Selects the pairs of scored responses, and says why a query has none.
 
-The combined score of a response is the weighted sum of its scores. Pairs of a query are taken greedily, widest margin
-first, until none of `min_margin` is left or there are `max_pairs_per_query`. No response, and no second copy of its
-text, is used twice. A scorer that does not apply to a query (no verifier) takes no part in its scores.
+The combined score of a response is the weighted sum of its scores; a scorer that does not apply to a query (the
+verifier of a query without one) adds nothing. The margin of a pair is the difference of the combined scores of chosen
+and rejected. Pairs of a query are taken greedily, widest margin first, until no margin of at least `min_margin` is left
+or there are `max_pairs_per_query`. No text is used twice.
 
-A query without a pair is a rejection of stage 'pairs', with the two candidates that came nearest and a reason.
+A query without a pair is a rejection of stage 'pairs', with a reason and the two responses that came nearest to a pair.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from nbg_core.lake import tables
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a query has no pair, and what to change."""
+    """A reason why a query has no pair."""
 
     meaning: str
     remedy: str
+    """What a user can change."""
 
 
 REASONS: dict[str, Reason] = {
@@ -53,26 +55,25 @@ REASONS: dict[str, Reason] = {
         "lower preference.min_margin, or raise sampling.n_student or temperature",
     ),
 }
-"""Codes in column `reason` of `rejections` of stage 'pairs'."""
+"""Value of column `reason` in `rejections` of stage 'pairs' -> what it means."""
 
 TOLERANCE = 1e-9
-"""Rounding in the weighted sums that does not cost a pair its margin."""
+"""A margin may be this much below `min_margin`, so that rounding in the weighted sums decides nothing."""
 
 
 def select_pairs(scored: pl.DataFrame, settings: PreferenceSettings) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Pairs and rejections, without `slice`, of responses in any order.
+    """(rows of `pairs`, rows of `rejections`), both without column `slice`, from responses in any order.
 
-    `scored` has query_id, sample_id, finish_reason, text, and a column per scorer with a weight (null: unscored)."""
+    Columns of `scored`: query_id, sample_id, finish_reason, text, and one for each scorer with a weight, null where the
+    scorer does not apply."""
     names = [name for name, weight in sorted(settings.weights.items()) if weight]
     weighted = [pl.col(name) * settings.weights[name] for name in names]
     n_scores = pl.sum_horizontal(pl.col(name).is_not_null() for name in names)
     score = pl.when(n_scores > 0).then(pl.sum_horizontal(weighted))
-    columns = scored.with_columns(
-        score=score, verdict=pl.col("verifier") if "verifier" in names else pl.lit(None, dtype=pl.Float64)
-    )
+    verdict = pl.col("verifier") if "verifier" in names else pl.lit(None, dtype=pl.Float64)
+    combined = scored.select("query_id", "sample_id", "finish_reason", "text", score=score, verdict=verdict)
     pairs, rejections = [], []
-    columns = columns.select("query_id", "sample_id", "finish_reason", "text", "score", "verdict")
-    rows = columns.sort("query_id", "sample_id").iter_rows(named=True)
+    rows = combined.sort("query_id", "sample_id").iter_rows(named=True)
     for _, group in groupby(rows, key=lambda r: r["query_id"]):
         responses = list(group)
         found = _pairs_of(responses, settings)
@@ -83,9 +84,10 @@ def select_pairs(scored: pl.DataFrame, settings: PreferenceSettings) -> tuple[pl
 
 
 def _pairs_of(responses: list[dict], settings: PreferenceSettings) -> list[dict]:
+    """The rows of `pairs` of one query."""
     scored = [r for r in responses if r["score"] is not None]
     used: set[str] = set()
-    found = []
+    found: list[dict] = []
     while len(found) < settings.max_pairs_per_query:
         free = [r for r in scored if r["text"] not in used]
         pair = _widest(free, truncated_positive=settings.truncated_positive)
@@ -97,7 +99,9 @@ def _pairs_of(responses: list[dict], settings: PreferenceSettings) -> list[dict]
 
 
 def _widest(responses: list[dict], *, truncated_positive: bool) -> tuple[dict, dict] | None:
-    """The (positive, negative) of different text and the widest margin; ties go to the smaller sample ids."""
+    """The (chosen, rejected) with different texts and the widest margin; of equal margins, the smaller sample ids.
+
+    A truncated response can be chosen only with `truncated_positive`. None if there are no two texts."""
     positives = [r for r in responses if truncated_positive or r["finish_reason"] != "length"]
     negatives = sorted(responses, key=lambda r: (r["score"], r["sample_id"]))
     partners = [(p, next((n for n in negatives if n["text"] != p["text"]), None)) for p in positives]
@@ -105,8 +109,8 @@ def _widest(responses: list[dict], *, truncated_positive: bool) -> tuple[dict, d
     return min(pairs, key=lambda pair: (-_margin(*pair), *(r["sample_id"] for r in pair)), default=None)
 
 
-def _margin(positive: dict, negative: dict) -> float:
-    return positive["score"] - negative["score"]
+def _margin(chosen: dict, rejected: dict) -> float:
+    return chosen["score"] - rejected["score"]
 
 
 def _pair(chosen: dict, rejected: dict) -> dict:
@@ -118,7 +122,7 @@ def _pair(chosen: dict, rejected: dict) -> dict:
 
 
 def _rejection(responses: list[dict], settings: PreferenceSettings) -> dict:
-    """Why a query has no pair, and the two responses that came nearest."""
+    """The row of `rejections` of a query without a pair: the reason, and the two responses that came nearest to one."""
     scored = [r for r in responses if r["score"] is not None]
     nearest = _widest(scored, truncated_positive=settings.truncated_positive)
     if_truncated = _widest(scored, truncated_positive=True)

@@ -1,4 +1,4 @@
-"""Scores of a slice's responses: what is missing is computed and committed, the rest is read from the lake."""
+"""Scores the responses of a slice: computes and commits scores that the lake does not have, and reads the others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ ASSET = "filtered_pairs"
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a scorer is given (`scorers.Context`): the run, and under which name it shows its progress."""
+    """The `scorers.Context` of a run; its methods are documented there."""
 
     run: Run
     what: str
+    """What progress messages start with."""
 
     def identity(self, name: str) -> object:
         return find(IDENTITIES, name, "identity")(self.run.profile)
@@ -32,7 +33,7 @@ class StageContext:
 
     def teacher_logprobs(self, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
         """Raises ValueError when the teacher has another tokenizer than the student."""
-        from nbg_core.modeling.loading import check_same_tokenizer  # torch: only where a model runs
+        from nbg_core.modeling.loading import check_same_tokenizer  # imports torch: only needed where a model runs
         from nbg_core.teacher.engine import token_logprobs
 
         models = self.run.profile.models
@@ -44,10 +45,10 @@ class StageContext:
 def score_samples(
     run: Run, slice_name: str, samples: pl.DataFrame, inputs: Sequence[Input]
 ) -> tuple[dict[str, pl.DataFrame], int]:
-    """Score what is not scored yet and return, per scorer with a weight, (sample_id, score); and the new rows' number.
+    """Compute and commit missing scores. Returns (scorer name -> frame (sample_id, score), number of new scores).
 
-    `samples` as from `lake.queries.current_samples`. Raises SpecError naming the query whose verifier cannot work,
-    ValueError when the teacher has another tokenizer than the student."""
+    Only scorers with a weight are used. `samples` is a frame of `lake.queries.current_samples`. Raises SpecError naming
+    the query whose verifier cannot work, and ValueError when the teacher has another tokenizer than the student."""
     scores, new_rows = {}, 0
     for name in sorted(name for name, weight in run.profile.preference.weights.items() if weight):
         scorer = find(SCORERS, name, "scorer")
@@ -66,7 +67,7 @@ def score_samples(
 
 
 def _scored(run: Run, scorer: Scorer, wanted: pl.DataFrame) -> pl.DataFrame:
-    """(sample_id, scorer_id, score) of those `wanted` that the lake has."""
+    """The scores that the lake has of `wanted` (sample_id, scorer_id): sample_id, scorer_id, score."""
     found = run.lake.sql(
         "SELECT sample_id, scorer_id, score FROM scores WHERE scorer = ? "
         "AND sample_id IN (SELECT unnest(?::VARCHAR[]))",

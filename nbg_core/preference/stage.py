@@ -1,4 +1,5 @@
-"""`filtered_pairs`: scored responses, and the pairs where positive >> negative; every query without a pair, and why."""
+"""Asset `filtered_pairs`, tables `pairs`, `scores` and `rejections`: scored responses, the pairs with a wide margin,
+and the reason for each query without a pair."""
 
 from __future__ import annotations
 
@@ -16,17 +17,21 @@ from nbg_core.preference.scoring import ASSET, score_samples
 
 
 class NoPairsError(ValueError):
-    """No query of a slice gave a pair: says how many failed for which reason, and what to change."""
+    """No query of a slice gave a pair. The message names the reasons with their numbers, and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsReport(Report):
     n_pairs: int
+    """Pairs of the slice."""
     new_scores: int
     """Scores that this run computed."""
     n_responses: int
+    """Responses that were scored."""
     n_queries: int
+    """Queries that they answer."""
     n_queries_with_pairs: int
+    """Those of the queries that have a pair."""
     rejected: dict[str, int]
     """Queries without a pair, by reason."""
     mean_margin: float
@@ -66,7 +71,7 @@ def materialise(run: Run, slice_name: str) -> PairsReport:
 
 
 def _writes(run: Run, slice_name: str, pairs: pl.DataFrame, rejections: pl.DataFrame) -> tuple[list[Write], int]:
-    """What differs from the lake, and how many pairs are new."""
+    """The writes of the tables whose rows of this slice differ from those in the lake, and the number of new pairs."""
     writes, new_pairs = [], 0
     for table, rows, where in (
         ("pairs", pairs, "slice = ?"),
@@ -81,6 +86,7 @@ def _writes(run: Run, slice_name: str, pairs: pl.DataFrame, rejections: pl.DataF
 
 
 def _no_pairs(slice_name: str, samples: pl.DataFrame, rejected: dict[str, int]) -> str:
+    """The error message for a slice without a pair."""
     if samples.is_empty():
         return f"filtered_pairs[{slice_name}]: there are no responses; raise sampling.n_student, then sample again"
     reasons = "; ".join(

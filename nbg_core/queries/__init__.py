@@ -1,1 +1,2 @@
-"""Asset `queries`, tables `queries` and `rejections`: query files, validated, deduplicated and split."""
+"""Asset `queries`, tables `queries` and `rejections`: query files, validated, deduplicated and split into training and
+held-out queries."""

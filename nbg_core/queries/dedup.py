@@ -1,16 +1,18 @@
-"""Which queries to drop, because another says the same: duplicates, near duplicates, contamination.
+"""Finds the queries to drop because another query says the same: duplicates, near duplicates and contamination.
 
-*Exact* duplicates have the same text in all messages after NFKC, case folding and collapsing white space. *Near*
-duplicates share most word shingles (Jaccard similarity) of their user and assistant messages; system messages, which
-whole slices have in common, do not count. Within a split the first in file order is kept. Across splits the held-out
-query always wins: a training query that is its duplicate or near duplicate, or shares a run of words with it, is
-contaminated. Against the other slices the row that comes later loses, whichever its split, so that no held-out query
-was ever trainable; and ingesting a slice again gives what it gave before.
+*Exact duplicates* have the same text in all messages after NFKC normalisation, case folding and collapsing white space.
+*Near duplicates* share most word shingles (Jaccard similarity) of their user and assistant messages. System messages do
+not count, because whole slices share them. A training query is *contaminated* when it is a duplicate or near duplicate
+of a held-out query, or shares a run of words with one.
 
-A run that stands in more than COMMON_ROWS held-out queries of a slice, or in more than half of them, is an
-instruction they share and no evidence ("put your final answer in a box ..."); GPT-3's decontamination had the same
-rule. Near duplicates are found exactly (prefix and position filters of PPJoin: rare shingles first), except that a
-row is compared with MAX_CANDIDATES others at most, the earliest in the file.
+Within a split, the first query in file order is kept. Between the splits of a file, the held-out query is kept. Between
+slices, the query that was ingested first is kept, whatever its split: so no held-out query was ever trained on, and
+ingesting a slice again gives the same rows.
+
+A run of words that occurs in more than COMMON_ROWS held-out queries of a slice, or in more than half of them, is an
+instruction that they share ("put your final answer in a box ...") and does not count; GPT-3's decontamination had the
+same rule. Near duplicates are found exactly (with the prefix and position filters of PPJoin, rare shingles first),
+except that a row is compared with at most MAX_CANDIDATES others, the earliest in the file.
 """
 
 from __future__ import annotations
@@ -26,36 +28,46 @@ import polars as pl
 from nbg_core.config.profile import QuerySettings
 
 COMMON_ROWS = 10
+"""A run of words that occurs in more held-out queries of a slice than this does not count as contamination."""
 MAX_CANDIDATES = 1000
+"""Rows that a row is compared with, at most, in the search for a near duplicate."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A query to compare. `slice` is its partition, `place` what to call it in a reason."""
+    """A query to compare."""
 
     slice_name: str
     split: str
+    """'train' or 'eval'."""
     place: str
+    """What the query is called in the reason for a drop: its line, or its id and slice."""
     key: str
+    """Normalised text of all messages: exact duplicates have the same."""
     body: str
+    """Normalised text of all messages but system messages: near duplicates have similar ones."""
 
 
 def item(slice_name: str, split: str, place: str, messages: Sequence[dict[str, str]]) -> Item:
-    said = [m for m in messages if m["role"] != "system"]
-    return Item(slice_name, split, place, text_key(messages), text_key(said))
+    """The Item of a query with these messages."""
+    without_system = [m for m in messages if m["role"] != "system"]
+    return Item(slice_name, split, place, text_key(messages), text_key(without_system))
 
 
 def text_key(messages: Sequence[dict[str, str]]) -> str:
-    """What exact duplicates have in common."""
+    """The normalised text of messages; those of exact duplicates are equal."""
     return normalised(" ".join(m["content"] for m in messages))
 
 
 def normalised(text: str) -> str:
+    """`text` in NFKC, case folded, with one space for each run of white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def find_drops(own: Sequence[Item], others: Sequence[Item], settings: QuerySettings) -> dict[int, tuple[str, str]]:
-    """Index in `own` (in file order) -> (reason, detail) of what to drop; `others` are rows of other slices."""
+    """Index in `own` -> (reason, detail) of each query to drop.
+
+    `own` are the queries of the slice, in file order; `others` are those of slices that were ingested before."""
     drops = _exact(own, others)
     evals = [i for i, x in enumerate(own) if x.split == "eval" and i not in drops]
     trains = [i for i, x in enumerate(own) if x.split == "train" and i not in drops]
@@ -64,7 +76,9 @@ def find_drops(own: Sequence[Item], others: Sequence[Item], settings: QuerySetti
     texts = _Texts([*own, *others], settings)
 
     def drop_contaminated(suspects: list[int], against: list[int], runs_of: list[int], what: str) -> None:
-        """Drop the `suspects` (own rows) that nearly are, or share a run of `runs_of` (held out) with, `against`."""
+        """Drop the `suspects` that are near duplicates of a row of `against`, or share a run of words with one.
+
+        Runs that are common in the held-out rows `runs_of` do not count. `what` describes the rows of `against`."""
         index = texts.index(against)
         shared = texts.shared_runs(suspects, against, runs_of)
         for i in suspects:
@@ -75,6 +89,7 @@ def find_drops(own: Sequence[Item], others: Sequence[Item], settings: QuerySetti
                 drops[i] = ("contaminated", detail)
 
     def drop_near(suspects: list[int]) -> None:
+        """Drop the `suspects` that are near duplicates of an earlier one."""
         index = texts.index([])
         for i in suspects:
             if i in drops:
@@ -93,35 +108,40 @@ def find_drops(own: Sequence[Item], others: Sequence[Item], settings: QuerySetti
 
 
 def _exact(own: Sequence[Item], others: Sequence[Item]) -> dict[int, tuple[str, str]]:
+    """The exact duplicates among `find_drops`'s drops; held-out queries come first, so that they are the ones kept."""
     first = {x.key: x for x in others}
     drops = {}
     for i in sorted(range(len(own)), key=lambda i: (own[i].split != "eval", i)):
-        seen = first.setdefault(own[i].key, own[i])
-        if seen is own[i]:
+        kept = first.setdefault(own[i].key, own[i])
+        if kept is own[i]:
             continue
-        if seen.split == own[i].split:
-            drops[i] = ("duplicate", f"same text as {seen.place}")
+        if kept.split == own[i].split:
+            drops[i] = ("duplicate", f"same text as {kept.place}")
         else:
-            what = "held out" if seen.split == "eval" else "a training query"
-            drops[i] = ("contaminated", f"same text as {seen.place}, {what}")
+            what = "held out" if kept.split == "eval" else "a training query"
+            drops[i] = ("contaminated", f"same text as {kept.place}, {what}")
     return drops
 
 
 class _Texts:
-    """Shingles and runs of all rows. N rows, W words or windows of all rows behind one another."""
+    """Shingles and runs of words of all rows.
+
+    Shapes: R rows (queries), W words of all rows concatenated, w windows (runs of n words within a row) of all rows."""
 
     def __init__(self, items: Sequence[Item], settings: QuerySettings):
         self._items, self._settings = items, settings
         words = pl.Series([x.body for x in items], dtype=pl.String).str.split(" ")
-        self._lengths = words.list.len().to_numpy().astype(np.int64)  # [N]
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])  # [N + 1]
-        self._hashes = words.explode().hash(seed=0).to_numpy()  # [W], one per word
+        self._lengths = words.list.len().to_numpy().astype(np.int64)  # [R]
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])  # [R + 1]
+        self._word_hashes = words.explode().hash(seed=0).to_numpy()  # [W]
         self._sets, self._set_starts, self._n_unshared = self._shingles(settings.shingle_words)
 
     def place(self, i: int) -> str:
+        """What row `i` is called in a reason."""
         return self._items[i].place
 
     def index(self, rows: Iterable[int]) -> _NearIndex:
+        """An index of the shingle sets of `rows`."""
         index = _NearIndex(self._sets, self._set_starts, self._n_unshared, self._settings.near_duplicate_jaccard)
         for i in rows:
             index.add(i)
@@ -131,65 +151,68 @@ class _Texts:
         """Row of `suspects` -> a row of `against` with which it shares a run that is not common in `held_out`."""
         if not suspects or not against:
             return {}
-        row, run = self._windows(self._settings.contamination_words)
+        row, run = self._windows(self._settings.contamination_words)  # [w] each
         common = self._common_runs(row, run, held_out)
-        there = np.isin(row, against)
-        order = np.argsort(row[there], kind="stable")
-        known, first = np.unique(run[there][order], return_index=True)
-        owner = row[there][order][first]
+        in_against = np.isin(row, against)  # [w]
+        order = np.argsort(row[in_against], kind="stable")
+        known, first = np.unique(run[in_against][order], return_index=True)  # sorted runs of `against`
+        owner = row[in_against][order][first]  # the earliest row that has each
         keep = ~np.isin(known, common)
         known, owner = known[keep], owner[keep]
         if not len(known):
             return {}
-        here = np.isin(row, suspects)
-        at = np.minimum(np.searchsorted(known, run[here]), len(known) - 1)
-        hit = known[at] == run[here]
+        in_suspects = np.isin(row, suspects)  # [w]
+        at = np.minimum(np.searchsorted(known, run[in_suspects]), len(known) - 1)
+        hit = known[at] == run[in_suspects]
         found: dict[int, int] = {}
-        for suspect, other in zip(row[here][hit].tolist(), owner[at[hit]].tolist(), strict=True):
+        for suspect, other in zip(row[in_suspects][hit].tolist(), owner[at[hit]].tolist(), strict=True):
             found.setdefault(suspect, other)
         return found
 
     def _common_runs(self, row: np.ndarray, run: np.ndarray, held_out: list[int]) -> np.ndarray:
-        """Runs that many held-out rows of one slice share."""
+        """Runs that too many of the `held_out` rows of one slice have. row [w] and run [w] are of all windows."""
         by_slice: dict[str, list[int]] = {}
         for i in held_out:
             by_slice.setdefault(self._items[i].slice_name, []).append(i)
         common = [np.empty(0, dtype=run.dtype)]
         for rows in by_slice.values():
-            here = np.isin(row, rows)
-            counts = pl.DataFrame({"run": run[here], "row": row[here]}).group_by("run").agg(pl.col("row").n_unique())
+            in_slice = np.isin(row, rows)  # [w]
+            windows = pl.DataFrame({"run": run[in_slice], "row": row[in_slice]})
+            counts = windows.group_by("run").agg(pl.col("row").n_unique())
             limit = min(COMMON_ROWS, len(rows) / 2) if len(rows) >= 3 else COMMON_ROWS
             common.append(counts.filter(pl.col("row") > limit)["run"].to_numpy())
         return np.concatenate(common)
 
     def _windows(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row [W'] and hash [W'] of every run of `n` words, in order of rows."""
+        """Row [w] and hash [w] of every run of `n` words, in order of rows."""
         return self._hash_of(np.repeat(np.arange(len(self._lengths)), np.maximum(self._lengths - n + 1, 0)), n)
 
     def _hash_of(self, row: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        counts = np.bincount(row, minlength=len(self._lengths))
-        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        start = self._starts[row] + within
-        value = np.zeros(len(row), dtype=np.uint64)
+        """Hashes [w] of windows of `n` words, given the sorted row [w] of each: a row's windows start at its first
+        word, its second word, and so on. Returns (row, hashes)."""
+        counts = np.bincount(row, minlength=len(self._lengths))  # [R]
+        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # [w], 0, 1, ... in each row
+        start = self._starts[row] + within  # [w]
+        value = np.zeros(len(row), dtype=np.uint64)  # [w]
         with np.errstate(over="ignore"):
             for j in range(n):
-                value = value * np.uint64(0x9E3779B97F4A7C15) + self._hashes[start + j]
+                value = value * np.uint64(0x9E3779B97F4A7C15) + self._word_hashes[start + j]
                 value ^= value >> np.uint64(29)
         return row, value
 
     def _shingles(self, n: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The shingle set of every row, behind one another, rarest first within a row; where each set starts; and
-        how many shingles only one row has.
+        """(shingle sets of all rows, concatenated and each sorted; where each set starts [R + 1]; number of shingles
+        that only one row has).
 
-        A shingle is named by its rank in the order of frequency, so sets are sorted. A text shorter than `n` words is
-        one shingle."""
-        parts = [self._windows(n)]
-        parts += [self._hash_of(np.flatnonzero(self._lengths == short), short) for short in range(1, n)]
-        row = np.concatenate([r for r, _ in parts])
-        _, shingle = np.unique(np.concatenate([v for _, v in parts]), return_inverse=True)
+        A shingle is named by its rank by frequency, rarest first: those that only one row has are the lowest. A text
+        shorter than `n` words is one shingle."""
+        windows = [self._windows(n)]
+        windows += [self._hash_of(np.flatnonzero(self._lengths == short), short) for short in range(1, n)]
+        row = np.concatenate([rows for rows, _ in windows])
+        _, shingle = np.unique(np.concatenate([hashes for _, hashes in windows]), return_inverse=True)
         n_shingles = int(shingle.max(initial=-1)) + 1
-        pairs = np.sort(row * n_shingles + shingle)
-        row, shingle = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], n_shingles)  # each shingle once a row
+        keys = np.sort(row * n_shingles + shingle)
+        row, shingle = np.divmod(keys[np.diff(keys, prepend=-1) > 0], n_shingles)  # each shingle once per row
         counts = np.bincount(shingle, minlength=n_shingles)
         rank = np.empty(n_shingles, dtype=np.int64)
         rank[np.argsort(counts, kind="stable")] = np.arange(n_shingles)
@@ -199,10 +222,10 @@ class _Texts:
 
 
 class _NearIndex:
-    """Finds an indexed row whose shingle set overlaps a given one by the Jaccard similarity `threshold` or more.
+    """Finds an indexed row whose shingle set has at least the Jaccard similarity `threshold` with a given row's.
 
-    Two such sets share one of the first `size - ceil(threshold * size) + 1` elements in any common order, so only these
-    are indexed; and what stands behind the first shared element bounds the overlap."""
+    Two such sets share one of their first `size - ceil(threshold * size) + 1` elements in any common order, so only
+    these (the prefix) are indexed. The number of elements after the first shared one bounds the overlap."""
 
     def __init__(self, sets: np.ndarray, starts: np.ndarray, n_unshared: int, threshold: float):
         self._sets, self._starts, self._n_unshared, self._threshold = sets, starts, n_unshared, threshold
@@ -212,34 +235,38 @@ class _NearIndex:
         return self._sets[self._starts[i] : self._starts[i + 1]]
 
     def _prefix(self, i: int) -> tuple[int, list[int]]:
-        """The elements of the prefix that other rows have too, behind those that none has, and where they start."""
+        """Of row `i`: position of the first prefix element that another row has too, and the prefix from there on.
+
+        Elements that only this row has are the rarest, so they come first; they can match nothing."""
         own = self._set(i)
         end = len(own) - math.ceil(self._threshold * len(own) - 1e-9) + 1
         start = int(np.searchsorted(own[:end], self._n_unshared))
         return start, own[start:end].tolist()
 
     def add(self, i: int) -> None:
+        """Index row `i`."""
         size = len(self._set(i))
         start, prefix = self._prefix(i)
         for position, shingle in enumerate(prefix, start):
             self._rows.setdefault(shingle, {}).setdefault(size, {}).setdefault(position, []).append(i)
 
     def find(self, i: int) -> tuple[int, float] | None:
-        """The earliest such row and its similarity, or None."""
-        t, size = self._threshold, len(self._set(i))
+        """The earliest indexed row that is similar enough to row `i`, and its similarity; None if there is none."""
+        threshold, size = self._threshold, len(self._set(i))
         candidates: set[int] = set()
         start, prefix = self._prefix(i)
         for position, shingle in enumerate(prefix, start):
             for other_size, positions in self._rows.get(shingle, {}).items():
-                if other_size < t * size - 1e-9 or size < t * other_size - 1e-9:
+                if other_size < threshold * size - 1e-9 or size < threshold * other_size - 1e-9:
                     continue
-                needed = math.ceil(t / (1 + t) * (size + other_size) - 1e-9)
+                needed = math.ceil(threshold / (1 + threshold) * (size + other_size) - 1e-9)  # shared elements
                 for other_position, rows in positions.items():
                     if min(size - position, other_size - other_position) >= needed:
                         candidates.update(rows)
         return self._verify(i, sorted(candidates)[:MAX_CANDIDATES]) if candidates else None
 
     def _verify(self, i: int, candidates: list[int]) -> tuple[int, float] | None:
+        """The first of `candidates` that is similar enough to row `i`, by whole sets, and its similarity."""
         own = self._set(i)
         sets = [self._set(c) for c in candidates]
         sizes = np.array([len(s) for s in sets])

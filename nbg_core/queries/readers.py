@@ -1,24 +1,26 @@
-"""Query files: what a row may say, and what is wrong with one that says something else.
+"""Reads and validates query files.
 
-A file is `<slice>.jsonl` (one object a line, UTF-8, blank lines skipped) or `<slice>.parquet`. A row has
+A file is `<slice>.jsonl` (one object per line, UTF-8, blank lines skipped) or `<slice>.parquet`. Keys of a row:
 
-| key | |
+| key | value |
 |---|---|
-| prompt, system | text of the user message, and of a system message before it (optional) |
-| messages | instead of those: [{"role": 'system', 'user' or 'assistant', "content": text}], the last one user |
-| answer | reference answer, text |
-| verifier, verifier_args | how responses are checked (nbg_core/preference/verifiers.py); args are an object |
-| split | 'train' or 'eval'; without it the query's id decides |
-| id | your own id; only checked to be unique |
+| prompt | text of the user message |
+| system | text of a system message before it (optional) |
+| messages | instead of these two: a list of {"role": ..., "content": text}, roles as in ROLES, the last one user |
+| answer | reference answer, text (optional) |
+| verifier | how responses are checked: a name in `scorers.verifiers.VERIFIERS` (optional) |
+| verifier_args | the verifier's arguments, an object (optional) |
+| split | "train" or "eval"; without it the query's id decides |
+| id | an id of your own, which must be unique in the file and is not used otherwise (optional) |
 
-A key that is null is a key that is absent. In Parquet, `verifier_args` is a struct (its nulls are absent too) or text
-holding JSON. All problems of a file are collected and reported at once.
+A key whose value is null counts as absent. In Parquet, `verifier_args` is a struct, whose null fields count as absent
+too, or JSON text. All problems of a file are reported at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,50 +28,60 @@ from typing import Any
 import polars as pl
 
 from nbg_core.base.ids import query_id
-from nbg_core.scorers.verifiers import SpecError, check_spec, nearest
+from nbg_core.base.names import find, nearest
+from nbg_core.scorers.verifiers import SpecError, check_spec
 
 SHOWN = 20
-"""Problems written out in an error; the rest is counted."""
+"""Most problems that an error describes; of the others it gives the number."""
 
 KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str, "system": str, "messages": list, "answer": str, "verifier": str, "verifier_args": dict,
     "split": str, "id": (str, int),
 }  # fmt: skip
+"""Key of a row -> the types that its value may have."""
 ROLES = ("system", "user", "assistant")
+"""Roles that a message may have."""
 JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number",
               type(None): "null"}  # fmt: skip
+"""Python type -> what JSON calls a value of it."""
 
 
 class QueryFileError(ValueError):
-    """A query file that cannot be used: names the file, and for every problem the line, the field and the remedy."""
+    """A query file cannot be used. The message names the file, and line, field and remedy of every problem."""
 
 
 @dataclass(frozen=True)
 class QueryRow:
-    """One valid row. `verifier_args` is canonical JSON; `line` is 1-based (the row number in Parquet)."""
+    """A valid row of a query file."""
 
     line: int
+    """1-based line, in Parquet the 1-based row."""
     query_id: str
     messages: list[dict[str, str]]
+    """Each with `role` and `content`; the last one is the user's."""
     answer: str | None
     verifier: str | None
     verifier_args: str | None
+    """Canonical JSON of an object; None without a verifier."""
     split: str | None
+    """'train' or 'eval' if the row says so."""
 
 
 def read_rows(path: Path) -> list[QueryRow]:
     """The rows of a query file, in order. Raises QueryFileError naming every problem."""
-    found = Problems(path)
-    rows, lines_of = [], {}
-    for line, value in _parquet(path, found) if path.suffix == ".parquet" else _jsonl(path, found):
-        row = _row(value, line, found)
-        if (own := value.get("id")) is not None and not isinstance(own, list | dict):
-            if own in lines_of:
-                found.add(line, "id", f"{own!r} is that of {found.unit} {lines_of[own]} too; ids must be unique")
-            lines_of.setdefault(own, line)
+    problems = Problems(path)
+    rows: list[QueryRow] = []
+    line_of_id: dict[str | int, int] = {}
+    for line, value in find(READERS, path.suffix, "suffix of a query file")(path, problems):
+        row = _row(value, line, problems)
+        if (row_id := value.get("id")) is not None and not isinstance(row_id, list | dict):
+            if row_id in line_of_id:
+                other = f"{problems.unit} {line_of_id[row_id]}"
+                problems.add(line, "id", f"{row_id!r} is that of {other} too; ids must be unique")
+            line_of_id.setdefault(row_id, line)
         if row:
             rows.append(row)
-    found.raise_if_any()
+    problems.raise_if_any()
     if not rows:
         raise QueryFileError(
             f"{path} is empty; write one query a line, "
@@ -79,26 +91,26 @@ def read_rows(path: Path) -> list[QueryRow]:
 
 
 class Problems:
-    """What is wrong with a file."""
+    """The problems of a query file. The first SHOWN are kept, all are counted."""
 
     def __init__(self, path: Path):
         self.path, self.unit = path, "row" if path.suffix == ".parquet" else "line"
-        self._found: list[str] = []
-        self._count = 0
+        self.count = 0
+        self._shown: list[str] = []
 
-    def add(self, line: int, field: str | None, what: str) -> None:
-        self._count += 1
-        if len(self._found) < SHOWN:
-            self._found.append(f"{self.unit} {line}" + (f", {field}" if field else "") + f": {what}")
+    def add(self, line: int, field: str | None, problem: str) -> None:
+        self.count += 1
+        if len(self._shown) < SHOWN:
+            self._shown.append(f"{self.unit} {line}" + (f", {field}" if field else "") + f": {problem}")
 
     def raise_if_any(self) -> None:
-        if self._count:
-            shown = f", the first {SHOWN} are" if self._count > SHOWN else ""
-            many = "problem" if self._count == 1 else "problems"
-            raise QueryFileError(f"{self.path}: {self._count} {many}{shown}:\n  " + "\n  ".join(self._found))
+        if self.count:
+            shown = f", the first {SHOWN} are" if self.count > SHOWN else ""
+            noun = "problem" if self.count == 1 else "problems"
+            raise QueryFileError(f"{self.path}: {self.count} {noun}{shown}:\n  " + "\n  ".join(self._shown))
 
 
-def _jsonl(path: Path, found: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     for line, raw in enumerate(data.split(b"\n"), start=1):
         if not raw.strip():
@@ -106,19 +118,20 @@ def _jsonl(path: Path, found: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
         except UnicodeDecodeError as e:
-            found.add(line, None, f"not valid UTF-8 at byte {e.start + 1} of the line; save the file as UTF-8")
+            problems.add(line, None, f"not valid UTF-8 at byte {e.start + 1} of the line; save the file as UTF-8")
         except json.JSONDecodeError as e:
-            found.add(line, None, f"not valid JSON at column {e.colno}: {e.msg}; write one whole object a line")
+            problems.add(line, None, f"not valid JSON at column {e.colno}: {e.msg}; write one whole object a line")
         except (ValueError, RecursionError) as e:
-            found.add(line, None, f"not usable JSON: {e}")
+            problems.add(line, None, f"not usable JSON: {e}")
         else:
             if isinstance(value, dict):
                 yield line, value
             else:
-                found.add(line, None, f'{JSON_NAMES[type(value)]}, not an object; write {{"prompt": ...}}')
+                problems.add(line, None, f'{JSON_NAMES[type(value)]}, not an object; write {{"prompt": ...}}')
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these (key, value). Raises ValueError for a key that is there twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -130,7 +143,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value; write null or a number")
 
 
-def _parquet(path: Path, found: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         df = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as e:
@@ -141,40 +154,49 @@ def _parquet(path: Path, found: Problems) -> Iterator[tuple[int, dict[str, Any]]
             try:
                 value["verifier_args"] = json.loads(args, parse_constant=_refuse_constant)
             except (ValueError, RecursionError) as e:
-                found.add(line, "verifier_args", f"not valid JSON: {e}")
+                problems.add(line, "verifier_args", f"not valid JSON: {e}")
                 value["verifier_args"] = None
         elif args is not None:
             value["verifier_args"] = _without_nulls(args)
         yield line, value
 
 
+READERS: dict[str, Callable[[Path, Problems], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+"""What reads a file, by its suffix (`config.slices.SUFFIXES`): its rows with their lines."""
+
+
 def _without_nulls(value: Any) -> Any:
-    """A struct column gives every row every row's fields, null where the row has none."""
+    """`value` without null fields: in a struct column each row has the fields of all rows, null where it has none."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _row(value: dict[str, Any], line: int, found: Problems) -> QueryRow | None:
-    before = found._count
+def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | None:
+    """The row of one object of a file; None if there is a problem, which is added to `problems`."""
+    count_before = problems.count
     value = {k: v for k, v in value.items() if v is not None}
     for key, content in list(value.items()):
         if key not in KEYS:
-            found.add(line, repr(key), f"unknown key; {nearest(key, KEYS)}")
+            problems.add(line, repr(key), f"unknown key; {nearest(key, KEYS)}")
         elif not isinstance(content, KEYS[key]) or isinstance(content, bool):
-            wanted = JSON_NAMES[KEYS[key]] if isinstance(KEYS[key], type) else "text or a number"
+            kind = KEYS[key]
+            wanted = JSON_NAMES[kind] if isinstance(kind, type) else "text or a number"
             hint = f'; write "{content}"' if key == "answer" and isinstance(content, int | float) else ""
-            found.add(line, key, f"must be {wanted}, is {JSON_NAMES.get(type(content), type(content).__name__)}{hint}")
+            problems.add(line, key, f"must be {wanted}, is {_json_name(content)}{hint}")
             return None
         elif isinstance(content, str) and (bad := _bad_text(content)):
-            found.add(line, key, bad)
-    messages = _messages(value, line, found)
+            problems.add(line, key, bad)
+    messages = _messages(value, line, problems)
     if (split := value.get("split")) not in (None, "train", "eval"):
-        found.add(line, "split", f"unknown split {split!r}; use 'train' or 'eval', or leave it out")
+        problems.add(line, "split", f"unknown split {split!r}; use 'train' or 'eval', or leave it out")
     args = value.get("verifier_args")
     if "verifier" not in value and args is not None:
-        found.add(line, "verifier_args", "there is no verifier to take them; add 'verifier'")
-    if found._count > before:
+        problems.add(line, "verifier_args", "there is no verifier to take them; add 'verifier'")
+    if problems.count > count_before:
         return None
     if "verifier" in value:
         try:
@@ -182,53 +204,59 @@ def _row(value: dict[str, Any], line: int, found: Problems) -> QueryRow | None:
             args = json.dumps(args or {}, sort_keys=True, ensure_ascii=False, allow_nan=False)
             args.encode()
         except SpecError as e:
-            found.add(line, "verifier", str(e))
+            problems.add(line, "verifier", str(e))
             return None
         except (TypeError, ValueError) as e:
-            found.add(line, "verifier_args", f"cannot be written as JSON: {e}")
+            problems.add(line, "verifier_args", f"cannot be written as JSON: {e}")
             return None
     return QueryRow(line, query_id(messages), messages, value.get("answer"), value.get("verifier"), args, split)
 
 
-def _messages(value: dict[str, Any], line: int, found: Problems) -> list[dict[str, str]]:
-    """The canonical messages of a row; problems are added to `found`, and then the result is not to be used."""
+def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, Any]]:
+    """The messages of a row, each with role and content only. When it adds to `problems`, the result is of no use."""
     if "messages" not in value:
         if "prompt" not in value:
-            found.add(line, "prompt", "missing; give 'prompt', or 'messages'")
+            problems.add(line, "prompt", "missing; give 'prompt', or 'messages'")
         elif not value["prompt"].strip():
-            found.add(line, "prompt", "empty; write the query")
+            problems.add(line, "prompt", "empty; write the query")
         system = [{"role": "system", "content": value["system"]}] if value.get("system", "").strip() else []
         return [*system, {"role": "user", "content": value.get("prompt", "")}]
     for other in ("prompt", "system"):
         if other in value:
-            found.add(line, other, f"given beside 'messages'; keep one of them ({other!r} can be a message)")
+            problems.add(line, other, f"given beside 'messages'; keep one of them ({other!r} can be a message)")
     messages = value["messages"]
     for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]", line, found)
+        _check_message(message, f"messages[{i}]", line, problems)
     last = messages[-1] if messages else None
     if not isinstance(last, dict) or last.get("role") != "user":
-        found.add(line, "messages", "must end with a message of role 'user'")
+        problems.add(line, "messages", "must end with a message of role 'user'")
     return [{"role": m.get("role"), "content": m.get("content")} for m in messages if isinstance(m, dict)]
 
 
-def _check_message(message: Any, where: str, line: int, found: Problems) -> None:
+def _check_message(message: Any, where: str, line: int, problems: Problems) -> None:
     if not isinstance(message, dict):
-        found.add(line, where, 'must be an object {"role": ..., "content": ...}')
+        problems.add(line, where, 'must be an object {"role": ..., "content": ...}')
         return
     for key in (k for k, v in message.items() if v is not None and k not in ("role", "content")):
-        found.add(line, f"{where}.{key!r}", f"unknown key; {nearest(key, ['role', 'content'])}")
+        problems.add(line, f"{where}.{key!r}", f"unknown key; {nearest(key, ['role', 'content'])}")
     if (role := message.get("role")) not in ROLES:
-        found.add(line, f"{where}.role", f"unknown role {role!r}; use {', '.join(ROLES)}")
+        problems.add(line, f"{where}.role", f"unknown role {role!r}; use {', '.join(ROLES)}")
     content = message.get("content")
     if not isinstance(content, str):
-        found.add(line, f"{where}.content", f"must be text, is {JSON_NAMES.get(type(content), type(content).__name__)}")
+        problems.add(line, f"{where}.content", f"must be text, is {_json_name(content)}")
     elif not content.strip():
-        found.add(line, f"{where}.content", "empty; write the message or leave it out")
+        problems.add(line, f"{where}.content", "empty; write the message or leave it out")
     elif bad := _bad_text(content):
-        found.add(line, f"{where}.content", bad)
+        problems.add(line, f"{where}.content", bad)
+
+
+def _json_name(value: Any) -> str:
+    """What an error calls a value; a type that JSON does not have (a date in Parquet, say) goes by its Python name."""
+    return JSON_NAMES.get(type(value), type(value).__name__)
 
 
 def _bad_text(text: str) -> str | None:
+    """Why a text cannot be stored, or None if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as e:

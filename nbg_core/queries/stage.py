@@ -1,12 +1,13 @@
-"""`queries`: the rows of a query file, validated, deduplicated, split, and kept apart from every held-out query.
+"""Asset `queries`, tables `queries` and `rejections`: the rows of a query file, validated, deduplicated and split.
 
-A row's own `split` wins; else its query id decides, so a query stays on its side whatever else is in the file. Dropped
-rows are `rejections` of stage 'queries': 'too_long', 'duplicate', 'near_duplicate', 'contaminated'. Rows and
-rejections are replaced in one commit; a file that says the same as before leaves them alone and adds its record only.
+A row's own `split` decides where it goes, else its query id does, so that a query stays on its side whatever else is in
+the file. Dropped rows are `rejections` of stage 'queries' with the reason 'too_long', 'duplicate', 'near_duplicate' or
+'contaminated'. Rows and rejections are replaced in one commit. If the file gives the same rows as before, only the
+record of the materialisation is added.
 
-Slices are compared with one another, so they are ingested one at a time on a machine (a lock), and the later one
-loses. A slice whose file is gone is not compared with: its rows stay, but those that a present slice has too become
-that slice's (a query file can be renamed).
+Every slice is compared with those ingested before it, so a lock lets one slice at a time be ingested on a machine. A
+slice whose file is gone is not compared with. Its rows stay, except that a query which the new slice has too becomes
+the new slice's: so a query file can be renamed.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ from nbg_core.queries.dedup import find_drops, item, text_key
 from nbg_core.queries.readers import QueryFileError, QueryRow, read_rows
 
 ASSET = "queries"
+
 REMEDY = {
     "too_long": "shorten the prompts; or raise the limit that `detail` names, as far as the student's context goes",
     "duplicate": "remove the copies, or the other slice that has them",
     "near_duplicate": "raise queries.near_duplicate_jaccard",
     "contaminated": "raise queries.contamination_words, or take the held-out queries out of the file",
 }
+"""Reason of a rejection of stage 'queries' -> what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueriesReport(Report):
     n_train: int
+    """Training queries."""
     n_eval: int
-    """Queries held out for evaluation."""
+    """Held-out queries."""
     dropped: dict[str, int]
     """Rows of the file that were dropped, by reason."""
 
@@ -54,9 +58,10 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
     path = _file(run, slice_name)
     settings = run.settings(ASSET, slice_name)
     rows = read_rows(path)
-    if unscored := sum(row.verifier is None for row in rows):
+    if n_unverified := sum(row.verifier is None for row in rows):
         run.log(
-            f"{ASSET}[{slice_name}]: {unscored} of {len(rows)} rows have no verifier: only teacher_loglik scores them"
+            f"{ASSET}[{slice_name}]: {n_unverified} of {len(rows)} rows have no verifier: only teacher_loglik scores "
+            "them"
         )
     drops = _too_long(run, slice_name, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
@@ -84,6 +89,7 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
 
 
 def _file(run: Run, slice_name: str) -> Path:
+    """The query file of a slice. Raises QueryFileError if there are two."""
     path = query_file(run.profile, slice_name)
     other = path.with_name(f"{slice_name}.parquet")
     if path != other and other.is_file():
@@ -92,11 +98,12 @@ def _file(run: Run, slice_name: str) -> Path:
 
 
 def split_of(query_id: str, eval_fraction: float) -> str:
+    """'eval' for a share `eval_fraction` of all query ids, else 'train'."""
     return "eval" if seed_from("split", query_id) / 2**63 < eval_fraction else "train"
 
 
 def _too_long(run: Run, slice_name: str, rows: list[QueryRow]) -> dict[int, tuple[str, str]]:
-    """Index -> (reason, detail) of the rows whose prompt, chat template applied, passes the limit."""
+    """Index -> (reason, detail) of the rows whose prompt, with the chat template applied, is longer than the limit."""
     from nbg_core.modeling.chat import encode_prompt
     from nbg_core.modeling.loading import context_length, load_tokenizer
 
@@ -107,7 +114,7 @@ def _too_long(run: Run, slice_name: str, rows: list[QueryRow]) -> dict[int, tupl
     response = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
     context = context_length(student)
     if context and context - response < limit:
-        limit, why = context - response, f"the student's context of {context} less {response} for the response"
+        limit, why = context - response, f"the student's context of {context} minus {response} for the response"
     if limit < 1:
         raise ValueError(f"no prompt fits: {why}; lower sampling.max_tokens and evaluation.max_tokens in the profile")
     drops = {}
@@ -123,22 +130,23 @@ def _too_long(run: Run, slice_name: str, rows: list[QueryRow]) -> dict[int, tupl
 def _compare(
     run: Run, slice_name: str, rows: list[QueryRow], drops: dict, others: pl.DataFrame, gone: pl.DataFrame
 ) -> tuple[list[tuple[QueryRow, str]], list[str]]:
-    """The rows to keep with their split, and the query ids to take over from slices whose file is gone.
+    """The rows to keep, each with its split, and the query ids to take over from slices whose file is gone.
 
-    Adds what is dropped to `drops`."""
+    `drops` holds the rows that are too long; those that `find_drops` finds are added to it. `others` are the rows of
+    other slices that have a file, `gone` those of slices that have none."""
     settings = run.profile.queries
-    short = [i for i in range(len(rows)) if i not in drops]
-    splits = {i: rows[i].split or split_of(rows[i].query_id, settings.eval_fraction) for i in short}
-    own = [item(slice_name, splits[i], f"line {rows[i].line}", rows[i].messages) for i in short]
+    candidates = [i for i in range(len(rows)) if i not in drops]
+    splits = {i: rows[i].split or split_of(rows[i].query_id, settings.eval_fraction) for i in candidates}
+    own = [item(slice_name, splits[i], f"line {rows[i].line}", rows[i].messages) for i in candidates]
     other = [
         item(r["slice"], r["split"], f"query {r['query_id']} of slice {r['slice']!r}", r["messages"])
         for r in others.sort("slice", "query_id").iter_rows(named=True)
     ]
     found = find_drops(own, other, settings)
-    drops.update({short[i]: drop for i, drop in found.items()})
+    drops.update({candidates[i]: drop for i, drop in found.items()})
     keys = {x.key for i, x in enumerate(own) if i not in found}
     taken_over = [r["query_id"] for r in gone.iter_rows(named=True) if text_key(r["messages"]) in keys]
-    return [(rows[i], splits[i]) for i in short if i not in drops], sorted(taken_over)
+    return [(rows[i], splits[i]) for i in candidates if i not in drops], sorted(taken_over)
 
 
 def _queries_frame(slice_name: str, path: Path, kept: list[tuple[QueryRow, str]]) -> pl.DataFrame:
@@ -169,7 +177,7 @@ def _frame(table: str, rows: list[dict]) -> pl.DataFrame:
 
 
 def _content(queries: pl.DataFrame) -> tuple[str, list[str]]:
-    """Data version of the rows, and the strings it is made of."""
+    """Data version of a frame of queries, and the strings that it is the hash of, one per row."""
     columns = queries.select("query_id", "split", "answer", "verifier", "verifier_args")
     contents = [json.dumps(row, ensure_ascii=False) for row in columns.iter_rows()]
     return content_version(contents), contents
@@ -178,7 +186,7 @@ def _content(queries: pl.DataFrame) -> tuple[str, list[str]]:
 def _writes(
     run: Run, slice_name: str, queries: pl.DataFrame, rejections: pl.DataFrame, old: pl.DataFrame, taken_over: list[str]
 ) -> list[Write]:
-    """What differs from the lake."""
+    """The writes of the tables whose rows of this slice differ from those in the lake; `old` are its queries there."""
     of_stage = "slice = ? AND stage = 'queries'"
     old_rejections = run.lake.sql(f"SELECT * FROM rejections WHERE {of_stage}", [slice_name]).drop("materialisation_id")
     writes = []
@@ -193,11 +201,13 @@ def _writes(
 
 
 def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
+    """Whether two frames have the same rows in the columns of `b`, in any order."""
     by = [name for name, dtype in b.schema.items() if not dtype.is_nested()]
     return a.select(b.columns).sort(by, nulls_last=True).equals(b.sort(by, nulls_last=True))
 
 
 def _nothing_left(path: Path, rows: list[QueryRow], kept: list, drops: dict) -> str:
+    """The error message for a file without a training query: how many rows went where, and what to change."""
     counts = Counter(reason for reason, _ in drops.values())
     held_out = f"{len(kept)} held out (lower queries.eval_fraction, or set 'split' in the rows)" if kept else ""
     dropped = [f"{n} {reason} ({REMEDY[reason]})" for reason, n in counts.most_common()]

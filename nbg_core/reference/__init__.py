@@ -1,1 +1,2 @@
-"""Asset `reference_logprobs`, table `reference_logprobs`: the frozen reference's log-probs of the same tokens."""
+"""Asset `reference_logprobs`, table `reference_logprobs`: the frozen reference's log-probabilities of the responses in
+pairs, and how far the sampler's are from them."""

@@ -1,33 +1,41 @@
-"""How far the sampler's log-probabilities are from the reference's, on the same tokens under the same weights.
+"""Sampler drift: how much the sampler's and the reference's log-probabilities of the same tokens under the same weights
+differ.
 
-Sampler and trainer run other kernels, so they never agree exactly; when they disagree much, what is trained on is not
-what was drawn. Both sides are of the model's own distribution, temperature 1 and nothing cut, whatever the tokens were
-drawn at (`samples.logprobs`), so sampling settings do not matter here. Only responses that the reference itself drew
-are compared: those of the teacher, or of an earlier policy, have other log-probs for good reasons.
+Sampler and trainer use different kernels, so they never agree exactly. When they disagree much, training works on
+another distribution than the one that was sampled from. Both log-probabilities are of the model's own distribution
+(temperature 1, no top-p), so sampling settings do not matter. Only responses that the reference itself drew are
+compared, because those of the teacher or of an earlier policy come from other weights.
 
-`step_0_bound` is how far the trainer itself may be from the reference before its first update.
+`step_0_bound` says how far the trainer itself may be from the reference before its first update.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
+from nbg_core.base.names import find
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import RESPONSES_OF_PAIRS, made_with
 
 BOUND = 0.1
-"""Nats a token may drift: some five times what rounding logits to bfloat16 costs."""
+"""Nats per token that count as little drift: about five times what rounding logits to bfloat16 costs."""
 MAX_SHARE = 0.01
-"""Share of tokens past the bound that is worth a warning."""
+"""The check `sampler_agrees` warns when a larger share of tokens drifts by more than BOUND."""
+
+STEP_0_NATS = {"fp32": 1e-4, "bf16": 0.1}
+"""Training precision -> nats by which a response of one token may differ before the first update."""
 
 
 def step_0_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
-    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens`.
+    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens` tokens each.
 
-    Rounding errors of tokens have either sign and add up by the square root. float32 differs by the order of sums
-    alone (1.5e-6 nats a token seen on CPUs; other kernels differ by more), bfloat16 by some 0.1 nats a token."""
-    return beta * {"fp32": 1e-4, "bf16": 0.1}[precision] * np.sqrt(n_tokens)
+    Rounding errors of tokens have random signs, so their sum grows with the square root of the length. float32 differs
+    only by the order of sums (1.5e-6 nats per token on CPUs, more between kernels), bfloat16 by about 0.1 nats per
+    token. Raises ValueError for an unknown precision."""
+    return beta * find(STEP_0_NATS, precision, "training.precision") * np.sqrt(n_tokens)
 
 
 _DRIFTS = f"""
@@ -35,11 +43,15 @@ _DRIFTS = f"""
     FROM reference_logprobs r JOIN samples s ON s.sample_id = r.sample_id AND s.model_id = r.model_id
     WHERE r.model_id = $2 AND r.settings_id = $3 AND len(s.logprobs) = len(r.token_logprobs) AND r.sample_id IN
       (SELECT sample_id FROM {RESPONSES_OF_PAIRS})"""
+"""SQL of the drift of each compared token: sample_id, drift (nats). $1 slice, $2 model id of the reference, $3
+scoring_id."""
 
 
 def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
-    """Drift of each compared response of a slice's pairs, widest first: sample_id, tokens, mean, max (nats a token),
-    past_bound (tokens)."""
+    """Drift of each compared response of a slice's pairs, largest first.
+
+    Columns: sample_id; tokens, their number; mean and max, nats per token; past_bound, tokens that drift by more than
+    BOUND."""
     return _sql(
         lake,
         "SELECT sample_id, count(*) AS tokens, avg(drift) AS mean, max(drift) AS max, "
@@ -49,7 +61,7 @@ def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
     )
 
 
-def summary(lake: Lake, slice_name: str) -> dict[str, float | int | None]:
+def summary(lake: Lake, slice_name: str) -> dict[str, Any]:
     """Over all compared tokens of a slice: their number, mean and max drift in nats, and the share past BOUND.
 
     All but the number are None when nothing was compared."""

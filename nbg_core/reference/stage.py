@@ -1,7 +1,7 @@
-"""`reference_logprobs`: the frozen policy's log-probabilities of every response in a pair.
+"""Asset `reference_logprobs`, table `reference_logprobs`: the reference's log-probs of every response in a pair.
 
-The reference is the model that training starts from (the SFT student in the first round, the promoted checkpoint
-later), so the margin before the first step is 0 for every pair.
+The reference is the model that training starts from: the SFT student in the first round, the promoted checkpoint later.
+So the margin of every pair is 0 before the first step.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ ASSET = "reference_logprobs"
 @dataclass(frozen=True, kw_only=True)
 class ReferenceReport(Report):
     reference_model_id: str
+    """Model id of the reference."""
     compared_tokens: int
     """Tokens that the reference itself drew; the sampler's log-probs of these are compared with the reference's."""
     sampler_drift_mean: float | None
-    """Mean difference, nats a token; None when nothing was compared, as below."""
+    """Mean difference, nats per token. This field and the next two are None when nothing was compared."""
     sampler_drift_max: float | None
     """Largest difference of one token, nats."""
     sampler_drift_share: float | None
-    """Share of tokens whose difference is past `drift.BOUND`."""
+    """Share of tokens whose difference is more than `drift.BOUND`."""
 
 
 def materialise(run: Run, slice_name: str) -> ReferenceReport:
     """Score the responses that have no row for this reference and dtype yet; a chunk per commit."""
     snapshot, inputs = run.read_upstream(ASSET, slice_name)
     wanted = samples_of_pairs(run.lake, slice_name, snapshot)
-    reference, scoring_id = run.policy.model_id, identity.scoring_id(run.profile)
-    done = scored_samples(run.lake, ASSET, reference, scoring_id, wanted["sample_id"].to_list())
+    reference_id, scoring_id = run.policy.model_id, identity.scoring_id(run.profile)
+    done = scored_samples(run.lake, ASSET, reference_id, scoring_id, wanted["sample_id"].to_list())
     missing = wanted.join(done, on="sample_id", how="anti", maintain_order="left")
     run.log(f"{ASSET}[{slice_name}]: {wanted.height - missing.height} of {wanted.height} responses already scored")
     new_rows = 0
     for chunk in response_logprobs(run, run.policy.path, missing, f"{ASSET}[{slice_name}]"):
-        rows = chunk.with_columns(slice=pl.lit(slice_name), model_id=pl.lit(reference), settings_id=pl.lit(scoring_id))
+        rows = chunk.with_columns(
+            slice=pl.lit(slice_name), model_id=pl.lit(reference_id), settings_id=pl.lit(scoring_id)
+        )
         new_rows += run.commit(ASSET, slice_name, [Write(ASSET, rows)], inputs=inputs).n_rows
-    version = content_version([f"{s}:{reference}:{scoring_id}" for s in wanted["sample_id"]])
-    done = run.commit(ASSET, slice_name, inputs=inputs, data_version=version)
+    version = content_version([f"{sample_id}:{reference_id}:{scoring_id}" for sample_id in wanted["sample_id"]])
+    commit = run.commit(ASSET, slice_name, inputs=inputs, data_version=version)
     return ReferenceReport.of(
-        done, ASSET, slice_name, version, rows=wanted.height, new_rows=new_rows, reference_model_id=reference,
+        commit, ASSET, slice_name, version, rows=wanted.height, new_rows=new_rows, reference_model_id=reference_id,
         **drift.summary(run.lake, slice_name),
     )  # fmt: skip

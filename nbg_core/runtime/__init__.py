@@ -1,1 +1,1 @@
-"""The processes that stages run in: the worker, and the supervisor that leaves none of them behind."""
+"""The processes in which stages run: the worker, and the supervisor, which makes sure that none of them is left."""

@@ -1,11 +1,16 @@
-"""Run a command so that nothing of it outlives the caller.
+"""Run a command so that none of its processes outlives the caller.
 
-`run_process` starts `python -m nbg_core.runtime.supervisor -- COMMAND`: a supervisor in a session of its own that runs the
-command and collects its orphans. The whole tree ends when the command ends, when the caller raises (an interrupt, a
-Dagster termination), and when the caller disappears, even by SIGKILL: on Linux the kernel tells the supervisor
-(PR_SET_PDEATHSIG) and hands it every orphaned descendant (PR_SET_CHILD_SUBREAPER), also those that opened a session
-of their own; elsewhere the supervisor looks at its parent twice a second. Ending is SIGTERM, a grace, SIGKILL. When
-the supervisor itself is killed, the command goes with it (Linux), and then the rest of its process group.
+`run_process` starts `python -m nbg_core.runtime.supervisor PARENT_PID GRACE -- COMMAND`. The supervisor is a process in
+a session of its own; it runs the command and reaps its orphaned descendants. The whole process tree is ended when
+
+- the command ends,
+- an exception is raised in the caller: an interrupt, or a Dagster termination,
+- the caller is gone, even by SIGKILL. On Linux the kernel signals this to the supervisor (PR_SET_PDEATHSIG); elsewhere
+  the supervisor compares its parent's pid 20 times a second.
+
+On Linux every orphaned descendant becomes a child of the supervisor (PR_SET_CHILD_SUBREAPER), including one that opened
+a session of its own. To end the tree, the supervisor sends SIGTERM and, after a grace period, SIGKILL. When the
+supervisor itself is killed, the kernel kills the command (Linux) and the caller kills the rest of its process group.
 """
 
 from __future__ import annotations
@@ -23,14 +28,7 @@ from pathlib import Path
 import psutil
 
 from nbg_core.base.errors import redact
-from nbg_core.base.processes import (
-    _PR_SET_CHILD_SUBREAPER,
-    _PR_SET_PDEATHSIG,
-    GRACE_SECONDS,
-    _libc,
-    die_with_parent,
-    is_alive,
-)
+from nbg_core.base.processes import GRACE_SECONDS, adopt_orphans, die_with_parent, is_alive
 
 _POLL_SECONDS = 0.05
 
@@ -44,17 +42,19 @@ def run_process(
     log_path: Path | None = None,
     grace: float = GRACE_SECONDS,
 ) -> int:
-    """Run `command`, give each line of its output (both streams, in order, secrets blanked) to `on_line` and append it
-    to `log_path`, and return its exit code: -N when signal N ended it.
+    """Run `command` and return its exit code: -N when signal N ended it.
 
-    If anything is raised meanwhile, by `on_line` or into this thread, the command's whole tree is ended first."""
+    Each line of its output is passed to `on_line` and appended to `log_path`: stdout and stderr in one stream, with
+    secrets replaced. `grace`: seconds between SIGTERM and SIGKILL. When `on_line` raises, or an exception reaches this
+    thread from elsewhere, the command's whole process tree is ended before the exception goes on."""
     supervisor = [sys.executable, "-m", "nbg_core.runtime.supervisor", str(os.getpid()), str(grace), "--", *command]
     process = subprocess.Popen(
         supervisor, env=_importable(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1, start_new_session=True,
     )  # fmt: skip
-    # What a killed supervisor leaves behind still holds our end of its output: reading on would wait for it.
-    watch = threading.Thread(target=_end_what_a_killed_one_left, args=[process], daemon=True)
+    assert process.stdout is not None  # a pipe
+    # Processes that a killed supervisor leaves behind keep the pipe open, and the loop below would wait for them.
+    watch = threading.Thread(target=_kill_group_of_killed_supervisor, args=[process], daemon=True)
     watch.start()
     try:
         if log_path is not None:
@@ -74,7 +74,7 @@ def run_process(
 
 
 def _importable(env: Mapping[str, str] | None) -> dict[str, str]:
-    """`env` with this package importable wherever the command runs."""
+    """`env`, with PYTHONPATH such that this package can be imported in any working directory."""
     env = dict(os.environ if env is None else env)
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
@@ -82,67 +82,67 @@ def _importable(env: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _end_supervisor(process: subprocess.Popen, grace: float) -> None:
-    """Ask the supervisor to end its tree; end its group ourselves if it does not, or if we are interrupted again."""
+    """Have the supervisor end its tree. If it does not, or this thread is interrupted again, kill its process group."""
     try:
         process.terminate()
         process.wait(grace + 2)
-    except BaseException:  # also a second interrupt: nothing may survive it, and the first one is raised on
+    except BaseException:  # such as a second interrupt; the caller goes on raising the first one
         pass
     finally:
         _kill_group(process.pid)
         process.wait()
 
 
-def _end_what_a_killed_one_left(supervisor: subprocess.Popen) -> None:
-    if supervisor.wait() == -signal.SIGKILL:  # the command's end, or the supervisor's own
+def _kill_group_of_killed_supervisor(supervisor: subprocess.Popen) -> None:
+    # The supervisor also ends by SIGKILL when its command did; then the group is empty.
+    if supervisor.wait() == -signal.SIGKILL:
         _kill_group(supervisor.pid)
 
 
 def _kill_group(group: int) -> None:
-    """End what a supervisor that was killed itself has left in its group."""
+    """Send SIGKILL to all processes of a group, if there are any."""
     try:
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:  # nothing is left
+    except ProcessLookupError:
         pass
 
 
 def supervise(command: Sequence[str], parent: int, grace: float) -> int:
-    """Run `command` until it ends, `parent` is gone or a signal comes; end what is left of the tree.
+    """Run `command` until it ends, the process with pid `parent` is gone or a signal arrives; then end the whole tree.
 
-    Returns the exit code, -N for signal N, 127 for a command that does not start."""
-    stop: list[int] = []
+    Returns the exit code: -N when signal N ended the command, 127 when it cannot be started."""
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda n, _frame: stop.append(n))
-    if sys.platform == "linux":
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        signal.signal(number, lambda n, _frame: received.append(n))
+    adopt_orphans()
     try:
         main = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as e:
         print(f"{command[0]} cannot be started: {e}", flush=True)
         return 127
-    while main.poll() is None and not stop and os.getppid() == parent:
+    while main.poll() is None and not received and os.getppid() == parent:
         _reap_orphans(main.pid)
         time.sleep(_POLL_SECONDS)
     deadline = time.monotonic() + grace
-    if left := _living():
+    if running := _descendants():
         _signal_all(signal.SIGTERM)
-    while left:
+    while running:
         if time.monotonic() > deadline:
             _signal_all(signal.SIGKILL)
         main.poll()
         _reap_orphans(main.pid)
         time.sleep(_POLL_SECONDS)
-        left = _living()
+        running = _descendants()
     return main.wait()
 
 
-def _living() -> list[psutil.Process]:
+def _descendants() -> list[psutil.Process]:
+    """The running processes below this one."""
     return [p for p in psutil.Process().children(recursive=True) if is_alive(p)]
 
 
 def _signal_all(number: int) -> None:
-    for process in _living():
+    for process in _descendants():
         try:
             process.send_signal(number)
         except psutil.NoSuchProcess:
@@ -150,20 +150,20 @@ def _signal_all(number: int) -> None:
 
 
 def _reap_orphans(main: int) -> None:
-    """Collect ended descendants that were handed to us (Linux); `main` is left to its Popen."""
+    """Reap ended descendants that became children of this process (Linux). `main` is left to its Popen object."""
     if sys.platform != "linux":
         return
     try:
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != main:
             os.waitpid(ended.si_pid, 0)
-    except ChildProcessError:  # none left
+    except ChildProcessError:  # there are no children
         pass
 
 
 def main() -> None:
     parent, grace, _, *command = sys.argv[1:]
     code = supervise(command, int(parent), float(grace))
-    if code < 0:  # end as the command did, so that the caller sees the signal
+    if code < 0:  # end by the command's signal, so that the caller sees it, but write no core dump
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""The process a stage runs in: `python -m nbg_core.runtime.worker ASSET [--slice S] [--run-id R] [--report FILE]`.
+"""The process that a stage runs in: `python -m nbg_core.runtime.worker ASSET [--slice S] [--run-id R] [--report FILE]`.
 
-Prints progress lines, writes one JSON report (result, or the error in one sentence), exits 0 or 1. SIGTERM ends it as
-an error would: what is finished is committed first. One worker per partition at a time; the lock goes with the process,
-however it ends.
+It prints progress, writes one JSON report (the stage's report, or the error in one sentence) and exits with 0 or 1.
+SIGTERM ends it as an error would: finished work is committed first. A lock keeps a second worker off the same
+partition; the operating system releases it when the process ends, however that happens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nbg_core.lineage.run import Run
 
 @contextmanager
 def only_worker(profile: Profile, asset: str, slice_name: str | None, run_id: str):
-    """Hold the lock of a partition. Raises RuntimeError naming the run that holds it."""
+    """Hold the lock of a partition. Raises RuntimeError when another run holds it, and names that run."""
     name = partition_name(asset, slice_name)
     lock = profile.resolve(profile.paths.work) / "locks" / f"{name}.lock"
     with hold(lock, f"run {run_id}, process {os.getpid()}", f"{name} is being materialised by"):
@@ -50,7 +50,7 @@ def materialise(asset: str, slice_name: str | None, run_id: str = "local", profi
 
 
 def _terminate(number: int, _frame) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the commit short; SIGKILL follows if it is slow
+    signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the commit of finished work
     raise SystemExit(128 + number)
 
 
@@ -64,7 +64,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         report = materialise(args.asset, args.slice, args.run_id)
-    except Exception as e:  # whatever went wrong is reported in one sentence; the log has the traceback
+    except Exception as e:  # the report gives the error in one sentence, the log its traceback
         report = {"error": sentence(e), "error_type": type(e).__name__}
         if is_defect(e) or not args.report:
             traceback.print_exc()

@@ -1,1 +1,1 @@
-"""Asset `student_samples`, table `samples`: responses of the current policy and, as a setting, of the teacher."""
+"""Asset `student_samples`, table `samples`: responses of the current policy and, as a setting, the teacher."""

@@ -1,4 +1,4 @@
-"""What a sampler is: prompts as token ids in, responses as token ids with log-probs out."""
+"""The interface of samplers, which take prompts as token ids and give responses as token ids with log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_tokenizer
@@ -13,7 +14,7 @@ from nbg_core.modeling.loading import load_tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """`len(seeds)` responses to one prompt, each drawn with its own seed."""
+    """Asks for `len(seeds)` responses to one prompt, each drawn with its own seed."""
 
     prompt_token_ids: list[int]
     seeds: list[int]
@@ -21,28 +22,33 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """A response. `logprobs` are of the model's own distribution (temperature 1, nothing cut), in nats."""
+    """A response to a prompt."""
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # 'stop' or 'length'
+    """Log-probability of each token in nats, under the model's own distribution: temperature 1, no top-p."""
+    finish_reason: str
+    """'stop' if it ends with a stop token, 'length' if it was cut off at `max_tokens`."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Sampling parameters; temperature 0 is greedy."""
+    """Sampling parameters."""
 
     temperature: float
+    """0 is greedy."""
     top_p: float
+    """Mass of nucleus sampling; 1 draws from all tokens."""
     max_tokens: int
+    """Longest response, in tokens."""
 
 
 Drawn = tuple[int, int, Response]
-"""Number of the request, number of its seed, and the response."""
+"""(index of the request, index of the seed in it, response)."""
 
 
 class Sampler(ABC):
-    """The model at `path`, served, and its tokenizer."""
+    """Draws responses of the model at `path`, and has its tokenizer."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False):
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -50,17 +56,20 @@ class Sampler(ABC):
 
     @abstractmethod
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
-        """One response per seed of each request, as they finish. A seed decides its response, whatever the batch."""
+        """Draw one response per seed of each request, and give them as they finish.
+
+        A response depends on its prompt and its seed, and not on the other requests."""
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, ready for the assistant's turn."""
+        """Token ids of a chat, up to where the assistant's turn begins."""
         return encode_prompt(self.tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        # A list of ids is one text; transformers returns a list of texts for a list of lists.
+        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
-        """All responses to each request, in its order of seeds."""
+        """All responses to each request, in the order of its seeds."""
         drawn = {(i, j): response for i, j, response in self.stream(requests, decoding)}
         return [[drawn[i, j] for j in range(len(request.seeds))] for i, request in enumerate(requests)]

@@ -1,8 +1,11 @@
-"""The embedded sampler: a transformers model in this process, batched, with a key-value cache.
+"""The sampler of backend `transformers`: a model in this process, batched, with a key-value cache.
 
-The draw is our own, not `generate`'s: each response has its own stream of uniform numbers, derived from its seed, so
-that neither batch size nor order nor what else was asked for changes it. The prompt is computed once for all the
-responses that share it. Shapes: B responses, V vocabulary.
+Tokens are drawn here and not by `generate`: each response has its own stream of uniform numbers, derived from its seed,
+so that it does not depend on batch size, order or the other requests. A prompt's forward pass is shared by all its
+responses.
+
+Shapes: R requests (prompts), N responses of all requests, L prompt tokens of the longest request plus tokens drawn so
+far, T response tokens of the longest response, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ class TransformersSampler(Sampler):
         self.batch_size = batch_size
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
-        """See Sampler.stream. Requests are grouped up to `batch_size` responses (one request is never split)."""
+        """See Sampler.stream. A batch has as many requests as have `batch_size` responses together, one at least."""
         start = 0
         for end in range(1, len(requests) + 1):
             batch = requests[start : end + 1]
@@ -42,24 +45,30 @@ class TransformersSampler(Sampler):
                 start = end
 
     @torch.inference_mode()
-    def _batch(self, requests: list[Request], decoding: Decoding) -> list[list[Response]]:
+    def _batch(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
+        """The responses to each request of one batch."""
         device = self.model.device
         width = max(len(r.prompt_token_ids) for r in requests)
-        ids = torch.zeros((len(requests), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, r in enumerate(requests):  # padded on the left, so that all responses start at one column
-            ids[i, width - len(r.prompt_token_ids) :] = torch.tensor(r.prompt_token_ids)
+        token_ids = torch.zeros((len(requests), width), dtype=torch.long)  # [R, L]
+        mask = torch.zeros_like(token_ids)  # [R, L], 1 where there is a token
+        for i, r in enumerate(requests):  # padded on the left, so that all responses start in the same column
+            token_ids[i, width - len(r.prompt_token_ids) :] = torch.tensor(r.prompt_token_ids)
             mask[i, width - len(r.prompt_token_ids) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        owner = torch.tensor([i for i, r in enumerate(requests) for _ in r.seeds], device=device)  # [B]
+        token_ids, mask = token_ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [R, L]
+        out = self.model(
+            input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        request_of = torch.tensor([i for i, r in enumerate(requests) for _ in r.seeds], device=device)  # [N]
         cache = out.past_key_values
-        cache.batch_select_indices(owner)
-        logits, mask, position = out.logits[owner, -1], mask[owner], positions[owner, -1:]
-        uniforms = torch.from_numpy(_uniforms([s for r in requests for s in r.seeds], decoding.max_tokens)).to(device)
+        cache.batch_select_indices(request_of)  # from one row per request to one per response
+        logits, mask = out.logits[request_of, -1], mask[request_of]  # [N, columns of the output matrix], [N, L]
+        position = positions[request_of, -1:]  # [N, 1]
+        seeds = [seed for r in requests for seed in r.seeds]
+        uniforms = torch.from_numpy(_uniforms(seeds, decoding.max_tokens)).to(device)  # [N, max_tokens]
 
-        tokens, logprobs, running = [], [], torch.ones(len(owner), dtype=torch.bool, device=device)
+        tokens, logprobs = [], []  # [N] for each step
+        running = torch.ones(len(request_of), dtype=torch.bool, device=device)  # [N]
         for step in range(decoding.max_tokens):
             token, logprob = _draw(logits[:, : self.vocab].float(), uniforms[:, step], decoding)
             tokens.append(token)
@@ -67,41 +76,43 @@ class TransformersSampler(Sampler):
             running &= ~torch.isin(token, self.stop)
             if not running.any() or step + 1 == decoding.max_tokens:
                 break
-            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], 1)  # [N, L], L grows by one
             position = position + 1
             out = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                              past_key_values=cache, use_cache=True)  # fmt: skip
             logits = out.logits[:, -1]
         return self._responses(requests, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
-    def _responses(self, requests: list[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
-        ends = torch.isin(tokens, self.stop)
-        stopped = ends.any(1)
-        lengths = torch.where(stopped, ends.int().argmax(1) + 1, tokens.shape[1]).tolist()
-        flat = iter(
-            Response(t[:n], p[:n], "stop" if s else "length")
-            for t, p, n, s in zip(tokens.tolist(), logprobs.tolist(), lengths, stopped.tolist(), strict=True)
+    def _responses(self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
+        """The responses to each request, from tokens [N, T] and logprobs [N, T]; each ends at its first stop token."""
+        ends = torch.isin(tokens, self.stop)  # [N, T]
+        stopped = ends.any(1)  # [N]
+        lengths = torch.where(stopped, ends.int().argmax(1) + 1, tokens.shape[1])  # [N]
+        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
+        responses = iter(
+            Response(token_ids[:n], own_logprobs[:n], "stop" if has_stopped else "length")
+            for token_ids, own_logprobs, n, has_stopped in zip(*columns, strict=True)
         )
-        return [[next(flat) for _ in r.seeds] for r in requests]
+        return [[next(responses) for _ in r.seeds] for r in requests]
 
 
 def _uniforms(seeds: list[int], n: int) -> np.ndarray:
-    """[B, n] uniform numbers in [0, 1), a stream per seed."""
-    return np.stack([np.random.Generator(np.random.Philox(key=s)).random(n) for s in seeds])
+    """Uniform numbers [N, n] in [0, 1), float64: one stream for each of N seeds."""
+    return np.stack([np.random.Generator(np.random.Philox(key=seed)).random(n) for seed in seeds])
 
 
-def _draw(logits: Tensor, u: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Token ids [B] drawn from logits [B, V] with uniform numbers u [B], and their log-probs at temperature 1."""
-    logp = logits.log_softmax(-1)
+def _draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """Token ids [N] drawn from logits [N, V] with uniform numbers [N], and their log-probs [N] at temperature 1."""
+    logp = logits.log_softmax(-1)  # [N, V]
     if decoding.temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1)  # [N]
     else:
-        p = (logits.double() / decoding.temperature).softmax(-1)
+        p = (logits.double() / decoding.temperature).softmax(-1)  # [N, V]
         if decoding.top_p < 1:
             ordered = p.sort(-1, descending=True)
-            before = ordered.values.cumsum(-1) - ordered.values
+            before = ordered.values.cumsum(-1) - ordered.values  # [N, V], mass of all more probable tokens
             p = p.scatter(-1, ordered.indices, ordered.values.masked_fill(before >= decoding.top_p, 0))
-        cdf = p.cumsum(-1)
-        last = (p > 0).int().cumsum(-1).argmax(-1, keepdim=True)  # rounding must not pick an impossible id
-        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).minimum(last)[:, 0]
+        cdf = p.cumsum(-1)  # [N, V]
+        last = (p > 0).int().cumsum(-1).argmax(-1, keepdim=True)  # [N, 1], the last possible id: rounding may pass it
+        token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).minimum(last)[:, 0]  # [N]
     return token, logp.gather(-1, token[:, None])[:, 0]

@@ -1,11 +1,12 @@
-"""The sampler that speaks to vLLM servers: token ids in, token ids and log-probs out, never text.
+"""The sampler of backend `vllm`: sends token ids to vLLM servers and gets token ids and log-probabilities, never text.
 
-Every response is a request of its own with its own seed: the server keeps a prompt's keys and values, so the prompt
-is computed once for the responses that share it, and a response that failed is asked for again alone. A seed decides
-its response up to rounding: vLLM's kernels round by the batch, so that a draw at the edge of two tokens can fall
-either way. Log-probs are of the model's own distribution (vLLM's logprobs_mode raw_logprobs, checked by the client);
-unlike the transformers sampler's, they count the columns of a padded output matrix, whose mass is nothing and which
-are never drawn.
+Every response is an HTTP request of its own, with its own seed, so that a response that failed can be asked for again
+alone. The server caches keys and values, so a prompt is computed once for all its responses.
+
+A seed decides its response up to rounding: vLLM's results are rounded differently in different batches, so a draw at
+the boundary between two tokens can fall either way. Log-probabilities are of the model's own distribution (vLLM's
+logprobs_mode raw_logprobs, which the client checks). Unlike those of the transformers sampler, they include the columns
+of a padded output matrix, which have practically no mass and are never drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class VllmSampler(Sampler):
         self.client = client
         self.stop = stop_ids(generation_config(path, trust_remote_code=trust_remote_code), self.tokenizer)
         width = output_width(path, trust_remote_code=trust_remote_code)
-        self._never = {str(i): -100.0 for i in range(self.vocab, width)}
+        self._never_drawn = {str(i): -100.0 for i in range(self.vocab, width)}  # logit biases of padding columns
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
         """See Sampler.stream."""
@@ -40,30 +41,34 @@ class VllmSampler(Sampler):
             yield (*asked[number], response)
 
     def _body(self, request: Request, seed: int, decoding: Decoding) -> dict:
-        """All sampling parameters: what is left out, a server may take from the model's generation config."""
+        """The body of the HTTP request for one response.
+
+        It names every sampling parameter, because a server may take one that is missing from the model's generation
+        config."""
         return {
             "prompt": request.prompt_token_ids, "seed": seed, "max_tokens": decoding.max_tokens, "logprobs": 0,
             "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0, "min_p": 0.0,
             "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "stop_token_ids": sorted(self.stop), "return_token_ids": True, "skip_special_tokens": False,
-        } | ({"logit_bias": self._never} if self._never else {})  # fmt: skip
+        } | ({"logit_bias": self._never_drawn} if self._never_drawn else {})  # fmt: skip
 
     def _response(self, choice: dict, request: Request, decoding: Decoding) -> Response:
-        """Raises BadAnswer for what cannot be a response to the request."""
-        ids, reason = choice.get("token_ids"), choice.get("finish_reason")
+        """The response in a server's answer. Raises BadAnswer for what cannot be a response to the request."""
+        token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if choice.get("prompt_token_ids") != request.prompt_token_ids:
             raise BadAnswer("an answer to another prompt")
-        if not ids or not logprobs or len(ids) != len(logprobs):
-            raise BadAnswer(f"{len(ids or [])} tokens with {len(logprobs or [])} log-probs")
-        if not all(isinstance(t, int) and 0 <= t < self.vocab for t in ids):
-            raise BadAnswer(f"token ids up to {max(ids)}, but the tokenizer has {self.vocab}")
+        if not token_ids or not logprobs or len(token_ids) != len(logprobs):
+            raise BadAnswer(f"{len(token_ids or [])} tokens with {len(logprobs or [])} log-probs")
+        if not all(isinstance(t, int) and 0 <= t < self.vocab for t in token_ids):
+            raise BadAnswer(f"token ids up to {max(token_ids)}, but the tokenizer has {self.vocab}")
         if not all(isinstance(p, int | float) and math.isfinite(p) and p <= 1e-3 for p in logprobs):
             raise BadAnswer("log-probs that are not numbers, or above 0")
-        ends = [i for i, t in enumerate(ids) if t in self.stop]
-        whole = ends == [len(ids) - 1] if reason == "stop" else not ends and len(ids) == decoding.max_tokens
-        if reason not in ("stop", "length") or not whole or len(ids) > decoding.max_tokens:
+        n = len(token_ids)
+        ends = [i for i, t in enumerate(token_ids) if t in self.stop]
+        whole = ends == [n - 1] if reason == "stop" else not ends and n == decoding.max_tokens
+        if reason not in ("stop", "length") or not whole or n > decoding.max_tokens:
             raise BadAnswer(
-                f"{len(ids)} tokens of at most {decoding.max_tokens}, finish reason {reason!r}, end tokens at {ends}"
+                f"{n} tokens of at most {decoding.max_tokens}, finish reason {reason!r}, end tokens at {ends}"
             )
-        return Response(ids, [min(float(p), 0.0) for p in logprobs], reason)
+        return Response(token_ids, [min(float(p), 0.0) for p in logprobs], reason)

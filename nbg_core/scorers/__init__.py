@@ -1,1 +1,1 @@
-"""What gives one response a number: the table of scorers, and the verifiers that check an answer by a rule."""
+"""Scorers, which give a response a number, and verifiers, which check an answer by a rule."""

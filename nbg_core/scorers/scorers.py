@@ -1,11 +1,11 @@
-"""Scorers: what gives one response a number. A scorer is one row of SCORERS, and everything else follows from it.
+"""Scorers, which give a response a number. A scorer is one entry of SCORERS, and everything else follows from it.
 
-What follows: the key in `preference.weights` of a profile, the rows of table `scores`, the settings that make
+From an entry follow the key in `preference.weights` of a profile, the rows of table `scores`, the settings that make
 `filtered_pairs` stale, the report and the plot. A scorer of weight 0 does not run. Scores are kept in the lake under
 `scorer_id`, a hash of everything that a score depends on besides the response, so a response is scored once.
 
-`samples` frames have a row per response: sample_id, query_id, source, finish_reason, prompt_token_ids, token_ids, text,
-and of its query prompt, answer, verifier, verifier_args.
+A frame `samples` has one row per response, with the columns sample_id, query_id, source, finish_reason,
+prompt_token_ids, token_ids and text, and those of its query: prompt, answer, verifier and verifier_args.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -24,51 +24,56 @@ if TYPE_CHECKING:
     from nbg_core.base.progress import Progress
 
 CHUNK = 2048
-"""Responses scored per commit by a function of one response: what a crash can lose."""
+"""Responses that `by_response` scores per commit; a crash loses at most this many scores."""
 
 
 class Context(Protocol):
-    """What the stage `filtered_pairs` gives a scorer."""
+    """The parts of a run that a scorer may use. The stage `filtered_pairs` implements it."""
 
-    def identity(self, name: str) -> object:
-        """The value of an identity that the scorer depends on (`Scorer.depends_on`)."""
+    def identity(self, name: str) -> Any:
+        """The value of an entry of `config.identity.IDENTITIES` that the scorer depends on (`Scorer.depends_on`)."""
 
     def progress(self, total: int) -> Progress:
-        """Progress over `total` responses, under the scorer's name."""
+        """A progress log over `total` responses, under the scorer's name."""
 
     def teacher_logprobs(self, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """Frames (sample_id, token_logprobs) of `samples` under the teacher, a chunk at a time."""
+        """Frames (sample_id, token_logprobs) of `samples`, a chunk at a time: the teacher's log-probability of each
+        response token, in nats."""
 
 
 @dataclass(frozen=True)
 class Scorer:
+    """A way to give a response a number; higher is better."""
+
     name: str
-    """Key in `preference.weights`, and `scores.scorer`."""
+    """Key in `preference.weights`, and value of column `scores.scorer`."""
     unit: str
-    """Unit of the score; higher is better."""
+    """Unit of the score."""
     meaning: str
     ids: Callable[[Context, pl.DataFrame], pl.DataFrame]
-    """(sample_id, scorer_id) of those `samples` that the scorer applies to."""
+    """(context, samples) -> frame (sample_id, scorer_id) of those responses that the scorer applies to."""
     compute: Callable[[Context, pl.DataFrame], Iterator[pl.DataFrame]]
-    """Frames (sample_id, score) of `samples`, a chunk at a time; each is committed before the next is asked for."""
+    """(context, samples) -> frames (sample_id, score), a chunk at a time; each is committed before the next is made."""
     depends_on: Sequence[str] = ()
-    """Names in `assets.IDENTITIES`: models and settings that the score depends on."""
+    """Names in `config.identity.IDENTITIES`: models and settings that a score depends on. A change of their values
+    makes `filtered_pairs` stale."""
 
 
-def one_id(*parts: str) -> Callable[[Context, pl.DataFrame], pl.DataFrame]:
-    """`ids` of a scorer that applies to every response and depends on nothing else: `parts` are its name and version."""
+def one_id(*parts: object) -> Callable[[Context, pl.DataFrame], pl.DataFrame]:
+    """Make the `ids` of a scorer that applies to every response and has one scorer_id: the hash of `parts`, its name,
+    its version and the values that it depends on."""
     return lambda context, samples: samples.select("sample_id", scorer_id=pl.lit(digest(*parts)))
 
 
 def by_response(score: Callable[[dict], float]) -> Callable[[Context, pl.DataFrame], Iterator[pl.DataFrame]]:
-    """`compute` of a scorer that is a function of one response, a row of `samples`.
+    """Make the `compute` of a scorer that looks at one response at a time: `score` gets a row of `samples`.
 
-    Responses to one query with one text are scored once."""
+    Responses to the same query with the same text are scored once in a chunk."""
 
     def compute(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
         progress = context.progress(samples.height)
         for chunk in samples.iter_slices(CHUNK):
-            known: dict[tuple[str, str], float] = {}
+            known: dict[tuple[str, str], float] = {}  # (query_id, text) -> score
             scores = []
             for row in chunk.iter_rows(named=True):
                 key = (row["query_id"], row["text"])
@@ -82,12 +87,12 @@ def by_response(score: Callable[[dict], float]) -> Callable[[Context, pl.DataFra
 
 
 def _verifier_ids(context: Context, samples: pl.DataFrame) -> pl.DataFrame:
-    rows = samples.filter(pl.col("verifier").is_not_null())
-    return rows.select("sample_id").with_columns(verifiers.scorer_ids(rows))
+    verified = samples.filter(pl.col("verifier").is_not_null())
+    return verified.select("sample_id").with_columns(verifiers.scorer_ids(verified))
 
 
 def _verify(row: dict) -> float:
-    """Raises SpecError naming the query whose verifier cannot work."""
+    """The verifier's score of a row of `samples`. Raises SpecError naming the query whose verifier cannot work."""
     args = json.loads(row["verifier_args"] or "{}")
     try:
         return verifiers.verify(row["text"], row["answer"], row["verifier"], args, row["prompt"])
@@ -98,8 +103,9 @@ def _verify(row: dict) -> float:
 def _loglik_ids(context: Context, samples: pl.DataFrame) -> pl.DataFrame:
     parts = [context.identity(name) for name in ("teacher", "scoring_id")]
     engine = context.identity("teacher_engine")
-    by = [engine] if engine[0] == "vllm" else []  # versions of transformers agree up to rounding
-    return one_id("teacher_loglik", *parts, *by)(context, samples)
+    if engine[0] == "vllm":  # versions of transformers agree up to rounding, so theirs are not part of the id
+        parts.append(engine)
+    return one_id("teacher_loglik", *parts)(context, samples)
 
 
 def _loglik(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:

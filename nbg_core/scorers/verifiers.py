@@ -1,9 +1,9 @@
-"""Verifiers: rules that say whether a response is right, as a score in [0, 1]. A verifier is one row of VERIFIERS.
+"""Verifiers: rules that say whether a response is right, as a score in [0, 1]. A verifier is one entry of VERIFIERS.
 
-A response that a verifier cannot digest, or not within TIME_LIMIT seconds, scores 0. A specification that no response
-could satisfy (unknown name, bad arguments, a scorer that fails on the reference answer) is a SpecError: `check_spec`
-finds it when queries are ingested. The time limit is an alarm signal, so `verify` runs in a process's main thread, as
-every worker does.
+A response on which a verifier fails, or takes longer than TIME_LIMIT seconds, scores 0. A specification that no
+response could satisfy (unknown name, bad arguments, a verifier that fails on the reference answer) is a SpecError; when
+queries are ingested, `check_spec` raises it. The time limit is an alarm signal, so `verify` must be called in the main
+thread of a process; workers do that.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from nbg_core.base.ids import digest
 from nbg_core.base.names import nearest
 
 VERSION = "1"
-"""Raised when a verifier would score differently: everything scored before is then scored again."""
+"""Part of every scorer_id. Increment it when a verifier scores otherwise than before: all responses are then verified
+again."""
 
 TIME_LIMIT = 5.0
 """Seconds a verifier may take over one response."""
 
 
 class SpecError(ValueError):
-    """A query whose verifier cannot work: says which field is wrong and what to write instead."""
+    """A query's verifier, answer or verifier_args cannot work; the message names the field and the remedy."""
 
 
 class _TimedOut(BaseException):
-    """Not an Exception, so that a scorer's own `except Exception` does not swallow it."""
+    """A verifier reached its time limit. No Exception, so that a library's `except Exception` does not catch it."""
 
 
 @dataclass(frozen=True)
@@ -43,88 +44,94 @@ class Verifier:
     """A way to check a response against a query's `answer` and `verifier_args`."""
 
     name: str
+    """Value of `verifier` in a query file."""
     meaning: str
-    """When a response is right; the README's table is made of these."""
-    score: Callable[[str, str | None, dict[str, Any], str], float]
-    """(stripped response, answer, arguments, prompt) -> score in [0, 1]; within TIME_LIMIT."""
+    """When a response is right."""
+    score: Callable[[str, Any, dict[str, Any], str], float]
+    """(stripped response, answer, verifier_args, prompt) -> score in [0, 1]. The answer may be None unless
+    `needs_answer`. It runs under the time limit."""
     arguments: Mapping[str, type] = field(default_factory=dict)
-    """Arguments that it takes, with their types."""
+    """Name -> type of the arguments that it takes in `verifier_args`."""
     required: tuple[str, ...] = ()
-    """Those of them that it needs, each with an example in the error."""
+    """Names of the arguments that it cannot do without."""
     needs_answer: bool = False
+    """Whether the query must have an `answer`."""
     check: Callable[[str | None, dict[str, Any], str], object] = lambda answer, args, prompt: None
-    """Fails on an answer or arguments that cannot work; within TIME_LIMIT."""
+    """(answer, verifier_args, prompt) -> anything; raises for values that cannot work. It runs under the time limit."""
     load: Callable[[dict[str, Any]], object] = lambda args: None
-    """Imports what it needs, outside the time limit: an import that is cut off stays half done."""
+    """(verifier_args) -> anything; imports what the verifier needs. It runs before the time limit starts, because an
+    interrupted import would leave a broken module."""
     remedy: str = "simplify it"
-    """What to do when it fails on the reference answer."""
+    """What a user should do when `check` fails on the reference answer."""
 
 
 def verify(text: str, answer: str | None, verifier: str, args: dict[str, Any], prompt: str) -> float:
     """The score in [0, 1] of a response.
 
     Raises SpecError when the fault is the query's, RuntimeError outside the main thread."""
-    kind = _ready(answer, verifier, args)
+    found = _ready(answer, verifier, args)
     try:
         with _time_limit():
-            score = kind.score(text.strip(), answer, args, prompt)
+            score = found.score(text.strip(), answer, args, prompt)
             return min(max(float(score), 0.0), 1.0)
     except SpecError:
         raise
-    except (Exception, _TimedOut):  # whatever a third-party scorer makes of a strange response
-        _check(kind, answer, args, prompt)
+    except (Exception, _TimedOut):  # a library may raise anything on a strange response
+        _check(found, answer, args, prompt)
         return 0.0
 
 
 def check_spec(answer: str | None, verifier: str, args: dict[str, Any], prompt: str) -> None:
-    """Raises SpecError if no response could be verified against this specification."""
+    """Raise SpecError if no response could be verified with this answer, verifier and arguments."""
     _check(_ready(answer, verifier, args), answer, args, prompt)
 
 
 def scorer_ids(queries: pl.DataFrame) -> pl.Series:
-    """`scorer_id`: hash of what a score depends on besides the response: verifier, answer, verifier_args."""
+    """Series `scorer_id` of frame `queries`: hash of what a score depends on besides the response, which is verifier,
+    answer and verifier_args."""
     rows = queries.select("verifier", "answer", "verifier_args").iter_rows()
     return pl.Series("scorer_id", [digest("verifier", VERSION, *row) for row in rows], dtype=pl.String)
 
 
 def _ready(answer: str | None, verifier: str, args: dict[str, Any]) -> Verifier:
-    """The verifier, loaded, once its fields are known to be right."""
+    """The verifier, ready to score. Raises SpecError if its name, its arguments or a missing answer are at fault."""
     if verifier not in VERIFIERS:
         raise SpecError(f"unknown verifier {verifier!r}; {nearest(verifier, VERIFIERS)}")
-    kind = VERIFIERS[verifier]
+    found = VERIFIERS[verifier]
     for name, value in args.items():
-        if name not in kind.arguments:
-            raise SpecError(f"verifier_args: {verifier} takes no {name!r}; {nearest(name, kind.arguments)}")
-        if not isinstance(value, kind.arguments[name]):
-            raise SpecError(f"verifier_args: {name} = {value!r} must be of type {kind.arguments[name].__name__}")
-    if answer is None and kind.needs_answer:
-        raise SpecError(f"verifier {verifier} needs an 'answer'")
-    for name in kind.required:
+        if name not in found.arguments:
+            raise SpecError(f"verifier_args: {verifier} takes no {name!r}; {nearest(name, found.arguments)}")
+        if not isinstance(value, found.arguments[name]):
+            raise SpecError(f"verifier_args: {name} = {value!r} must be of type {found.arguments[name].__name__}")
+    if answer is None and found.needs_answer:
+        raise SpecError(f"verifier {verifier} needs an 'answer'; add one, or remove the verifier")
+    for name in found.required:
         if name not in args:
-            raise SpecError(f"verifier {verifier} needs verifier_args with a {name!r}")
+            raise SpecError(f"verifier {verifier} needs verifier_args with a {name!r}; add it")
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("verifiers were called in a thread; their time limit needs a main thread: use a process")
-    kind.load(args)
-    return kind
+        raise RuntimeError("a verifier was called outside the main thread, where its time limit cannot work; call it "
+                           "in the main thread of a process")  # fmt: skip
+    found.load(args)
+    return found
 
 
-def _check(kind: Verifier, answer: str | None, args: dict[str, Any], prompt: str) -> None:
-    """Raises SpecError if the verifier fails on the reference answer itself (for missing metadata, say)."""
+def _check(verifier: Verifier, answer: str | None, args: dict[str, Any], prompt: str) -> None:
+    """Raise SpecError if the verifier fails on the reference answer itself (for missing metadata, say)."""
     try:
         with _time_limit():
-            kind.check(answer, args, prompt)
+            verifier.check(answer, args, prompt)
     except SpecError:
         raise
     except (Exception, _TimedOut) as e:
         raise SpecError(
-            f"verifier {kind.name} fails on the reference answer {answer!r}: {type(e).__name__.strip('_')}: {e}; "
-            f"{kind.remedy}"
+            f"verifier {verifier.name} fails on the reference answer {answer!r}: {type(e).__name__.strip('_')}: {e}; "
+            f"{verifier.remedy}"
         ) from e
 
 
 @contextmanager
 def _time_limit():
-    """Raise _TimedOut in the body after TIME_LIMIT seconds, and every second from then on."""
+    """Raise _TimedOut in the body of the `with` after TIME_LIMIT seconds, and then every second until it ends."""
 
     def stop(signum, frame):
         raise _TimedOut(f"no verdict within {TIME_LIMIT:g} s")
@@ -156,7 +163,7 @@ def _pattern(answer: str | None, args: dict) -> re.Pattern:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
-        raise SpecError(f"{pattern!r} is not a regular expression: {e}") from e
+        raise SpecError(f"{pattern!r} is not a regular expression: {e}; correct it, or use verifier 'exact'") from e
 
 
 def _math_verify(text: str, answer: str, args: dict, prompt: str) -> float:
@@ -164,7 +171,7 @@ def _math_verify(text: str, answer: str, args: dict, prompt: str) -> float:
     from math_verify import verify as same
 
     gold = _gold(answer)
-    # Its own time limits are off: they use the same alarm as ours.
+    # math_verify's own time limits are switched off, because they use the same alarm signal as _time_limit.
     return same(gold, parse(text, parsing_timeout=None), timeout_seconds=None)
 
 
@@ -172,9 +179,9 @@ def _math_verify(text: str, answer: str, args: dict, prompt: str) -> float:
 def _gold(answer: str) -> list:
     from math_verify import parse
 
-    for name in ("math_verify.parser", "math_verify.grader"):  # they warn that their own time limit is off
+    for name in ("math_verify.parser", "math_verify.grader"):  # both warn that their own time limit is off
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Without a delimiter only the first number would be read: 3\sqrt{2} as 3.
+    # Without delimiters math_verify would read only the first number of an answer: 3\sqrt{2} as 3.
     latex = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
     gold = parse(latex, parsing_timeout=None)
     if not gold:
@@ -200,7 +207,9 @@ def _dataset_scorer(dataset: str) -> Callable[[str | None, dict], float]:
     try:
         return get_score_answer_fn(dataset)
     except Exception as e:
-        raise SpecError(f"verifier_args: reasoning_gym dataset {dataset!r} has no scorer of its own: {e}") from e
+        raise SpecError(
+            f"verifier_args: reasoning_gym dataset {dataset!r} has no scorer of its own ({e}); name another dataset"
+        ) from e
 
 
 VERIFIERS: dict[str, Verifier] = {

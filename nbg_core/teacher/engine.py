@@ -13,7 +13,8 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from nbg_core.config.profile import Profile, TeacherSettings
+from nbg_core.base.names import unknown
+from nbg_core.config.profile import ENGINES, Profile, TeacherSettings
 from nbg_core.lineage.run import Run
 from nbg_core.teacher.forward import Scorer, response_logprobs
 from nbg_core.teacher.store import compress
@@ -21,19 +22,24 @@ from nbg_core.teacher.store import compress
 
 @contextmanager
 def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
-    """The profile's engine with the teacher at `path`: what makes frames of teacher_logits columns of `samples`."""
-    if run.profile.teacher.engine == "vllm":
-        from nbg_core.teacher.vllm_scoring import open_vllm
+    """The profile's engine with the teacher at `path`: what makes frames of teacher_logits columns of `samples`.
 
-        with open_vllm(run, path) as rows_of:
-            yield rows_of
-        return
-    if run.profile.teacher.n_processes > 1:
-        with _many(run, path) as rows_of:
-            yield rows_of
-        return
-    scorer = Scorer(run.profile, path, run.log)
-    yield lambda samples: _rows(scorer, samples, run.profile.teacher)
+    Raises ValueError for an unknown engine."""
+    s = run.profile.teacher
+    match s.engine:
+        case "transformers" if s.n_processes > 1:
+            with _many(run, path) as rows_of:
+                yield rows_of
+        case "transformers":
+            scorer = Scorer(run.profile, path, run.log)
+            yield lambda samples: _rows(scorer, samples, s)
+        case "vllm":
+            from nbg_core.teacher.vllm_scoring import open_vllm
+
+            with open_vllm(run, path) as rows_of:
+                yield rows_of
+        case _:
+            raise unknown("teacher.engine", s.engine, ENGINES)
 
 
 def token_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) -> Iterator[pl.DataFrame]:
@@ -106,5 +112,6 @@ def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
 def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
     if isinstance(_scorer, Exception):
         raise _scorer
+    assert _scorer is not None  # `_start` has run
     scorer, settings = _scorer
     return list(_rows(scorer, samples, settings))

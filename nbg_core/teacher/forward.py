@@ -21,7 +21,7 @@ from nbg_core.modeling.packing import supports_packing
 
 @dataclass(frozen=True)
 class Scored:
-    """One forward pass over the responses of `samples`, behind one another in their order."""
+    """One forward pass over the responses of `samples`, concatenated in their order."""
 
     samples: pl.DataFrame
     hidden: Tensor

@@ -1,26 +1,30 @@
-"""The stored teacher distribution: an exact head and systematic samples of the tail, per response position.
+"""The stored teacher distribution: its top entries exactly and systematic samples of the tail, per response position.
 
-The head is the smallest set of top entries that leaves at most `epsilon` outside, up to `k_head`. If more than
-`epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number per position, seeded
-by sample and position), each standing for an equal share of the tail mass: the cross-entropy against these weights is
-an unbiased estimate of that against the whole distribution (random-sampling distillation, arXiv 2503.16870, stratified
-here). The mass outside the head is exact: a logsumexp over what is outside, never 1 - sum.
+The top entries are the smallest set of most probable tokens that leaves at most `epsilon` outside, up to `k_head` of
+them. If more than `epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number
+per position, seeded by sample and position). Each stands for an equal share of the tail mass, so the cross-entropy
+against these weights is an unbiased estimate of that against the whole distribution (random-sampling distillation,
+arXiv 2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is outside, never
+1 - sum.
 
-`min_weight` spends entries where they count: what is less probable is not kept in the head but may be sampled, and
+`min_weight` spends entries where they count. A token that is less probable is not kept exactly but may be sampled, and
 there are no more samples than each can stand for that much mass (one at least). A position then has at most
 1 / min_weight entries; a sure one has two. For the error of a mean over positions this is the best use of a number of
 entries (sampling proportional to size). With 0 every position that is not sure has k_head + m_tail.
 
 In a file every value is plain, so that SQL reads it, and shaped for Parquet's BYTE_STREAM_SPLIT encoding with zstd
-(`files.write_parquet`), which store bytes that are mostly equal in next to nothing:
+(`base.files.write_parquet`), which stores bytes that are mostly equal in next to nothing:
 
-* ids, sorted in the head and in the tail, as differences to the one before (`entry_gaps`; the first is the id itself).
-  DuckDB reads the encoding of floats alone, so they are float32 with 2^23 added, where the last three bytes of a float
-  are those of a whole number;
-* log-probs as float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. In a head each entry takes
-  over what rounding took from the one before, and the largest has more bits, so that head and tail sum to 1.
+* Ids are sorted, among the top entries and in the tail, and stored as differences to the one before (`entry_gaps`; the
+  first is the id itself). DuckDB reads the encoding of floats alone, so they are float32 with 2^23 added: the last
+  three bytes of such a float are those of a whole number.
+* Log-probs are float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. Each top entry takes over
+  what rounding took from the one before, and the largest has more bits, so that top entries and tail sum to 1.
 
-Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions.
+The columns are declared in `lake.teacher_columns`; there the top entries are called the head.
+
+Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions, c rows of a
+block.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ GROUP, UNGROUPED = 128, 2048
 LOG_THIN = math.log(1e-30)
 """A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
 LOG_ALONE = -16.0
-"""Head entries below are rounded each by itself: all of them together are no mass, and steps are coarse there."""
+"""Top entries below are rounded each by itself: together they are no mass, and steps are coarse there."""
 FINE_BITS = 13
 """Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
 
@@ -56,9 +60,9 @@ FINE_BITS = 13
 def compress(
     logits: Iterable[Tensor], token_ids: Tensor, lengths: list[int], samples: list[str], s: TeacherSettings
 ) -> pl.DataFrame:
-    """The teacher_logits columns of responses behind one another, a row per sample.
+    """The teacher_logits columns of concatenated responses, a row per sample.
 
-    `logits`: blocks [any, V], float32, whose rows behind one another predict token_ids [T]; `lengths` sum to T, one per
+    `logits`: blocks [any, V], float32, whose concatenated rows predict token_ids [T]; `lengths` sum to T, one per
     sample id. Blocks may be overwritten. Raises ValueError when a logit is NaN or +inf, naming the sample."""
     uniforms = np.concatenate([_uniforms(sample, n, s.seed) for sample, n in zip(samples, lengths, strict=True)])
     parts, at, space = [], 0, None
@@ -88,37 +92,38 @@ def frame(
     lengths: Sequence[int],
     token: np.ndarray,
     tail: np.ndarray,
-    n_head: np.ndarray,
+    n_top: np.ndarray,
     n_tail: np.ndarray,
     ids: np.ndarray,
     logprobs: np.ndarray,
     *,
     logprob_bits: int,
 ) -> pl.DataFrame:
-    """The teacher_logits columns, a row per sample, of positions behind one another.
+    """The teacher_logits columns, a row per sample, of concatenated positions.
 
-    `token`: log-probs [T] of the responses' tokens; `tail`: log mass [T] outside the head; `n_head`, `n_tail`: counts
-    [T] of the `ids` and `logprobs` [E], each head and each tail sorted by id; all but counts and ids float32."""
+    `token`: log-probs [T] of the responses' tokens. `tail`: log mass [T] outside the top entries. `n_top`, `n_tail`:
+    counts [T] of the `ids` and `logprobs` [E]; the top entries of a position are sorted by id, and so is its tail. All
+    but counts and ids are float32."""
     ends = np.cumsum(lengths)
-    entry_ends = np.cumsum(n_head + n_tail)[ends - 1]
+    entry_ends = np.cumsum(n_top + n_tail)[ends - 1]
     return pl.DataFrame({
         "sample_id": samples,
         "token_logprobs": _lists(round_mantissa(token, FINE_BITS), ends),
         "tail_logmass": _lists(round_mantissa(tail, FINE_BITS), ends),
-        "head_counts": _lists(n_head.astype(np.int32), ends),
+        "head_counts": _lists(n_top.astype(np.int32), ends),
         "tail_counts": _lists(n_tail.astype(np.int32), ends),
-        "entry_gaps": _lists(_gaps(ids.astype(np.int32), n_head, n_tail), entry_ends),
-        "entry_logprobs": _lists(_rounded(logprobs, n_head, n_tail, logprob_bits), entry_ends),
+        "entry_gaps": _lists(_gaps(ids.astype(np.int32), n_top, n_tail), entry_ends),
+        "entry_logprobs": _lists(_rounded(logprobs, n_top, n_tail, logprob_bits), entry_ends),
     })  # fmt: skip
 
 
 def targets(rows: pl.DataFrame) -> TeacherTargets:
-    """TeacherTargets over the positions of `rows` (teacher_logits columns) behind one another, in row order."""
+    """TeacherTargets over the positions of `rows` (teacher_logits columns), concatenated in row order."""
     return decode([{c: row[c][0].to_numpy() for c in TRAINED_ON} for row in rows.iter_slices(1)])
 
 
 def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
-    """TeacherTargets over the positions of `responses` (arrays by name, TRAINED_ON among them) behind one another."""
+    """TeacherTargets over the positions of `responses` (arrays by name, TRAINED_ON among them), concatenated."""
     column = {
         name: np.concatenate([r[name] for r in responses] or [np.zeros(0, about.dtype)])
         for name, about in TRAINED_ON.items()
@@ -131,11 +136,11 @@ def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
     entry_ids -= np.repeat(entry_ids[starts] - gaps[starts], n)
     count = head_counts + tail_counts
     columns = np.arange(count.max(initial=1), dtype=np.int32)
-    is_head, is_entry = columns < head_counts[:, None], columns < count[:, None]  # [T, K]
+    is_top, is_entry = columns < head_counts[:, None], columns < count[:, None]  # [T, K]
     ids = np.zeros(is_entry.shape, dtype=np.int64)
     logprobs = np.zeros(is_entry.shape, dtype=np.float32)
     ids[is_entry], logprobs[is_entry] = entry_ids, logp
-    arrays = (ids, logprobs, is_head, is_entry & ~is_head, np.array(tail_logmass, dtype=np.float32))
+    arrays = (ids, logprobs, is_top, is_entry & ~is_top, np.array(tail_logmass, dtype=np.float32))
     return TeacherTargets(*map(torch.from_numpy, arrays))
 
 
@@ -149,15 +154,15 @@ def round_mantissa(x: np.ndarray, bits: int) -> np.ndarray:
     return np.where(np.isfinite(x), rounded, x).astype(np.float32)
 
 
-def _rounded(logprobs: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
+def _rounded(logprobs: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
     """Log-probs [E] of positions [T] rounded, each head with the mass that it had: from its least probable entry up, an
     entry is rounded with the mass that rounding took from the one before, and the last has the bits to keep it."""
     result = round_mantissa(logprobs, max(1, bits - 2))
-    at, owner = np.flatnonzero(_is_head(n_head, n_tail)), np.repeat(np.arange(len(n_head)), n_head)
+    at, owner = np.flatnonzero(_is_top(n_top, n_tail)), np.repeat(np.arange(len(n_top)), n_top)
     order = at[np.lexsort((logprobs[at], owner))]
-    width = n_head.max(initial=0)
-    column = np.arange(len(at)) - np.repeat(n_head.cumsum(), n_head) + width  # the most probable in the last one
-    head = np.full((len(n_head), width), -np.inf, dtype=np.float32)
+    width = n_top.max(initial=0)
+    column = np.arange(len(at)) - np.repeat(n_top.cumsum(), n_top) + width  # the most probable in the last one
+    head = np.full((len(n_top), width), -np.inf, dtype=np.float32)
     head[owner, column] = logprobs[order]
     carry = np.zeros(len(head))
     first = int((head >= LOG_ALONE).any(0).argmax()) if head.size else 0
@@ -175,22 +180,22 @@ def _rounded(logprobs: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray, bits:
     return result
 
 
-def _is_head(n_head: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
+def _is_top(n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
     """[E] bool."""
-    return np.repeat(np.tile([True, False], len(n_head)), np.stack([n_head, n_tail], 1).ravel())
+    return np.repeat(np.tile([True, False], len(n_top)), np.stack([n_top, n_tail], 1).ravel())
 
 
-def _gaps(ids: np.ndarray, n_head: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
+def _gaps(ids: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
     """Differences [E] of ids to the one before in their head or tail; the first is the id itself."""
     gaps = np.diff(ids, prepend=np.int32(0))
-    starts, _ = _lists_within(n_head, n_tail)
+    starts, _ = _lists_within(n_top, n_tail)
     gaps[starts] = ids[starts]
     return (gaps + GAP_ZERO).astype(np.float32)
 
 
-def _lists_within(n_head: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lists_within(n_top: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each head and each tail that is not empty begins in [E], and its length."""
-    n = np.stack([n_head, n_tail], 1).ravel()
+    n = np.stack([n_top, n_tail], 1).ravel()
     starts = np.cumsum(n) - n
     return starts[n > 0], n[n > 0]
 
@@ -206,8 +211,9 @@ def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:
 
 
 def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings, space: Tensor):
-    """Of logits z [c, V], which may be overwritten: the token's log-prob, the log mass outside the head, head and tail
-    counts [c], ids and log-probs of all entries. `space` [at least c, V or more]: zeros from V on."""
+    """Of logits z [c, V], which may be overwritten: the token's log-prob, the log mass outside the top entries, counts
+    of top entries and of tail samples [c], ids and log-probs of all entries. `space` [at least c, V or more]: zeros
+    from V on."""
     if s.temperature != 1:
         z.div_(s.temperature)
     vocab = z.shape[1]
@@ -228,11 +234,11 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     left = torch.cat([top[:, 1:], beyond], 1).double().flip(-1).logcumsumexp(-1).flip(-1)
     enough = left <= (math.log(s.epsilon) if s.epsilon else -torch.inf)
     n_enough = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, vocab)  # [c]
-    n_head = n_enough.clamp(max=k).minimum((top.exp() >= s.min_weight).sum(-1).clamp(min=1))  # [c]
-    kept = torch.arange(k, device=z.device) < n_head[:, None]
+    n_top = n_enough.clamp(max=k).minimum((top.exp() >= s.min_weight).sum(-1).clamp(min=1))  # [c]
+    kept = torch.arange(k, device=z.device) < n_top[:, None]
     kept &= top > -torch.inf  # an impossible token is not an entry
-    tail_logmass = left.gather(1, n_head[:, None] - 1)[:, 0].float()
-    draw = (n_head < n_enough) & (tail_logmass > -torch.inf) & bool(s.m_tail)
+    tail_logmass = left.gather(1, n_top[:, None] - 1)[:, 0].float()
+    draw = (n_top < n_enough) & (tail_logmass > -torch.inf) & bool(s.m_tail)
     n_tail = draw * _tail_size(tail_logmass.exp(), s)  # [c]
     m = int(n_tail.max())
     drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]

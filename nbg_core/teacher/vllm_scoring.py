@@ -1,10 +1,10 @@
 """Teacher rows from vLLM's `prompt_logprobs`, for a teacher that needs a whole node to itself.
 
 A server gives the `k_head` most probable entries of a position and the token that is there, nothing else: the rows are
-top-k with a bucket. The head is the smallest that leaves at most `epsilon`, as with the transformers engine; there is
-no sampled tail, and the mass outside is 1 minus the head's, in float64 but of float32 log-probs: exact to 1e-6 or so.
-The bucket estimator (training.loss.estimator) is the one that reads such rows. In float32 both engines have the same
-entries but for ties, with log-probs within 0.001 (tests/test_real_vllm.py).
+top-k with a bucket. The top entries kept are the fewest that leave at most `epsilon` outside, as with the transformers
+engine. There is no sampled tail. The mass outside is 1 minus that of the top entries, in float64 but of float32
+log-probs: exact to 1e-6 or so. The bucket estimator (training.loss.estimator) is the one that reads such rows. In
+float32 both engines have the same entries but for ties, with log-probs within 0.001 (tests/test_real_vllm.py).
 
 Columns past the tokenizer's vocabulary (a padded output matrix) are never entries; their mass is in the bucket.
 
@@ -77,7 +77,7 @@ def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> 
 
 
 def _head(position: dict, token: int, vocab: int, k: int, s: TeacherSettings):
-    """The token's log-prob, the log mass outside the head, and its ids and log-probs, sorted by id."""
+    """The token's log-prob, the log mass outside the top entries, and its ids and log-probs, sorted by id."""
     if not isinstance(position, dict) or str(token) not in position or not k <= len(position) <= k + 1:
         raise BadAnswer(f"a position without its token's log-prob, or not with {k} entries")
     ids = np.array([int(i) for i in position])

@@ -3,17 +3,17 @@
 A batch is read when its turn is near, by a thread that is a few batches ahead of the training step (`prefetch`): in
 memory there are three numbers a pair (its tokens, its place in two epochs' orders), whatever its length.
 
-Shapes: B pairs of a micro-batch, T response tokens of all its responses behind one another.
+Shapes: B pairs of a micro-batch, T response tokens of all its responses, concatenated.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,13 +52,23 @@ class PairBatch:
     n_pairs: int
 
     def to(self, device: torch.device | str) -> PairBatch:
-        teacher = TeacherTargets(**{name: tensor.to(device) for name, tensor in vars(self.targets).items()})
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, inputs=self.inputs.to(device), targets=teacher, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> PairBatch:
+        """In page-locked memory, from which a copy to a GPU need not be waited for; as it is where there is no GPU."""
+        return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        def changed(part: Any) -> dict[str, Any]:
+            return {name: change(value) for name, value in vars(part).items() if isinstance(value, Tensor)}
+
+        inputs = replace(self.inputs, **changed(self.inputs))
+        targets = replace(self.targets, **changed(self.targets))
+        return replace(self, inputs=inputs, targets=targets, **changed(self))
 
     def take(self, rows: slice) -> PairBatch:
         """Some of the [T] rows; inputs and pairs stay."""
-        taken = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        taken: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, targets=self.targets.take(rows), **taken)
 
 
@@ -69,18 +79,18 @@ class TrainingSet:
         """Batches are packed, or padded with `pad_id` if one is given, for a model that cannot be packed.
 
         Raises FileNotFoundError when `folder` holds no whole training set."""
-        self.rows, self.pad_id = PairFiles(folder), pad_id
-        self.n_tokens = self.rows.n_tokens
+        self.files, self.pad_id = PairFiles(folder), pad_id
+        self.n_tokens = self.files.n_tokens
         """[pairs, 2] int32: response tokens of chosen and rejected."""
         if pad_id is None:
-            self.n_inputs = self.rows.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
+            self.n_inputs = self.files.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
         else:
-            self.n_inputs = 2 * (self.rows.n_prompt[:, 0] + self.n_tokens.max(1))
+            self.n_inputs = 2 * (self.files.n_prompt[:, 0] + self.n_tokens.max(1))
         """[pairs] int32: tokens that a pair puts through the student: its prompt once, all but the last token of each
         response; padded, two sequences of the longer one."""
 
     def __len__(self) -> int:
-        return self.rows.n_pairs
+        return self.files.n_pairs
 
     def denominators(self, pairs: np.ndarray) -> Denominators:
         """Counts of an optimizer step that uses `pairs`."""
@@ -88,12 +98,12 @@ class TrainingSet:
         return Denominators(pairs=len(pairs), chosen_tokens=int(chosen), rejected_tokens=int(rejected))
 
     def pair_id(self, pair: int) -> str:
-        return self.rows.pair_id(pair)
+        return self.files.pair_id(pair)
 
     def batch(self, pairs: Sequence[int] | np.ndarray) -> PairBatch:
         """The tensors of `pairs`."""
         pairs = np.asarray(pairs, dtype=np.int64)
-        found = [self.rows.read(number) for number in self.rows.numbers[pairs].ravel()]  # 2B
+        found = [self.files.read(number) for number in self.files.numbers[pairs].ravel()]  # 2B
         token_ids, reference = (
             torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(r[name] for r in found)]))
             for name, dtype in (("token_ids", np.int64), ("token_logprobs", np.float32))
@@ -107,10 +117,10 @@ class TrainingSet:
             reference_logps=reference,
             targets=decode(found),
             n_pairs=len(pairs),
-        )
+        ).pin()
 
 
-def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Iterator[T]:
+def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Generator[T, None, None]:
     """The results of `tasks` in order, made by a thread that is at most `ahead` of the reader.
 
     What a task raises is raised here, in its turn. The thread ends with the iterator."""

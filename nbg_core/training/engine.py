@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from nbg_core.base.names import find
 from nbg_core.config.profile import PRECISIONS
 from nbg_core.config.training import TrainingSettings
 from nbg_core.losses.joint import Denominators, side_sums
@@ -99,15 +101,13 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
 
     Raises ValueError for adapters on layers that cannot have them, and for a model that cannot be compiled."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-            setattr(config, name, 0.0)
+    switch_off_dropout(config)
     # While this lives, transformers puts each weight into its ZeRO-3 slices as it reads it.
     in_slices = HfDeepSpeedConfig(_config(settings, BUCKET)) if zero_stage(settings) == 3 else None
+    dtype = getattr(torch, find(DTYPES, settings.precision, "training.precision"))
     model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=getattr(torch, DTYPES[settings.precision]), trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    )  # fmt: skip
+        path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
     del in_slices
     if settings.lora is not None:
         add_adapters(model, settings.lora, settings.seed)
@@ -116,6 +116,14 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
     elif settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def switch_off_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout rate to 0, in place, that of a composite configuration's language model too."""
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(part, name, 0.0)
 
 
 def compile_layers(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
@@ -141,17 +149,25 @@ def compile_layers(model: PreTrainedModel, gradient_checkpointing: bool) -> None
         layer.forward = forward
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 0.0,
+    "linear": lambda done: done,
+    "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
+}
+"""Schedules by name: share of the steps after warm-up that are done -> share of the way to the lowest learning rate."""
+
+
 def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], float]:
     """Learning rate at a 0-based step: linear warm-up, then the schedule down to its minimum. A function of the step
-    alone, so that a state need not hold it."""
+    alone, so that a state need not hold it. Raises ValueError for an unknown schedule."""
+    decay = find(SCHEDULES, settings.schedule, "training.schedule")
     warmup = math.ceil(settings.warmup_fraction * n_steps)
 
     def rate(step: int) -> float:
         if step < warmup:
             return settings.learning_rate * (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, n_steps - 1 - warmup)
-        decay = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[settings.schedule]
-        return settings.learning_rate * (1 - (1 - settings.min_lr_fraction) * decay)
+        return settings.learning_rate * (1 - (1 - settings.min_lr_fraction) * decay(done))
 
     return rate
 
@@ -186,14 +202,15 @@ def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.Proce
         return None
     if not supports_packing(config):
         raise ValueError(f"training.sequence_parallel needs a packed model: {no_packing(config)}")
-    check_heads(config.num_attention_heads, config.num_key_value_heads, s.sequence_parallel)
+    text = config.get_text_config()
+    check_heads(text.num_attention_heads, text.num_key_value_heads, s.sequence_parallel)
     return dist.new_subgroups(s.sequence_parallel)[0]
 
 
 def _config(s: TrainingSettings, n_parameters: int) -> dict:
     """DeepSpeed's configuration. Buckets are no larger than the model: each is a buffer of its own."""
     bucket = min(n_parameters, BUCKET)
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it and only counts with it
         "managed_gradient_accumulation": False,
         "gradient_clipping": s.max_grad_norm if zero_stage(s) else 0.0,  # stage 0: `take_step` clips

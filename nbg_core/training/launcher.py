@@ -35,6 +35,7 @@ def launch(run: Run, request: Request) -> None:
         _command(request, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", env=_environment(request),
     )  # fmt: skip
+    assert process.stdout is not None  # a pipe
     try:
         with open(work / "train.log", "a") as log:
             for line in process.stdout:
@@ -80,7 +81,9 @@ def _end(process: subprocess.Popen, grace: float) -> None:
     """No rank outlives this: on the normal way there is nothing left to end.
 
     Ranks on other machines are the launcher's to end, so it has `grace` seconds for it before it is killed."""
+    family: list[subprocess.Popen | psutil.Process]
     family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    assert process.stdin is not None  # a pipe
     process.stdin.close()
     if family and grace:
         process.terminate()

@@ -23,7 +23,8 @@ def add_adapters(policy: PreTrainedModel, settings: LoraSettings, seed: int) -> 
 
     Raises ValueError when no layer, or an embedding or the output matrix, is a target."""
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        r=settings.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r: it need not be whole
         target_modules=settings.target_modules if isinstance(settings.target_modules, str)
         else list(settings.target_modules),
     )  # fmt: skip
@@ -48,7 +49,8 @@ def merge_adapters(policy: PreTrainedModel, weights: dict[str, Tensor]) -> dict[
         a, b = (merged.pop(f"{name}.lora_{side}.{ADAPTER}.weight").float() for side in "AB")
         change = layer.scaling[ADAPTER] * (b @ a)
         weight = merged.pop(f"{name}.base_layer.weight").float()
-        merged[f"{name}.weight"] = weight + (change.T if layer.fan_in_fan_out else change)
+        is_transposed = layer.fan_in_fan_out  # type: ignore[attr-defined]  # every kind of layer sets it
+        merged[f"{name}.weight"] = weight + (change.T if is_transposed else change)
         if (bias := merged.pop(f"{name}.base_layer.bias", None)) is not None:
             merged[f"{name}.bias"] = bias
     return merged

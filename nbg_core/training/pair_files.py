@@ -1,11 +1,15 @@
 """The training set as files of plain values: written once from the lake, read pair by pair, never whole in memory.
 
 `write_pair_files` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
-training's work folder: one file per column, responses behind one another in the order in which the lake gives them,
-and an index of where each response begins. `PairFiles` reads a pair by position with a few preads, in any order; what was
-read before is in the system's page cache, which is given back when memory is short. Writing holds a hash table of the
-responses and nothing else of every pair: what is noted on the way is in files, too. Work files of one machine:
-little-endian, no header, whole if and only if `complete.json` is there and right about their sizes.
+training's work folder. There is one file per column, with the responses concatenated in the order in which the lake
+gives them, and an index of where each response begins. Writing holds a hash table of the responses in memory; all else
+that is noted on the way is in files, too.
+
+`PairFiles` reads a pair by position with a few preads, in any order. What was read before is in the system's page
+cache, which is given back when memory is short.
+
+The files belong to one machine: little-endian, no header. They are whole if and only if `complete.json` is there and
+right about their sizes.
 """
 
 from __future__ import annotations
@@ -71,10 +75,10 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
         "reference_logprobs": ("model_id = ? AND settings_id = ?", [request.policy_id, request.scoring_id]),
     }
     with bounded_joins(lake, request.snapshot, folder / "spill") as con:
-        n_pairs = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchone()[0]
+        [(n_pairs,)] = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchall()
         room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
         pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
-        n_responses = con.execute("SELECT count(*) FROM responses").fetchone()[0]
+        [(n_responses,)] = con.execute("SELECT count(*) FROM responses").fetchall()
         index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
         notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
         check = Check(notes.values)
@@ -129,7 +133,7 @@ class _File:
 
     def release(self) -> None:
         """Give the pages back to the system. The mapping is shared: what was written is in the file."""
-        self.values._mmap.madvise(mmap.MADV_DONTNEED)
+        self.values._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy has no public way to it
 
 
 def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
@@ -149,11 +153,11 @@ def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]
         "::INTEGER AS number FROM (SELECT chosen AS response, place FROM members UNION ALL SELECT rejected, place "
         "FROM members) GROUP BY response"
     )
-    n_pairs, id_bytes = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchone()
+    [(n_pairs, id_bytes)] = con.execute("SELECT count(*), max(strlen(pair_id)) FROM members").fetchall()
     con.execute("SELECT encode(pair_id), slice FROM members ORDER BY position")
     with open(folder / "pair_ids.bin", "wb") as ids, open(folder / "slices.bin", "wb") as indices:
         for batch in con.to_arrow_reader(PAIRS_AT_ONCE):
-            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}"))
+            ids.write(np.array(batch.column(0).to_pylist(), f"S{id_bytes}").data)
             indices.write(batch.column(1).to_numpy())
     con.execute("SELECT position FROM members ORDER BY place")
     with open(folder / "order.bin", "wb") as order:
@@ -189,7 +193,7 @@ def _write_columns(
                 lists = batch.column(i)
                 values = lists.flatten().to_numpy(zero_copy_only=False).astype(COLUMNS[c], copy=False)
                 lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-                files[c].write(np.ascontiguousarray(values))
+                files[c].write(np.ascontiguousarray(values).data)
                 if c in INDEXED:
                     at = INDEXED.index(c)
                     index.values[numbers, at, 0] = ends[c] + np.cumsum(lengths) - lengths
@@ -215,7 +219,11 @@ def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: 
         at = order[start : start + PAIRS_AT_ONCE]
         both = pairs.values[at, :2]
         lengths = {name: index.values[both, INDEXED.index(c), 1] for name, c in columns.items()}
-        check.pairs(lambda i, at=at: pair_ids[at[i]].decode(), both, lengths)
+
+        def id_of(i: int, at: np.ndarray = at) -> str:
+            return pair_ids[at[i]].decode()
+
+        check.pairs(id_of, both, lengths)
         pairs.values[at, 2:] = np.concatenate([lengths["prompt"], lengths["response"]], 1)
 
 
@@ -251,7 +259,7 @@ class PairFiles:
     def names(self, pairs: np.ndarray) -> pl.DataFrame:
         """pair_id and slice of `pairs`."""
         slices = np.array(self.slices)[self._slices[pairs]]
-        return pl.DataFrame({"pair_id": [id.decode() for id in self._ids[pairs]], "slice": slices.tolist()})
+        return pl.DataFrame({"pair_id": [pair_id.decode() for pair_id in self._ids[pairs]], "slice": slices.tolist()})
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """The values of a response, by column."""

@@ -1,8 +1,8 @@
-"""The pairs to train on, and what their rows must be, or nothing is trained on them.
+"""The pairs to train on, and what their rows must be; if they are not, nothing is trained on them.
 
 Every response has its samples row, its teacher row (this teacher, these storage settings) and its reference row (this
 policy and dtype), once each, and all of them have one entry per response token. Both responses of a pair answer one
-prompt, token by token. `rows.write_pair_files` looks at the rows as it writes them: the lake is read once.
+prompt, token by token. `pair_files.write_pair_files` checks the rows as it writes them, so the lake is read once.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill
     return n, version
 
 
-RECORD = np.dtype([("seen", np.uint16), ("note", np.uint32)])
+RECORD = np.dtype([("n_rows", np.uint16), ("note", np.uint32)])
 """What is kept of a response in a table: its rows there, and the note of one of them."""
 
 
 def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
     """Pairs, content version, pairs that are there twice, and the first of these with its slices."""
-    n, n_twice, twice, last = 0, 0, (), (None, None)
+    n, n_twice = 0, 0
+    twice: tuple = ()
+    last: tuple = (None, None)
     con.execute(f"SELECT pair_id, slice FROM pairs WHERE {IN_SLICES} ORDER BY pair_id, slice", [list(slices)])
 
     def pair_ids() -> Iterator[str]:
@@ -72,30 +74,31 @@ class Check:
     """Sees the rows of all responses, which are numbered from 0, then the pairs."""
 
     def __init__(self, records: np.ndarray):
-        """records [responses, tables of NOTES] of RECORD, zeros: what it has seen."""
-        self.seen, self.notes = (
-            {table: records[:, i][name] for i, table in enumerate(NOTES)} for name in ("seen", "note")
+        """records [responses, tables of NOTES] of RECORD, zeros: what it has counted and noted."""
+        self.n_rows, self.notes = (
+            {table: records[:, i][name] for i, table in enumerate(NOTES)} for name in ("n_rows", "note")
         )
-        self.n_unfit, self.first = 0, {}  # what is known of the first repeated response, and of the first unfit one
+        self.n_unfit = 0
+        self.first: dict[str, dict] = {}  # what is known of the first repeated response, and of the first unfit one
 
     def forget(self, table: str) -> None:
         """The rows of a table come again from the first."""
-        self.seen[table][:] = 0
+        self.n_rows[table][:] = 0
 
     def rows(self, table: str, numbers: np.ndarray, notes: np.ndarray) -> None:
         """Rows of the responses `numbers`, in any order, with what NOTES says of them."""
-        np.add.at(self.seen[table], numbers, 1)
+        np.add.at(self.n_rows[table], numbers, 1)
         self.notes[table][numbers] = notes
 
     def pairs(self, id_of: Callable[[int], str], both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
         """The next pairs: the id of the i-th of them, response numbers [n, 2] of chosen and rejected, and as many list
         lengths of their prompt, response, teacher and reference."""
-        seen = {table: s[both] for table, s in self.seen.items()}
-        missing = {table: s == 0 for table, s in seen.items()}
+        n_rows = {table: s[both] for table, s in self.n_rows.items()}
+        missing = {table: s == 0 for table, s in n_rows.items()}
         prompts, n = self.notes["samples"][both], lengths
         differ = (prompts[:, :1] != prompts[:, 1:]) & ~missing["samples"].any(1, keepdims=True)
         facts = {
-            "repeated": np.any([s > 1 for s in seen.values()], axis=0),
+            "repeated": np.any([s > 1 for s in n_rows.values()], axis=0),
             "prompts_differ": np.repeat(differ, 2, axis=1),
             "is_whole": self.notes["teacher_logits"][both] > 0,
         }
@@ -109,7 +112,7 @@ class Check:
                 self.first[kind] = {
                     "pair_id": id_of(at[0]), "side": ("chosen", "rejected")[at[1]],
                     "missing": [table for table, m in missing.items() if m[at]],
-                    "surplus": [table for table, s in seen.items() if s[at] > 1],
+                    "surplus": [table for table, s in n_rows.items() if s[at] > 1],
                     **{name: values[at].item() for name, values in (facts | lengths).items()},
                 }  # fmt: skip
 
@@ -123,10 +126,10 @@ class Check:
         r = self.worst()
         if r is None:
             return
-        slice_name, sample = con.execute(
+        [(slice_name, sample)] = con.execute(
             f"SELECT slice, {r['side']}_id FROM pairs WHERE {IN_SLICES} AND pair_id = ?",
             [request.slices, r["pair_id"]],
-        ).fetchone()
+        ).fetchall()
         what, remedy = _problem(r, request.teacher_id, request.policy_id)
         raise TrainingError(
             f"pair {r['pair_id']} of slice {slice_name!r}: its {r['side']} response, sample {sample}, has {what} at "

@@ -78,7 +78,7 @@ def micro_batches(
         heapq.heapreplace(loads, (load + int(n_inputs[pair]), r))
     fill = _in_order if padded else _first_fit
     cut = [fill(share, n_inputs, settings.micro_batch_tokens * together) for share in shares]
-    empty = [[]] * (max(map(len, cut)) - len(cut[rank]))
+    empty: list[list[int]] = [[]] * (max(map(len, cut)) - len(cut[rank]))
     return [np.array(batch, dtype=np.int64) for batch in cut[rank] + empty]
 
 

@@ -66,7 +66,7 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
     snapshot, inputs = run.read_upstream(ASSET, None)
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
     trainings = profile.resolve(profile.paths.work) / "training"
-    n_pairs, content = count_and_hash_pairs(lake, snapshot, slices, trainings / "survey")
+    n_pairs, content = count_and_hash_pairs(lake, snapshot, slices, trainings / "spill")
     steps = Plan(n_pairs, profile.training)
     training_id = ids.digest(
         "training", identity.settings_id(run.settings(ASSET, None)), content,
@@ -83,7 +83,8 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
     request = Request(
         training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
         policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
-        storage_id=identity.storage_id(profile), scoring_id=identity.scoring_id(profile), temperature=profile.teacher.temperature,
+        storage_id=identity.storage_id(profile), scoring_id=identity.scoring_id(profile),
+        temperature=profile.teacher.temperature,
         training=profile.training.model_copy(update={"hostfile": hostfile and profile.resolve(hostfile)}),
         work=work,
         trust_remote_code=profile.models.trust_remote_code, threads=profile.threads,

@@ -107,7 +107,7 @@ def _whole(engine: deepspeed.DeepSpeedEngine, p: nn.Parameter, moment: str | Non
 
 def _read(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
     _make_moments(engine, step)
-    where = {}
+    where: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
@@ -140,7 +140,7 @@ def _put(engine: deepspeed.DeepSpeedEngine, p: nn.Parameter, whole: dict[str, Te
     stage = engine.zero_optimization_stage()
     if stage == 3:
         # Each rank owns a slice, the last one padded; `safe_set_full_fp32_param` would read past the end there.
-        n = p.ds_tensor.numel()
+        n = p.ds_tensor.numel()  # type: ignore[attr-defined]  # ZeRO-3 gives it to every parameter
         start = n * dist.get_rank()
         own = {key: t.flatten()[start : start + n] for key, t in whole.items()}
         own = {key: nn.functional.pad(t, (0, n - t.numel())) for key, t in own.items()}

@@ -59,7 +59,7 @@ def init_distributed() -> None:
 def be_deterministic() -> None:
     """Same numbers for the same work; on GPUs as far as torch can."""
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at import
 
 
 def train(request: Request) -> None:
@@ -136,8 +136,8 @@ def train_step(
         backward(engine, loss)
     total = torch.stack(values).sum(0)
     dist.all_reduce(total)
-    total = total.tolist()
-    if not all(map(math.isfinite, total)):
+    totals: list[float] = total.tolist()
+    if not all(map(math.isfinite, totals)):
         _stop_not_finite(step, data, shares, values)
     if step.index == 0:
         _check_drift(data, shares, drifts, settings)
@@ -147,8 +147,9 @@ def train_step(
             f"the gradient of step {step.index} is not finite, pairs {_names(data, step.pairs)}; "
             "lower training.learning_rate, or take these pairs out"
         )
-    metrics = {"loss": total[0]}
-    for metric, value in zip(SUMMED, total[1:], strict=True):
+    metrics = {"loss": totals[0]}
+    for metric, value in zip(SUMMED, totals[1:], strict=True):
+        assert metric.mean_over is not None  # a metric with a sum has one
         metrics[metric.name] = value / getattr(denominators, metric.mean_over)
     seconds = time.monotonic() - began
     metrics |= {

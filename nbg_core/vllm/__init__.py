@@ -1,1 +1,1 @@
-"""vLLM servers, in an environment of their own, spoken to over HTTP with token ids."""
+"""vLLM servers, which run in an environment of their own, and their client: HTTP requests that carry token ids."""

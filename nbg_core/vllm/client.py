@@ -1,10 +1,16 @@
-"""Talking to vLLM servers of one model: many requests at once, each answered right, or not at all.
+"""A client of vLLM servers that serve one model: it sends many requests at once and returns only valid answers.
 
-Requests go to the servers in turn, `vllm.max_in_flight` at a time. What may pass is tried again with growing pauses, at
-the next server: an answer of 5xx, a broken connection, a timeout (for PATIENCE_SECONDS: a server that was restarted is
-back by then), and an answer that is not what was asked for (NaN, too few tokens; the caller's `parse` says so by an
-error; ATTEMPTS times). A server that failed gets nothing for a while if there are others. What does not pass ends it
-all, after what had finished by then was handed back. A key for servers that want one is read from VLLM_API_KEY.
+Requests go to the servers in turn, at most `vllm.max_in_flight` at a time. Two kinds of failure are retried, with
+growing pauses and at the next server:
+
+- No answer: status 5xx or 429, a broken connection, a timeout. Retried until RETRY_SECONDS have passed, which is long
+  enough for a server to be restarted, and at least MIN_ATTEMPTS_UNANSWERED times. A server that did not answer gets no
+  request for REST_SECONDS, as long as there are others.
+- A wrong answer: NaN, too few tokens. The caller's `parse` detects it and raises. MAX_WRONG_ANSWERS of them are
+  allowed per request.
+
+Any other failure, and one that retrying did not cure, ends the whole call. Answers that arrived before it are still
+returned. Servers that require an API key get the one in the environment variable VLLM_API_KEY.
 """
 
 from __future__ import annotations
@@ -26,40 +32,40 @@ from transformers import PreTrainedTokenizerBase
 from nbg_core.config.vllm import VllmSettings
 
 T = TypeVar("T")
-ATTEMPTS, ATTEMPTS_UNANSWERED = 5, 3
-"""At a request that is answered wrong; that is not answered, at least."""
-PATIENCE_SECONDS = 300.0
-"""For which a request that is not answered is tried again."""
+MAX_WRONG_ANSWERS = 5
+"""Wrong answers to one request after which it fails."""
+MIN_ATTEMPTS_UNANSWERED = 3
+"""Attempts that a request without an answer gets at least, however long they take."""
+RETRY_SECONDS = 300.0
+"""How long a request without an answer is retried."""
 PAUSE: wait_base = wait_random_exponential(multiplier=1, max=30)
-"""Before the next attempt, seconds."""
+"""Seconds before the next attempt."""
 REST_SECONDS = 60.0
-"""For which a server that failed is left alone, if another one is not."""
-PROBES = (
-    "Hello, world!",
-    "  two  spaces\n\ttab",
-    "déjà vu — 東京 🙂",
-    "1234567890 + 0.5 = x²",
-    "def f(x):\n    return x",
-)
+"""How long a server that did not answer gets no request, if another server is available."""
+PROBES = ("Hello, world!", "  two  spaces\n\ttab", "déjà vu — 東京 🙂", "1234567890 + 0.5 = x²",
+          "def f(x):\n    return x")  # fmt: skip
+"""Texts whose tokens must be the same here and at a server."""
 
 
 class ServerFailed(RuntimeError):
-    """A vLLM server that cannot do what is asked of it; the message says which, why, and what to do."""
+    """A vLLM server cannot do what is asked of it. The message names the server, the reason and the remedy."""
 
 
 class BadAnswer(ValueError):
-    """An answer that is not what was asked for."""
+    """An answer that cannot be right for its request, such as one with too few tokens. The request is retried."""
 
 
-class _Wrong(Exception):
-    """Answered wrong too often."""
+class _TooManyWrongAnswers(Exception):
+    """A request got MAX_WRONG_ANSWERS wrong answers."""
 
 
 class _Unavailable(Exception):
-    """No answer this time."""
+    """A server did not answer. The request is retried."""
 
 
 class Client:
+    """Sends completion requests to one or more vLLM servers of one model."""
+
     def __init__(
         self,
         addresses: Iterable[str],
@@ -68,40 +74,43 @@ class Client:
         log: Callable[[str], None],
         died: Callable[[], str | None] = lambda: None,
     ):
-        """`died` says what happened to a server of ours that is not running any more."""
+        """`model` is the name the servers serve it under. `died` returns how a server that this process started has
+        ended, or None while it runs."""
         self.addresses, self.model, self.settings = [a.rstrip("/") for a in addresses], model, settings
-        self._log, self._died, self._said = log, died, 0.0
-        self._rested: dict[str, float] = {}  # until when, of servers that failed
+        self._log, self._died, self._last_retry_line = log, died, 0.0
+        self._resting_until: dict[str, float] = {}  # address -> time.monotonic()
         key = os.environ.get("VLLM_API_KEY")
         self._http: dict[str, Any] = {"headers": {"Authorization": f"Bearer {key}"} if key else {}}
-        self._http["trust_env"] = not all(re.match(r"http://(127\.|localhost\b)", a) for a in self.addresses)  # proxies
+        # The environment may name a proxy, which requests to this machine must not go through.
+        self._http["trust_env"] = not all(re.match(r"http://(127\.|localhost\b)", a) for a in self.addresses)
 
     def choose(self) -> None:
-        """Keep the addresses that serve the model. Raises ServerFailed when none does."""
-        good, why = [], []
+        """Drop the addresses that do not serve the model. Raises ServerFailed when none is left."""
+        good, found = [], []
         for address in self.addresses:
             try:
                 models = self._models(address)
             except ServerFailed as e:
-                why.append(str(e))
+                found.append(str(e))
                 self._log(f"vLLM: left out: {e}")
                 continue
             good += [address] if self.model in models else []
-            why.append(f"{address} serves {', '.join(models) or 'nothing'}")
+            found.append(f"{address} serves {', '.join(models) or 'nothing'}")
         if not good:
             raise ServerFailed(
-                f"no server of vllm.addresses serves the model {self.model}: {'; '.join(why)}; start one with "
+                f"no server of vllm.addresses serves the model {self.model}: {'; '.join(found)}; start one with "
                 f"`vllm serve FOLDER --served-model-name {self.model}`"
             )
         self.addresses = good
         self._log(f"vLLM: {self.model} is served at {', '.join(good)}")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Before the first token: version, model id and tokenizer of every server, and whose log-probs it gives.
+        """Compare every server with what its answers are taken for, before the first of them is used.
 
-        Raises ServerFailed naming the difference."""
+        Raises ServerFailed when its vLLM version is not the profile's, when its model id or tokenizer is another, and
+        when its log-probs depend on the sampling temperature."""
         for address in self.addresses:
-            version = str(self._talk(address, "/version").get("version")).split("+")[0]
+            version = str(self._request(address, "/version").get("version")).split("+")[0]
             if version != self.settings.version:
                 raise ServerFailed(
                     f"{address} is vLLM {version}, the profile says vllm.version {self.settings.version}, which is "
@@ -118,11 +127,11 @@ class Client:
     def complete(
         self, bodies: Iterable[dict], parse: Callable[[int, dict], T], *, cached: bool = True
     ) -> Iterator[tuple[int, T]]:
-        """For each body of a completion request, as answers come: its number, and `parse` of it and its one choice.
+        """Send the `bodies` of completion requests; yield (i, parse(i, choice)) for each, in order of arrival.
 
-        `parse` raises BadAnswer, KeyError, TypeError or ValueError for what cannot be an answer. Not `cached`: no
-        attempt finds anything in a server's prefix cache. Raises ServerFailed once a request fails for good; all that
-        was answered before is handed back first."""
+        i is the position of the body and `choice` the answer's only choice. `parse` raises BadAnswer, KeyError,
+        TypeError or ValueError when the answer is wrong. Without `cached` no attempt uses a server's prefix cache.
+        Raises ServerFailed once retrying has failed for a request; answers that arrived before are yielded first."""
         with asyncio.Runner() as runner:
             answers = self._answers(bodies, parse, cached)
             while (answer := runner.run(_next(answers))) is not None:
@@ -133,37 +142,39 @@ class Client:
     ) -> AsyncIterator[tuple[int, T]]:
         n, timeout = self.settings.max_in_flight, httpx.Timeout(self.settings.timeout_s, connect=10, pool=None)
         limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
-        todo, flying = enumerate(bodies), set()
+        waiting = enumerate(bodies)
+        in_flight: set[asyncio.Task[tuple[int, T]]] = set()
         async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._http) as http:
             try:
                 while True:
-                    for number, body in itertools.islice(todo, n - len(flying)):
-                        flying.add(asyncio.create_task(self._answer(http, number, body, parse, cached)))
-                    if not flying:
+                    for number, body in itertools.islice(waiting, n - len(in_flight)):
+                        in_flight.add(asyncio.create_task(self._answer(http, number, body, parse, cached)))
+                    if not in_flight:
                         return
-                    done, flying = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
+                    done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         if task.exception() is None:
                             yield task.result()
                     for task in done:
-                        task.result()  # raises what went wrong
+                        task.result()  # raises the error of a request that failed
             finally:
-                for task in flying:
+                for task in in_flight:
                     task.cancel()
-                await asyncio.gather(*flying, return_exceptions=True)
+                await asyncio.gather(*in_flight, return_exceptions=True)
 
     async def _answer(
         self, http: httpx.AsyncClient, number: int, body: dict, parse: Callable, cached: bool
     ) -> tuple[int, Any]:
+        """`number`, and what `parse` makes of the answer to one request, retried as the module's docstring says."""
         retrying = AsyncRetrying(
-            stop=_is_enough, wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
-            before_sleep=self._say_retry, reraise=True,
+            stop=_has_waited_enough, wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
+            before_sleep=self._log_retry, reraise=True,
         )  # fmt: skip
-        address, tried, wrong = "", 0, 0
+        address, n_tried, n_wrong = "", 0, 0
         try:
             async for attempt in retrying:
                 with attempt:
-                    address, tried = self._next_address(number + tried), tried + 1
+                    address, n_tried = self._address(number + n_tried), n_tried + 1
                     salt = {} if cached else {"cache_salt": uuid.uuid4().hex}
                     choice = None
                     try:
@@ -171,30 +182,34 @@ class Client:
                         return number, parse(number, choice)
                     except (KeyError, TypeError, ValueError) as e:
                         text = str(e) if isinstance(e, BadAnswer) else f"{type(e).__name__} {e} in {str(choice)[:200]}"
-                        wrong += 1
-                        raise (BadAnswer if wrong < ATTEMPTS else _Wrong)(text) from e
-        except (_Unavailable, BadAnswer, _Wrong) as e:
+                        n_wrong += 1
+                        raise (BadAnswer if n_wrong < MAX_WRONG_ANSWERS else _TooManyWrongAnswers)(text) from e
+        except (_Unavailable, _TooManyWrongAnswers) as e:
             if died := self._died():
                 raise ServerFailed(died) from e
             raise ServerFailed(
-                f"no usable answer from {address} in {tried} attempts; the last: {e}; look at the server's log"
+                f"no usable answer from {address} in {n_tried} attempts; the last: {e}; look at the server's log"
             ) from e
         raise AssertionError("an attempt returns or raises")
 
-    def _next_address(self, turn: int) -> str:
+    def _address(self, turn: int) -> str:
+        """The server whose turn it is, among those that do not rest; among all if all rest."""
         now = time.monotonic()
-        ready = [a for a in self.addresses if self._rested.get(a, 0.0) <= now] or self.addresses
+        ready = [a for a in self.addresses if self._resting_until.get(a, 0.0) <= now] or self.addresses
         return ready[turn % len(ready)]
 
     async def _choice(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
-        """The one choice of an answer."""
+        """`_post`; a server that does not answer rests from then on."""
         try:
-            return await self._asked(http, address, body)
+            return await self._post(http, address, body)
         except _Unavailable:
-            self._rested[address] = time.monotonic() + REST_SECONDS
+            self._resting_until[address] = time.monotonic() + REST_SECONDS
             raise
 
-    async def _asked(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
+    async def _post(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
+        """Send one completion request and return the only choice of its answer.
+
+        Raises _Unavailable and BadAnswer for what may be retried, ServerFailed for what may not."""
         if died := self._died():
             raise ServerFailed(died)
         try:
@@ -218,20 +233,20 @@ class Client:
             raise BadAnswer(f"{len(choices)} choices for one request")
         return choices[0]
 
-    def _say_retry(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         now = time.monotonic()
-        if now - self._said >= 1:  # a server that restarts fails all requests in flight
-            self._said = now
-            self._log(f"vLLM: attempt {state.attempt_number} failed, trying again: {state.outcome.exception()}")
+        if now - self._last_retry_line >= 1:  # a server that restarts fails all requests in flight at once
+            self._last_retry_line = now
+            self._log(f"vLLM: attempt {state.attempt_number} failed, trying again: {_error(state)}")
 
     def _models(self, address: str) -> list[str]:
-        return [m["id"] for m in self._talk(address, "/v1/models").get("data", [])]
+        return [m["id"] for m in self._request(address, "/v1/models").get("data", [])]
 
     def _check_tokenizer(self, address: str, tokenizer: PreTrainedTokenizerBase) -> None:
         for text in (*PROBES, " ".join(tokenizer.all_special_tokens), "".join(tokenizer.all_special_tokens)):
             here = tokenizer(text, add_special_tokens=False)["input_ids"]
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-            there = self._talk(address, "/tokenize", body).get("tokens")
+            there = self._request(address, "/tokenize", body).get("tokens")
             if here != there:
                 raise ServerFailed(
                     f"{address} has another tokenizer than the model {self.model}: {text!r} is {there} there and "
@@ -239,12 +254,12 @@ class Client:
                 )
 
     def _check_logprobs(self, address: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Log-probs must be the model's own whatever the temperature (vLLM's logprobs_mode raw_logprobs)."""
+        """Raise ServerFailed unless log-probs are the model's own at any temperature (--logprobs-mode raw_logprobs)."""
         prompt = tokenizer(PROBES[0], add_special_tokens=False)["input_ids"]
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "logprobs": 1, "seed": 0}
-        best = []
+        best = []  # log-prob of the most probable token
         for temperature in (1.0, 0.2):
-            choice = self._talk(address, "/v1/completions", {**body, "temperature": temperature})["choices"][0]
+            choice = self._request(address, "/v1/completions", {**body, "temperature": temperature})["choices"][0]
             best.append(max(choice["logprobs"]["top_logprobs"][0].values()))
         if abs(best[0] - best[1]) > 0.05:
             raise ServerFailed(
@@ -252,8 +267,9 @@ class Client:
                 "0.2); serve with --logprobs-mode raw_logprobs"
             )
 
-    def _talk(self, address: str, path: str, body: dict | None = None) -> dict:
-        """GET, or POST of a body, which may have to wait for a model."""
+    def _request(self, address: str, path: str, body: dict | None = None) -> dict:
+        """The answer to a GET, or to a POST of `body`. Raises ServerFailed without a valid one."""
+        # A POST has to wait for the model, a GET has not.
         timeout = min(self.settings.timeout_s, 30.0) if body is None else self.settings.timeout_s
         try:
             with httpx.Client(timeout=httpx.Timeout(timeout, connect=10), **self._http) as http:
@@ -268,9 +284,16 @@ class Client:
             ) from e
 
 
-def _is_enough(state: RetryCallState) -> bool:
-    unanswered = isinstance(state.outcome.exception(), _Unavailable)  # wrong answers are counted where they come
-    return unanswered and state.attempt_number >= ATTEMPTS_UNANSWERED and state.seconds_since_start >= PATIENCE_SECONDS
+def _error(state: RetryCallState) -> BaseException | None:
+    """What the last attempt raised."""
+    return state.outcome.exception() if state.outcome else None
+
+
+def _has_waited_enough(state: RetryCallState) -> bool:
+    """Whether to give up on a request without an answer. `Client._answer` counts the wrong answers."""
+    if not isinstance(_error(state), _Unavailable):
+        return False
+    return state.attempt_number >= MIN_ATTEMPTS_UNANSWERED and (state.seconds_since_start or 0.0) >= RETRY_SECONDS
 
 
 async def _next(answers: AsyncIterator[T]) -> T | None:

@@ -1,4 +1,4 @@
-"""Where vLLM is installed, and whether the profile needs it. Imports nothing heavy: Dagster asks too."""
+"""Where vLLM is installed, and whether the profile needs it. Light imports only: Dagster's process imports this."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from nbg_core.config.profile import Profile
 
 
 def interpreter(profile: Profile) -> Path:
-    """Not resolved: the interpreter of a virtual environment is a link, and the link's place is what makes it one."""
+    """The Python interpreter of vLLM's environment."""
+    # Links are not resolved: a virtual environment's interpreter is a link, and Python finds the environment by where
+    # the link lies.
     return profile.root / profile.vllm.python
 
 
 def missing_environment(profile: Profile) -> str | None:
-    """What stands in the way of starting the servers that the profile needs, with the remedy, or None."""
-    keys = {"sampling.backend": profile.sampling.backend, "teacher.engine": profile.teacher.engine}
-    needs = [key for key, value in keys.items() if value == "vllm"]
-    if not needs or profile.vllm.addresses or interpreter(profile).is_file():
+    """Why the servers that the profile needs cannot be started, with the remedy; None when they can."""
+    users = {"sampling.backend": profile.sampling.backend, "teacher.engine": profile.teacher.engine}
+    needed_by = [key for key, value in users.items() if value == "vllm"]
+    if not needed_by or profile.vllm.addresses or interpreter(profile).is_file():
         return None
     return (
-        f"{' and '.join(needs)} 'vllm' need an environment with vLLM, and vllm.python {interpreter(profile)} is not "
-        "there; run `make vllm`, or give the addresses of running servers in vllm.addresses"
+        f"{' and '.join(needed_by)} 'vllm' need an environment with vLLM, and vllm.python {interpreter(profile)} is "
+        "not there; run `make vllm`, or give the addresses of running servers in vllm.addresses"
     )

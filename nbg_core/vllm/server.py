@@ -1,12 +1,12 @@
-"""vLLM servers: our own, started for a stage and ended with it, or those whose addresses the profile gives.
+"""vLLM servers for a stage: either one that is started here and stopped at the end, or those in `vllm.addresses`.
 
-vLLM pins its own torch, so it runs in an environment of its own (`make vllm`) and is spoken to over HTTP. A model is
-served under its model id, so that no server can answer for other weights by accident. Before the first token, version,
-model id and tokenizer are compared (`client.Client.check`).
+vLLM pins its own torch, so it runs in an environment of its own (`make vllm`) and is reached over HTTP. A model is
+served under its model id, so that no server can answer for other weights by accident. Before a server is used, its
+version, model id and tokenizer are compared with what the profile expects (`Client.check`).
 
-Our own server stays in the worker's process group, below the supervisor that ends the worker's whole tree
-(nbg_core.runtime.supervisor); on Linux it is also killed when the worker is. Its log is a file, whose end is part of every
-error about it.
+A server that is started here belongs to the worker's process tree, which the supervisor ends as a whole
+(`runtime.supervisor`). On Linux the kernel also kills it when the worker is killed. It writes its log to a file, and
+errors about the server show the end of that file.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
 
 GRACE_SECONDS = 10.0
+"""How long a server may take to stop by itself before it is killed."""
 CPU_BATCH_TOKENS = 4096
-"""Prompt tokens that a server on a CPU computes at once, or one prompt if it is longer."""
+"""Prompt tokens per forward pass of a server on a CPU; a longer prompt makes a pass of its own."""
 TAIL_LINES = 25
-"""Lines of a server's log that an error about it shows."""
+"""Lines from the end of a server's log that errors about it show."""
 _ERROR = re.compile(r"( ERROR .*|^)\b[A-Z]\w*(Error|Exception): ")
 _NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)|resource_tracker|warnings\.warn")
-"""What a server says about its own end, after what ended it."""
+"""Lines that a server writes while it shuts down. They come after the error and say nothing about it."""
 
 
 @contextmanager
 def served(run: Run, path: Path, *, prompt_logprobs: int = 0) -> Iterator[Client]:
-    """A client of servers of the model at `path`: the given addresses that serve it, else a server of our own.
+    """A client for the model at `path`. It uses those of `vllm.addresses` that serve the model, or, when the profile
+    gives no addresses, a server that runs as long as the `with` block.
 
-    `prompt_logprobs`: entries per position that a scoring client will ask for; 0 is for sampling. Raises ServerFailed
-    when no server comes up, or one is of another version, model or tokenizer."""
+    `prompt_logprobs`: most probable tokens per prompt position that requests will ask for; 0 when sampling. Raises
+    ServerFailed when a server does not start, or has another version, model or tokenizer than the profile says."""
     settings, model = run.profile.vllm, model_id(path)
     tokenizer = load_tokenizer(path, trust_remote_code=run.profile.models.trust_remote_code)
     if settings.addresses:
@@ -68,10 +70,10 @@ def served(run: Run, path: Path, *, prompt_logprobs: int = 0) -> Iterator[Client
 
 
 class Server:
-    """A vLLM server of one model, on a free port of this machine."""
+    """A vLLM server process that serves one model on a free port of this machine."""
 
     def __init__(self, profile: Profile, path: Path, model: str, logs: Path, prompt_logprobs: int = 0):
-        """Raises FileNotFoundError when vLLM's environment is not there."""
+        """Start it; its log goes into the folder `logs`. Raises FileNotFoundError without an environment for vLLM."""
         if problem := missing_environment(profile):
             raise FileNotFoundError(problem)
         self.path, self.timeout = path, profile.vllm.start_timeout_s
@@ -80,17 +82,18 @@ class Server:
         self.log_path = logs / f"vllm-{model[:8]}-{port}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [str(interpreter(profile)), "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--host=127.0.0.1", f"--port={port}", *_arguments(profile, path, model, prompt_logprobs)]
+        command += ["--host=127.0.0.1", f"--port={port}", *server_arguments(profile, path, model, prompt_logprobs)]
         with open(self.log_path, "w") as log:
             self._process = subprocess.Popen(
-                command, env=_environment(profile), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
+                command, env=server_environment(profile), stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, preexec_fn=die_with_parent,
             )  # fmt: skip
         self._tree = [psutil.Process(self._process.pid)]
 
     def wait_until_ready(self, say: Callable[[str], None]) -> None:
-        """Raises ServerFailed when it dies, or does not answer within vllm.start_timeout_s."""
-        start = said = time.monotonic()
+        """Wait until the server answers. Raises ServerFailed when it ends before, or needs longer than
+        `vllm.start_timeout_s`."""
+        start = last_line = time.monotonic()
         say(f"vLLM: starting a server of {self.path} at {self.address}, log {self.log_path}")
         while not self._answers():
             now = time.monotonic()
@@ -101,15 +104,15 @@ class Server:
                     f"the vLLM server of {self.path} did not answer within {self.timeout:.0f} s; raise "
                     f"vllm.start_timeout_s, or see its log{self._end_of_log()}"
                 )
-            if now - said > 10:
-                said = now
+            if now - last_line > 10:
+                last_line = now
                 say(f"vLLM: {now - start:.0f} s, still starting: {(self._tail() or [''])[-1][:150]}")
             time.sleep(0.2)
         self._remember_tree()
         say(f"vLLM: ready after {time.monotonic() - start:.0f} s")
 
     def died(self) -> str | None:
-        """What happened, with the end of the log, if it is not running any more."""
+        """How the server has ended, with the end of its log; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -117,34 +120,35 @@ class Server:
         return f"the vLLM server of {self.path} ended with {how}{self._end_of_log()}"
 
     def stop(self) -> None:
-        """End it with all its processes, also those that a killed server left behind."""
+        """End the server and all its child processes, including those it left behind when it was killed itself."""
         self._remember_tree()
         if self._process.poll() is None:
             self._process.terminate()
-        for process in self._left_after(GRACE_SECONDS):
+        for process in self._running_after(GRACE_SECONDS):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
         self._process.wait()
-        self._left_after(GRACE_SECONDS)
+        self._running_after(GRACE_SECONDS)
 
-    def _left_after(self, seconds: float) -> list[psutil.Process]:
-        """Processes of it that have not ended by themselves in that time; what only waits to be collected has."""
+    def _running_after(self, seconds: float) -> list[psutil.Process]:
+        """The processes of the server that still run after `seconds`. Returns at once when there are none."""
         deadline = time.monotonic() + seconds
         while True:
             self._process.poll()
-            left = [p for p in self._tree if is_alive(p)]
-            if not left or time.monotonic() > deadline:
-                return left
+            running = [p for p in self._tree if is_alive(p)]
+            if not running or time.monotonic() > deadline:
+                return running
             time.sleep(0.05)
 
     def _remember_tree(self) -> None:
+        """Note the server's present child processes, which cannot be found any more once the server has ended."""
         try:
-            now = self._tree[0].children(recursive=True)
+            children = self._tree[0].children(recursive=True)
         except psutil.NoSuchProcess:
             return
-        self._tree += [p for p in now if p not in self._tree]
+        self._tree += [p for p in children if p not in self._tree]
 
     def _answers(self) -> bool:
         try:
@@ -165,37 +169,41 @@ class Server:
         return f"{first}\n\nend of {self.log_path}:\n" + "\n".join(self._tail())
 
 
-def _arguments(profile: Profile, path: Path, model: str, prompt_logprobs: int) -> list[str]:
+def server_arguments(profile: Profile, path: Path, model: str, prompt_logprobs: int) -> list[str]:
+    """vLLM's arguments for serving the model at `path` under the name `model`; `prompt_logprobs` as in `served`."""
     import torch
 
     length = profile.vllm.max_model_len or context_length(path)
     arguments = [
         f"--model={path}", f"--served-model-name={model}", f"--dtype={profile.models.dtype}",
-        "--generation-config=vllm",  # a model's own sampling defaults would change the draw unseen
+        "--generation-config=vllm",  # the model folder's sampling defaults would silently change what is sampled
         "--disable-uvicorn-access-log",
     ]  # fmt: skip
     if profile.models.trust_remote_code:
         arguments.append("--trust-remote-code")
     if prompt_logprobs:
-        # Log-probs of cached prompt tokens were stale in some versions (vllm PR 42245), and are recomputed in others:
-        # a cache could only do harm.
+        # In some versions the log-probs of cached prompt tokens are stale (vllm PR 42245), in others they are computed
+        # again: the prefix cache never helps here.
         arguments += [f"--max-logprobs={prompt_logprobs}", "--no-enable-prefix-caching"]
-        length = length and length + 1  # it insists on making a token; no position past the model's is computed
+        # vLLM always generates one token. It does not compute a position for it, so the model's length is not exceeded.
+        length = length and length + 1
     if length:
         arguments.append(f"--max-model-len={length}")
     if not torch.cuda.is_available():
-        # A prompt computed in parts makes 0.32 wind back a seed's generator, which a CPU's cannot, and the server dies.
+        # With chunked prefill, vLLM 0.32 rewinds the random generator of a seeded request. A CPU generator cannot be
+        # rewound, and the server crashes.
         arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
         arguments += [f"--max-num-batched-tokens={max(length or 0, CPU_BATCH_TOKENS)}"]
     return [*arguments, *profile.vllm.args]
 
 
-def _environment(profile: Profile) -> dict[str, str]:
-    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}  # of this environment, not of vLLM's
+def server_environment(profile: Profile) -> dict[str, str]:
+    """The environment variables of a server process. Those of this process win over the defaults set here."""
+    not_passed_on = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}  # they name this environment, not vLLM's
     defaults = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_KVCACHE_SPACE": "1"}
     if profile.threads:
         defaults["OMP_NUM_THREADS"] = str(profile.threads)
-    return defaults | {k: v for k, v in os.environ.items() if k not in ours} | {
+    return defaults | {k: v for k, v in os.environ.items() if k not in not_passed_on} | {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }  # fmt: skip
