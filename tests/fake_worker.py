@@ -25,7 +25,7 @@ from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import input_of, latest_materialisation
 from nbg_core.lake.records import Write
 from nbg_core.lake.tables import polars_schema
-from nbg_core.lake.teacher_columns import GAP_ZERO
+from nbg_core.lake.teacher_columns import GAP_ZERO, TEACHER_COLUMNS
 from nbg_core.lineage.run import Run
 from nbg_core.losses.metrics import METRICS
 from nbg_core.runtime.run_worker import WorkerFailed
@@ -147,9 +147,10 @@ def _teacher(run: Run, slice_name: str) -> list:
     teacher = ids.model_id(run.profile.resolve(run.profile.models.teacher))
     half, gaps = math.log(0.5), [GAP_ZERO + gap for gap in (3.0, 4.0, 1.0, 63.0)]
     return [("teacher_logits", pl.DataFrame([
-        {"slice": slice_name, "sample_id": s, "model_id": teacher, "settings_id": identity.storage_id(run.profile),
-         "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
-         "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [half, -2.0, -3.0, 0.0]}
+        {column.name: [0] * (2 if column.per == "position" else len(gaps)) for column in TEACHER_COLUMNS}
+        | {"slice": slice_name, "sample_id": s, "model_id": teacher, "settings_id": identity.storage_id(run.profile),
+           "token_logprobs": [half, 0.0], "tail_logmass": [half, -math.inf], "head_counts": [1, 1],
+           "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [half, -2.0, -3.0, 0.0]}
         for _, s in _samples_of(slice_name)
     ]))]  # fmt: skip
 

@@ -18,6 +18,7 @@ from fake_worker import Fake, write_profile
 from nbg_assets import assets, driver, metadata, plots
 from nbg_assets.definitions import build
 from nbg_assets.driver import Result, materialise_stale
+from nbg_core.assets import PARTITIONED, UNPARTITIONED
 from nbg_core.checks.checks import checks_of
 from nbg_core.config.load import load_profile
 from nbg_core.lake.lake import Lake
@@ -25,6 +26,8 @@ from nbg_core.lake.queries import latest_materialisation
 from nbg_core.lake.records import Record, Write
 
 SLICED = ["queries", "student_samples", "filtered_pairs", "teacher_logits", "reference_logprobs"]
+EVERY = 2 * len(PARTITIONED) + len(UNPARTITIONED)
+"""Partitions of a project with two slices."""
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_everything_stale_is_materialised_once_and_training_comes_last(instance,
     assert sorted((r.name, r.ran, r.success) for r in results) == sorted(
         (a + (f"[{s}]" if s else ""), True, True) for a, s in fake.calls
     )
-    assert len(fake.calls) == 12
+    assert len(fake.calls) == EVERY
     assert fake.calls[-2:] == [("student_checkpoint", None), ("student_eval", None)]
     assert lines.count("queries: working") == 2
     assert sorted(instance.get_dynamic_partitions("slice")) == ["a", "b"]
@@ -121,11 +124,11 @@ def test_everything_stale_is_materialised_once_and_training_comes_last(instance,
 
     done = len(fake.calls)
     again = materialise_stale(instance, profile, on_line=lines.append)
-    assert len(fake.calls) == done and len(again) == 12 and not any(r.ran for r in again)
+    assert len(fake.calls) == done and len(again) == EVERY and not any(r.ran for r in again)
 
     (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
     again = materialise_stale(instance, profile, on_line=lines.append)
-    assert len(again) == 12 and not any(r.ran for r in again), "a stage that found its rows there has made nothing"
+    assert len(again) == EVERY and not any(r.ran for r in again), "a stage that found its rows there has made nothing"
     assert fake.calls[done:] == [("queries", "b")] + fake.calls[done + 1 :]
     assert {s for _, s in fake.calls[done:]} == {"b"}, "the same content came out: training is still fresh"
 

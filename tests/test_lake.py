@@ -21,7 +21,7 @@ from nbg_core.lake.attach import LakeError
 from nbg_core.lake.joins import bounded_joins, with_room
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Record, Write
-from nbg_core.lake.teacher_columns import GAP_ZERO
+from nbg_core.lake.teacher_columns import GAP_ZERO, TEACHER_COLUMNS
 
 
 @pytest.fixture
@@ -102,7 +102,8 @@ def test_frames_of_a_function_are_one_commit_and_a_bad_one_undoes_all(lake):
 
 def teacher_row(sample: str) -> dict:
     gaps = [GAP_ZERO + gap for gap in (1.0, 1.0, 7.0, 2.0, 4.0)]
-    return {
+    others = {column.name: [0] * (2 if column.per == "position" else len(gaps)) for column in TEACHER_COLUMNS}
+    return others | {
         "slice": "a", "sample_id": sample, "model_id": "m", "settings_id": "x",
         "token_logprobs": [-0.5, -0.1], "tail_logmass": [-5.0, float("-inf")], "head_counts": [2, 1],
         "tail_counts": [2, 0], "entry_gaps": gaps, "entry_logprobs": [-0.5, -1.0, -6.0, -6.5, 0.0],
