@@ -20,7 +20,8 @@ from nbg_core.losses.logps import token_logps
 from nbg_core.losses.settings import LossSettings
 from nbg_core.losses.targets import TeacherTargets
 from nbg_core.modeling import lm_head
-from nbg_core.modeling.lm_head import MIN_ROWS, lm_head_joint_loss, lm_head_logps
+from nbg_core.modeling.lm_head import lm_head_joint_loss, lm_head_logps
+from nbg_core.modeling.lm_head_tiles import MIN_ROWS
 
 WIDE, NARROW = 1 << 20, 1
 """Tile bytes: all rows at once; 16 rows, the least."""

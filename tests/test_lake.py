@@ -155,7 +155,7 @@ def test_four_processes_committing_at_once_lose_nothing(lake):
     assert lake.sql("SELECT count(*) FROM lineage.materialisations").item() == 4 * n
 
 
-@pytest.mark.parametrize("where", ["COMMIT", "ducklake_snapshots"])
+@pytest.mark.parametrize("where", ["COMMIT", "SELECT snapshot_id"])
 def test_a_lock_met_after_the_commit_does_not_commit_twice(lake, monkeypatch, where):
     """SQLite may say that it is locked when the rows are already in."""
     real, locked = Lake.connect, []

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from nbg_core.modeling import packing
-from nbg_core.modeling.forward import plain_head
+from nbg_core.modeling.forward import has_plain_lm_head
 from nbg_core.modeling.packing import ATTENTION, MODEL_TYPES, pack, packed_hidden, supports_packing
 from nbg_core.modeling.padded import pad, padded_hidden
 
@@ -260,11 +260,11 @@ def test_what_is_not_supported_is_refused():
             AttentionInterface()[ATTENTION](nn.Module(), x, x, x, None, packed_layout=object(), **bad)
 
 
-def test_plain_head():
+def test_plain_lm_head():
     small = dict(SIZE, num_hidden_layers=1, num_key_value_heads=4)
 
     def head(config) -> bool:
-        return plain_head(AutoModelForCausalLM.from_config(config))
+        return has_plain_lm_head(AutoModelForCausalLM.from_config(config))
 
     assert all(head(config) for config in CONFIGS.values())
     assert head(Gemma2Config(**small, final_logit_softcapping=None)) and head(GraniteConfig(**small))
@@ -274,10 +274,10 @@ def test_plain_head():
     nested = make("llama")  # a model of several parts: its language part has a configuration of its own
     nested.config = LlamaConfig(**nested.config.to_dict())
     nested.config.get_text_config = lambda **_: Gemma2Config(**small, final_logit_softcapping=30.0)
-    assert not plain_head(nested)
+    assert not has_plain_lm_head(nested)
     with_bias = make("llama")
     with_bias.set_output_embeddings(nn.Linear(32, VOCAB, bias=True))
-    assert not plain_head(with_bias)
+    assert not has_plain_lm_head(with_bias)
 
 
 def loop_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
