@@ -147,5 +147,5 @@ def test_the_command_deletes_them_and_says_so_or_why_not(tmp_path, monkeypatch, 
     assert f"note: files without a commit are not deleted: sqlite:{tmp_path}/other.sqlite" in capsys.readouterr().out
     Path(other.catalog.removeprefix("sqlite:")).unlink()
     upkeep.compact_files()
-    assert "files of killed writers, which no commit knows, deleted: 1" in capsys.readouterr().out
+    assert "1 files deleted that writers left behind" in capsys.readouterr().out
     assert not left.exists() and ours.exists()

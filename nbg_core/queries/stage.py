@@ -114,7 +114,7 @@ def _too_long(run: Run, slice_name: str, rows: list[QueryRow]) -> dict[int, tupl
     response = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
     context = context_length(student)
     if context and context - response < limit:
-        limit, why = context - response, f"the student's context of {context} minus {response} for the response"
+        limit, why = context - response, f"the student's context of {context} less {response} for the response"
     if limit < 1:
         raise ValueError(f"no prompt fits: {why}; lower sampling.max_tokens and evaluation.max_tokens in the profile")
     drops = {}
