@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from nbg_core.base.names import file_name_problem, nearest
+from nbg_core.base.names import OneOf, file_name_problem, nearest
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 
 
@@ -100,7 +100,9 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())} |"
+                choices = [c for m in field.metadata if isinstance(m, OneOf) for c in m.table]
+                known = f" One of {', '.join(choices)}." if choices else ""
+                yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())}{known} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")
 

@@ -27,14 +27,13 @@ class LossConfig(Section):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Inverse temperature of DPO, which scales the margins."""
     dpo_variant: Annotated[str, OneOf("DPO variant", DPO_VARIANTS)] = "sigmoid"
-    """DPO loss: sigmoid, sigmoid_norm (rewards per token), ipo or hinge."""
+    """DPO loss, by its name in DPO_VARIANTS."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (cDPO)."""
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood per token of chosen responses (as in RPO)."""
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
-    """Token-level divergence: forward is KL(teacher || student), reverse is KL(student || teacher), jsd the generalised
-    Jensen-Shannon divergence."""
+    """Token-level divergence, by its name in DIVERGENCES."""
     estimator: Estimator = "sampled_tail"
     """How the divergence is computed from stored entries. `sampled_tail`: unbiased, forward KL only; `bucket`: all
     tokens outside the top entries count as one outcome, a lower bound."""
