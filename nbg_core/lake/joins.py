@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 JOIN_MEMORY = 200 << 20
 """Bytes that DuckDB may use to join tables that do not fit into memory."""
+OUT_OF_MEMORY = ("Out of Memory", "Current transaction is aborted")
+"""What a query that needs more memory says: as DuckDB's error, as the OSError that Arrow makes of it, or, when it was
+DuckLake that had no memory to read its catalog, what it says of the next look into the catalog."""
 
 
 @contextmanager
@@ -53,8 +56,8 @@ def with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: 
         try:
             con.execute(f"SET memory_limit = '{memory}B'")
             return attempt()
-        except (duckdb.OutOfMemoryException, OSError) as e:  # Arrow makes the latter of the former
-            if "Out of Memory" not in str(e):
+        except (duckdb.OutOfMemoryException, duckdb.TransactionException, OSError) as e:
+            if not any(said in str(e) for said in OUT_OF_MEMORY):
                 raise
             if 4 * memory > (free := psutil.virtual_memory().available):
                 raise LakeError(
