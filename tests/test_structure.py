@@ -7,11 +7,14 @@ import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from nbg_assets.plots import PLOTS
 from nbg_core.assets import ASSETS, BY_NAME
@@ -148,6 +151,24 @@ def test_it_is_imported_without_heavy_libraries(module):
     code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT, timeout=240)
     assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
+
+
+def test_everything_is_imported_without_what_only_development_installs():
+    with open(PROJECT_ROOT / "pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["project"]["optional-dependencies"]["dev"]
+    dev = {Requirement(line).name.lower() for line in wanted}
+    only_dev = [name for name, owners in packages_distributions().items() if {o.lower() for o in owners} <= dev]
+    assert {"pytest", "triton"} <= set(only_dev)
+    # Triton's own is imported where Triton is; a `__main__` runs a command.
+    modules = [m for m in MODULES if m != "nbg_core.modeling.lm_head_kernels" and not m.endswith("__main__")]
+    code = (
+        f"import importlib, sys; sys.modules.update(dict.fromkeys({only_dev}))\n"  # None: an import raises ImportError
+        f"for module in {modules}: importlib.import_module(module)\n"
+        "import torch; from nbg_core.modeling.lm_head import lm_head_logps\n"
+        "lm_head_logps(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), vocab=3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 def test_assets_are_in_order_and_their_stages_are_there():

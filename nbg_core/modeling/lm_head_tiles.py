@@ -19,7 +19,7 @@ from torch import Tensor
 try:
     from nbg_core.modeling import lm_head_kernels
 except ImportError:  # builds of torch for CPUs come without Triton
-    head_kernels = None
+    lm_head_kernels = None  # type: ignore[assignment]  # a module or nothing
 
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 """On a GPU every tile adds to the weight's gradient in its memory, which must cost less than the GEMM."""
