@@ -50,8 +50,8 @@ def ref_divergence(p, q, kind, alpha=0.5):
     return alpha * ref_kl(p, m) + (1 - alpha) * ref_kl(q, m)
 
 
-def ref_buckets(p, head):
-    return [p[v] for v in head] + [math.fsum(p[v] for v in range(len(p)) if v not in head)]
+def ref_buckets(p, top):
+    return [p[v] for v in top] + [math.fsum(p[v] for v in range(len(p)) if v not in top)]
 
 
 def ref_joint(batch, s, denominators):
@@ -91,22 +91,22 @@ def ref_joint(batch, s, denominators):
 # --- builders --------------------------------------------------------------------------------------------------
 
 
-def make_targets(teacher, head, samples=(), *, temperature=1.0, width=None, dtype=torch.float64):
-    """TeacherTargets from teacher logits [T, V], head ids per row and tail ids per row; padded to `width`."""
+def make_targets(teacher, top, samples=(), *, temperature=1.0, width=None, dtype=torch.float64):
+    """TeacherTargets from teacher logits [T, V], top ids per row and tail ids per row; padded to `width`."""
     samples = samples or [()] * len(teacher)
-    width = width or max(1, max(len(h) + len(x) for h, x in zip(head, samples, strict=True)))
+    width = width or max(1, max(len(h) + len(x) for h, x in zip(top, samples, strict=True)))
     n = len(teacher)
     ids, logprobs = np.zeros((n, width), dtype=np.int64), np.zeros((n, width))
-    is_head, is_tail, tail_logmass = np.zeros((n, width), bool), np.zeros((n, width), bool), np.full(n, -np.inf)
+    is_top, is_tail, tail_logmass = np.zeros((n, width), bool), np.zeros((n, width), bool), np.full(n, -np.inf)
     for t in range(n):
         p = ref_probs(teacher[t], temperature)
-        for j, v in enumerate([*head[t], *samples[t]]):
+        for j, v in enumerate([*top[t], *samples[t]]):
             ids[t, j], logprobs[t, j] = v, math.log(p[v]) if p[v] > 0 else -math.inf
-            (is_head if j < len(head[t]) else is_tail)[t, j] = True
-        tail = ref_buckets(p, head[t])[-1]
+            (is_top if j < len(top[t]) else is_tail)[t, j] = True
+        tail = ref_buckets(p, top[t])[-1]
         tail_logmass[t] = math.log(tail) if tail > 0 else -math.inf
     floats = (torch.tensor(logprobs, dtype=dtype), torch.tensor(tail_logmass, dtype=dtype))
-    return TeacherTargets(torch.tensor(ids), floats[0], torch.tensor(is_head), torch.tensor(is_tail), floats[1])
+    return TeacherTargets(torch.tensor(ids), floats[0], torch.tensor(is_top), torch.tensor(is_tail), floats[1])
 
 
 def top_ids(teacher, k):
@@ -118,7 +118,7 @@ def randn(*shape, seed=0, scale=2.0):
 
 
 def make_batch(lengths=((3, 2), (1, 4), (2, 1)), vocab=7, seed=0, k=None, temperature=1.0):
-    """A batch of len(lengths) pairs; targets hold the whole vocabulary unless k says how many head entries."""
+    """A batch of len(lengths) pairs; targets hold the whole vocabulary unless k says how many top entries."""
     rows = [(b, side == 0) for b, pair in enumerate(lengths) for side in (0, 1) for _ in range(pair[side])]
     n = len(rows)
     teacher = randn(n, vocab, seed=seed)
@@ -213,7 +213,7 @@ def test_sampled_tail_with_the_whole_vocabulary_is_the_full_kl(temperature):
 
 
 def test_sampled_tail_value_by_hand():
-    """Teacher (1/2, 1/4, 1/8, 1/8), head {0}, samples 1 and 3; uniform student: every log p_s is -log 4."""
+    """Teacher (1/2, 1/4, 1/8, 1/8), top {0}, samples 1 and 3; uniform student: every log p_s is -log 4."""
     teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     targets = make_targets(teacher, [[0]], [[1, 3]])
     by_hand = 0.5 * math.log(2) + 0.25 * math.log(1) + 0.25 * math.log(0.5)
@@ -223,40 +223,40 @@ def test_sampled_tail_value_by_hand():
 
 def test_an_id_drawn_twice_counts_twice():
     teacher, student = randn(1, 6, seed=3), randn(1, 6, seed=4)
-    head = top_ids(teacher, 2)
-    a, b = [v for v in range(6) if v not in head[0]][:2]
-    targets = make_targets(teacher, head, [[a, a, a, b]])
+    top = top_ids(teacher, 2)
+    a, b = [v for v in range(6) if v not in top[0]][:2]
+    targets = make_targets(teacher, top, [[a, a, a, b]])
     p, q = ref_probs(teacher[0]), ref_probs(student[0])
-    t = ref_buckets(p, head[0])[-1]
-    expected = sum(p[v] * math.log(p[v] / q[v]) for v in head[0])
+    t = ref_buckets(p, top[0])[-1]
+    expected = sum(p[v] * math.log(p[v] / q[v]) for v in top[0])
     expected += t * (0.75 * math.log(p[a] / q[a]) + 0.25 * math.log(p[b] / q[b]))
     assert sampled_tail_forward_kl(student, targets).item() == pytest.approx(expected, rel=1e-9)
     sparse = torch.zeros(6, dtype=torch.float64)
-    for v, weight in [*((v, p[v]) for v in head[0]), (a, 0.75 * t), (b, 0.25 * t)]:
+    for v, weight in [*((v, p[v]) for v in top[0]), (a, 0.75 * t), (b, 0.25 * t)]:
         sparse[v] += weight
     gradient = grad_of(lambda z: sampled_tail_forward_kl(z, targets), student)
     torch.testing.assert_close(gradient[0], student[0].softmax(-1) - sparse)
 
 
-def systematic_draws(teacher_row, head, m, n, seed):
-    """n systematic samples of m ids from outside the head: [n, m], one uniform number each."""
+def systematic_draws(teacher_row, top, m, n, seed):
+    """n systematic samples of m ids from outside the top entries: [n, m], one uniform number each."""
     p = np.array(ref_probs(teacher_row))
-    p[head] = 0
+    p[top] = 0
     points = (np.random.default_rng(seed).random(n)[:, None] + np.arange(m)) / m
     return np.minimum(np.searchsorted(np.cumsum(p) / p.sum(), points, side="right"), len(p) - 1)
 
 
-@pytest.mark.parametrize("head_size, m", [(4, 3), (1, 5)])
-def test_sampled_tail_is_unbiased_and_so_is_its_gradient(head_size, m):
+@pytest.mark.parametrize("k, m", [(4, 3), (1, 5)])
+def test_sampled_tail_is_unbiased_and_so_is_its_gradient(k, m):
     n, vocab = 20_000, 24
     teacher, student = randn(1, vocab, seed=5, scale=1.0), randn(1, vocab, seed=6, scale=1.0)
-    head = top_ids(teacher, head_size)
-    one = make_targets(teacher, head, [[0] * m])
-    draws = torch.from_numpy(systematic_draws(teacher[0], head[0], m, n, seed=7))
+    top = top_ids(teacher, k)
+    one = make_targets(teacher, top, [[0] * m])
+    draws = torch.from_numpy(systematic_draws(teacher[0], top[0], m, n, seed=7))
     targets = TeacherTargets(*(getattr(one, f.name).expand(n, *getattr(one, f.name).shape[1:]).clone()
                                for f in dataclasses.fields(one)))  # fmt: skip
-    targets.ids[:, head_size:] = draws
-    targets.logprobs[:, head_size:] = teacher[0].log_softmax(-1)[draws]
+    targets.ids[:, k:] = draws
+    targets.logprobs[:, k:] = teacher[0].log_softmax(-1)[draws]
     logits = student.expand(n, vocab)
     values = sampled_tail_forward_kl(logits, targets)
     full = ref_kl(ref_probs(teacher[0]), ref_probs(student[0]))
@@ -277,23 +277,23 @@ def test_sampled_tail_is_unbiased_and_so_is_its_gradient(head_size, m):
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_bucket_matches_the_reference(kind, k, temperature):
     teacher, student = randn(5, 8, seed=8), randn(5, 8, seed=9)
-    head = top_ids(teacher, k)
-    targets = make_targets(teacher, head, temperature=temperature, width=k + 2)
+    top = top_ids(teacher, k)
+    targets = make_targets(teacher, top, temperature=temperature, width=k + 2)
     got = bucket_divergence(student, targets, kind=kind, temperature=temperature, jsd_alpha=0.3)
     for t in range(5):
         p, q = (ref_probs(x[t], temperature) for x in (teacher, student))
         if k < 8:
-            p, q = ref_buckets(p, head[t]), ref_buckets(q, head[t])
+            p, q = ref_buckets(p, top[t]), ref_buckets(q, top[t])
         assert got[t].item() == pytest.approx(ref_divergence(p, q, kind, 0.3), rel=1e-9)
 
 
 def test_bucket_does_not_read_tail_samples():
     teacher, student = randn(2, 8, seed=10), randn(2, 8, seed=11)
-    head = top_ids(teacher, 3)
-    rest = [[v for v in range(8) if v not in h][:2] for h in head]
+    top = top_ids(teacher, 3)
+    rest = [[v for v in range(8) if v not in h][:2] for h in top]
     for kind in KINDS:
-        plain = bucket_divergence(student, make_targets(teacher, head), kind=kind)
-        sampled = bucket_divergence(student, make_targets(teacher, head, rest), kind=kind)
+        plain = bucket_divergence(student, make_targets(teacher, top), kind=kind)
+        sampled = bucket_divergence(student, make_targets(teacher, top, rest), kind=kind)
         torch.testing.assert_close(sampled, plain, rtol=1e-12, atol=0)
 
 
@@ -313,8 +313,8 @@ logit_rows = st.lists(st.floats(-12, 12, width=32), min_size=12, max_size=12)
 @given(logit_rows, st.integers(1, 6), st.sampled_from(KINDS))
 def test_a_bucket_divergence_is_between_zero_and_the_full_one(values, k, kind):
     teacher, student = torch.tensor(values, dtype=torch.float64).view(2, 1, 6)
-    head = top_ids(teacher, k)
-    got = bucket_divergence(student, make_targets(teacher, head), kind=kind).item()
+    top = top_ids(teacher, k)
+    got = bucket_divergence(student, make_targets(teacher, top), kind=kind).item()
     p, q = ref_probs(teacher[0]), ref_probs(student[0])
     full = ref_divergence(p, q, kind)
     assert -1e-12 <= got <= full + 1e-9
@@ -328,9 +328,9 @@ def test_a_bucket_divergence_is_between_zero_and_the_full_one(values, k, kind):
 @pytest.mark.parametrize("k", [2, 6])
 def test_gradcheck(k):
     teacher, student = randn(3, 6, seed=14), randn(3, 6, seed=15).requires_grad_(True)
-    head = top_ids(teacher, k)
-    samples = [[v for v in range(6) if v not in h][:2] for h in head]
-    targets = make_targets(teacher, head, samples, width=8)
+    top = top_ids(teacher, k)
+    samples = [[v for v in range(6) if v not in h][:2] for h in top]
+    targets = make_targets(teacher, top, samples, width=8)
     ids = torch.tensor([0, 5, 2])
     assert torch.autograd.gradcheck(lambda z: token_logps(z, ids), student)
     assert torch.autograd.gradcheck(lambda z: sampled_tail_forward_kl(z, targets, temperature=1.5), student)
@@ -350,13 +350,13 @@ def test_gradcheck_of_the_joint_loss(changes):
 
 
 def extreme_rows():
-    """(name, teacher logits, student logits, head ids) where a careless implementation gives NaN or infinity."""
+    """(name, teacher logits, student logits, top ids) where a careless implementation gives NaN or infinity."""
     inf = math.inf
     return [
-        ("whole vocabulary in the head", [1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0, 1, 2, 3]),
+        ("whole vocabulary among the top entries", [1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0, 1, 2, 3]),
         ("teacher certain, all kept", [0.0, -inf, -inf, -inf], [0.0, 1.0, 2.0, 3.0], [0, 1, 2, 3]),
         ("teacher certain, one kept", [0.0, -inf, -inf, -inf], [0.0, 1.0, 2.0, 3.0], [0]),
-        ("student underflows in the head", [0.0, 0.0, 0.0, 0.0], [-1e4, 0.0, 0.0, 0.0], [0, 1]),
+        ("student underflows among the top entries", [0.0, 0.0, 0.0, 0.0], [-1e4, 0.0, 0.0, 0.0], [0, 1]),
         ("student underflows in the tail", [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1e4, -1e4], [0, 1]),
         ("student certain where teacher is not", [0.0, -1e3, 0.0, 0.0], [0.0, 1e4, 0.0, 0.0], [0, 1, 2]),
         ("tail of 1e-9", [0.0, -20.7, -40.0, -50.0], [0.0, 1.0, 2.0, 3.0], [0]),
@@ -365,16 +365,16 @@ def extreme_rows():
     ]
 
 
-@pytest.mark.parametrize("name, teacher, student, head", extreme_rows(), ids=[r[0] for r in extreme_rows()])
+@pytest.mark.parametrize("name, teacher, student, top", extreme_rows(), ids=[r[0] for r in extreme_rows()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extremes_are_finite_with_their_gradients(name, teacher, student, head, dtype):
-    targets = make_targets(torch.tensor([teacher]), [head], width=6, dtype=dtype)
+def test_extremes_are_finite_with_their_gradients(name, teacher, student, top, dtype):
+    targets = make_targets(torch.tensor([teacher]), [top], width=6, dtype=dtype)
     logits = torch.tensor([student], dtype=dtype)
     losses = [sampled_tail_forward_kl] + [lambda z, t, k=k: bucket_divergence(z, t, kind=k) for k in KINDS]
     for loss in losses:
         assert loss(logits, targets).isfinite().all()
         assert grad_of(lambda z, loss=loss: loss(z, targets), logits).isfinite().all()
-    p, q = ref_buckets(ref_probs(teacher), head), ref_buckets(ref_probs(student), head)
+    p, q = ref_buckets(ref_probs(teacher), top), ref_buckets(ref_probs(student), top)
     if all(b > 0 for a, b in zip(p, q, strict=True) if a > 0):
         got = bucket_divergence(logits, targets, kind="forward").item()
         assert got == pytest.approx(ref_kl(p, q), rel=2e-5, abs=2e-6)
@@ -402,7 +402,7 @@ def test_the_student_tail_does_not_cancel_in_float32():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_tail_beside_a_complete_head_is_negligible(kind):
-    """Another engine may report a tail of 1e-9 where nothing is left outside the head."""
+    """Another engine may report a tail of 1e-9 where nothing is left outside the top entries."""
     teacher, student = randn(1, 5, seed=1), randn(1, 5, seed=2)
     exact = make_targets(teacher, top_ids(teacher, 5))
     rounded = replace(exact, tail_logmass=torch.full_like(exact.tail_logmass, math.log(1e-9)))
@@ -614,12 +614,12 @@ def test_first_and_last_token_of_each_response_count(row, side, estimator):
 
 def test_temperature_reaches_the_divergence_only():
     batch = make_batch()
-    cold, hot = (run(batch, LossSettings(temperature=t))[1] for t in (1.0, 2.0))
-    assert cold["kl_chosen"] != hot["kl_chosen"]
+    at_one, at_two = (run(batch, LossSettings(temperature=t))[1] for t in (1.0, 2.0))
+    assert at_one["kl_chosen"] != at_two["kl_chosen"]
     for name in ("dpo", "nll", "chosen_logp", "rejected_logp", "margin"):
-        assert torch.equal(cold[name], hot[name])
+        assert torch.equal(at_one[name], at_two[name])
     plain = run(batch, LossSettings(temperature=2.0, scale_by_temperature_squared=False))[1]
-    torch.testing.assert_close(hot["kl_rejected"], 4 * plain["kl_rejected"])
+    torch.testing.assert_close(at_two["kl_rejected"], 4 * plain["kl_rejected"])
 
 
 @pytest.mark.parametrize("estimator, kind", [("sampled_tail", "forward"), *(("bucket", kind) for kind in KINDS)])

@@ -263,14 +263,14 @@ def test_what_is_not_supported_is_refused():
 def test_plain_lm_head():
     small = dict(SIZE, num_hidden_layers=1, num_key_value_heads=4)
 
-    def head(config) -> bool:
+    def plain(config) -> bool:
         return has_plain_lm_head(AutoModelForCausalLM.from_config(config))
 
-    assert all(head(config) for config in CONFIGS.values())
-    assert head(Gemma2Config(**small, final_logit_softcapping=None)) and head(GraniteConfig(**small))
-    assert not head(Gemma2Config(**small, final_logit_softcapping=30.0))
-    assert not head(CohereConfig(**small, logit_scale=0.0625))
-    assert not head(GraniteConfig(**small, logits_scaling=8.0))
+    assert all(plain(config) for config in CONFIGS.values())
+    assert plain(Gemma2Config(**small, final_logit_softcapping=None)) and plain(GraniteConfig(**small))
+    assert not plain(Gemma2Config(**small, final_logit_softcapping=30.0))
+    assert not plain(CohereConfig(**small, logit_scale=0.0625))
+    assert not plain(GraniteConfig(**small, logits_scaling=8.0))
     nested = make("llama")  # a model of several parts: its language part has a configuration of its own
     nested.config = LlamaConfig(**nested.config.to_dict())
     nested.config.get_text_config = lambda **_: Gemma2Config(**small, final_logit_softcapping=30.0)

@@ -37,9 +37,9 @@ def batch(lengths) -> tuple:
     tokens = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(r for both in responses for r in both)]))
     total, k = len(tokens), 6
     ids = torch.from_numpy(np.stack([rng.permutation(VOCAB)[:k] for _ in range(total)] or [np.zeros(k, int)])[:total])
-    head = (torch.arange(k) < 4).expand(total, k)
+    top = (torch.arange(k) < 4).expand(total, k)
     logp = torch.from_numpy(rng.normal(-3, 0.5, (total, k)).astype(np.float32))
-    targets = TeacherTargets(ids, logp, head, ~head, torch.full((total,), -1.5))
+    targets = TeacherTargets(ids, logp, top, ~top, torch.full((total,), -1.5))
     reference = torch.from_numpy(rng.normal(-4, 1, total).astype(np.float32))
     return prompts, responses, [tokens, side // 2, side % 2 == 0, reference, targets]
 

@@ -77,9 +77,9 @@ def test_rows_are_the_teachers_at_the_response_positions(run, tiny_models):
         expected = full[np.arange(len(full)), TOKENS[sample]]
         assert row["token_logprobs"][0].to_list() == pytest.approx(expected.tolist(), abs=5e-4)
         for r in range(len(full)):
-            head = t.ids[r][t.is_top[r]].numpy()
-            assert set(head) == set(np.argsort(-full[r])[: len(head)])
-            outside = np.delete(np.exp(full[r]), head).sum()
+            top = t.ids[r][t.is_top[r]].numpy()
+            assert set(top) == set(np.argsort(-full[r])[: len(top)])
+            outside = np.delete(np.exp(full[r]), top).sum()
             assert np.exp(float(t.tail_logmass[r])) == pytest.approx(outside, rel=1e-3)
 
 

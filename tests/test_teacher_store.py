@@ -1,4 +1,4 @@
-"""The store: exact head, unbiased tail, exact mass, and a round trip, for any distribution."""
+"""The store: exact top entries, unbiased tail, exact mass, and a round trip, for any distribution."""
 
 import duckdb
 import numpy as np
@@ -32,7 +32,7 @@ def positions(rows: pl.DataFrame) -> list[dict]:
             ids = [
                 int(i) for part in (gaps[:h], gaps[h:]) for i in np.cumsum(np.array(part, dtype=np.int64) - GAP_ZERO)
             ]
-            found.append({"head": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:],
+            found.append({"top": dict(zip(ids[:h], logprobs[:h], strict=True)), "tail": ids[h:],
                           "mass": row["tail_logmass"][r], "token": row["token_logprobs"][r]})  # fmt: skip
             at += h + t
         assert at == len(row["entry_gaps"]) == len(row["entry_logprobs"])
@@ -71,9 +71,9 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
     )
     for z, p in zip(logits, positions(rows), strict=True):
         full = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        assert list(p["head"]) == sorted(p["head"])
+        assert list(p["top"]) == sorted(p["top"])
         lost = 0.0  # at most, by rounding the one before, less probable one
-        for token, logprob in sorted(p["head"].items(), key=lambda entry: full[entry[0]]):
+        for token, logprob in sorted(p["top"].items(), key=lambda entry: full[entry[0]]):
             within = (abs(np.log(full[token])) + np.log(2)) * 2.0 ** -(bits + 1)
             if full[token] < 1e-8:  # by itself; else with what the one before lost
                 assert abs(logprob - np.log(full[token])) <= within + 1e-5
@@ -83,17 +83,17 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
                 assert np.exp(logprob) >= full[token] / 2 * np.exp(-within) * (1 - 1e-4), "half of its mass is kept"
                 if before > full[token] / 2:  # it passes on what it cannot give
                     lost += before
-        head = sum(map(np.exp, p["head"].values()))
-        assert head == pytest.approx(full[list(p["head"])].sum(), abs=3e-4)
-        outside = [i for i in range(len(z)) if i not in p["head"]]
+        top = sum(map(np.exp, p["top"].values()))
+        assert top == pytest.approx(full[list(p["top"])].sum(), abs=3e-4)
+        outside = [i for i in range(len(z)) if i not in p["top"]]
         assert np.exp(p["mass"]) == pytest.approx(full[outside].sum(), rel=1e-2, abs=1e-30)
-        if p["head"] and outside:  # nothing outside is more probable than something inside
-            assert full[outside].max() <= min(full[i] for i in p["head"]) * (1 + 1e-4)
+        if p["top"] and outside:  # nothing outside is more probable than something inside
+            assert full[outside].max() <= min(full[i] for i in p["top"]) * (1 + 1e-4)
         if not min_weight and full[outside].sum() > epsilon + 1e-6:
-            assert len(p["head"]) == min(k, (full > 0).sum()) or len(p["head"]) == k
-        smallest = min((full[i] for i in p["head"]), default=1)
-        assert len(p["head"]) == 1 or smallest >= min_weight * (1 - 1e-5)
-        if len(p["head"]) < k and full[outside].sum() > epsilon + 1e-6:
+            assert len(p["top"]) == min(k, (full > 0).sum()) or len(p["top"]) == k
+        smallest = min((full[i] for i in p["top"]), default=1)
+        assert len(p["top"]) == 1 or smallest >= min_weight * (1 - 1e-5)
+        if len(p["top"]) < k and full[outside].sum() > epsilon + 1e-6:
             assert full[outside].max() <= max(min_weight, 1e-30) * (1 + 1e-5)
         if min_weight and p["tail"]:
             assert len(p["tail"]) == min(m, max(1, int(np.ceil(full[outside].sum() / min_weight - 1e-4)))) or (
@@ -101,9 +101,9 @@ def test_head_is_the_smallest_and_exact_and_mass_is_all_accounted_for(logits, k,
             )
         elif not min_weight:
             assert len(p["tail"]) in (0, m)
-        assert not set(p["tail"]) & set(p["head"])
+        assert not set(p["tail"]) & set(p["top"])
         assert all(full[i] > 0 for i in p["tail"])
-        weight = sum(map(np.exp, p["head"].values())) + (np.exp(p["mass"]) if p["tail"] else 0)
+        weight = sum(map(np.exp, p["top"].values())) + (np.exp(p["mass"]) if p["tail"] else 0)
         assert weight <= 1 + 1e-2
         if m and full[outside].sum() > epsilon + 1e-6 and full[outside].sum() > 1e-20:
             assert weight == pytest.approx(1, abs=1e-3)
@@ -115,7 +115,7 @@ def test_equal_entries_stay_about_equal_and_keep_their_mass(bits):
     how = TeacherSettings(k_head=64, min_weight=0, m_tail=0, logprob_bits=bits)
     for n in range(2, 65):
         (p,) = positions(compressed([[0.0] * n + [-np.inf]], how))
-        probabilities = np.exp(list(p["head"].values()))
+        probabilities = np.exp(list(p["top"].values()))
         step = np.log(n) * 2.0**-bits  # at most, between two values that can be stored
         assert len(probabilities) == n and probabilities.sum() == pytest.approx(1, abs=1e-4)
         assert np.abs(np.log(probabilities * n)).max() <= 1.6 * step + 1e-4
@@ -123,12 +123,12 @@ def test_equal_entries_stay_about_equal_and_keep_their_mass(bits):
 
 def test_a_confident_position_stores_one_entry_and_no_tail():
     (p,) = positions(compressed([[30.0] + [0.0] * 99], TeacherSettings(k_head=16, m_tail=16)))
-    assert (list(p["head"]), p["tail"]) == ([0], [])
+    assert (list(p["top"]), p["tail"]) == ([0], [])
     assert np.exp(p["mass"]) == pytest.approx(99 * np.exp(-30), rel=2e-3)  # 1 - p would be 0 here
 
 
 def test_a_tail_too_small_for_a_float_can_be_drawn_from():
-    """Regression: rounding leaves some mass outside the head on paper, and e^-120 is 0 in float32."""
+    """Regression: rounding leaves some mass outside the top entries on paper, and e^-120 is 0 in float32."""
     z = np.concatenate([np.random.default_rng(0).normal(size=(200, 5)), np.full((200, 3), -120.0)], 1)
     found = positions(compressed(z, TeacherSettings(k_head=5, m_tail=2, epsilon=0.0, min_weight=0)))
     drawn = [p["tail"] for p in found if p["tail"]]
@@ -137,7 +137,7 @@ def test_a_tail_too_small_for_a_float_can_be_drawn_from():
 
 def test_one_hot_teacher_has_no_mass_outside():
     (p,) = positions(compressed([[float("-inf"), 0.0, float("-inf")]], TeacherSettings(k_head=3)))
-    assert (p["head"], p["tail"], p["mass"]) == ({1: 0.0}, [], float("-inf"))
+    assert (p["top"], p["tail"], p["mass"]) == ({1: 0.0}, [], float("-inf"))
 
 
 @pytest.mark.parametrize("min_weight", [0.0, 0.05])
@@ -153,8 +153,8 @@ def test_tail_samples_estimate_an_expectation_without_bias(min_weight):
     )
     got = []
     for p in positions(rows):
-        head = sum(np.exp(lp) * value[i] for i, lp in p["head"].items())
-        got.append(head + np.exp(p["mass"]) * np.mean([value[i] for i in p["tail"]]))
+        top = sum(np.exp(lp) * value[i] for i, lp in p["top"].items())
+        got.append(top + np.exp(p["mass"]) * np.mean([value[i] for i in p["tail"]]))
     error = np.std(got) / np.sqrt(len(got))
     assert abs(np.mean(got) - wanted) < 4 * error
     assert np.std(got) > 0
@@ -181,7 +181,7 @@ def test_tail_is_drawn_at_equal_steps_of_what_is_outside_the_head(vocab, n, spre
     wrong = total = 0
     for u, row, p in zip(uniforms, z.astype(np.float64), positions(rows), strict=True):
         outside = np.exp(row - row.max())
-        outside[list(p["head"])] = 0
+        outside[list(p["top"])] = 0
         m = len(p["tail"])
         if m and outside.sum() > 1e-30:
             places = (u + np.arange(m)) / m
@@ -217,7 +217,7 @@ def test_targets_line_up_positions_of_several_samples():
     t = targets(rows)
     weights = t.weights()
     for r, p in enumerate(positions(rows)):
-        assert dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True)) == p["head"]
+        assert dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True)) == p["top"]
         assert t.ids[r][t.is_tail[r]].tolist() == p["tail"]
         assert float(t.tail_logmass[r]) == p["mass"]
         assert float(weights[r].sum()) == pytest.approx(1, abs=1e-3)
@@ -245,7 +245,7 @@ def test_a_300k_vocabulary_is_handled_in_blocks():
     rows = compressed(z, TeacherSettings(k_head=8, m_tail=8, min_weight=0))
     assert len(rows["entry_gaps"][0]) == 70 * 16
     for r, p in enumerate(positions(rows)):
-        assert set(p["head"]) == set(np.argpartition(-z[r], 8)[:8]) and max(p["tail"]) < 300_000
+        assert set(p["top"]) == set(np.argpartition(-z[r], 8)[:8]) and max(p["tail"]) < 300_000
 
 
 @settings(max_examples=60, deadline=None)
@@ -258,5 +258,5 @@ def test_a_file_gives_back_what_was_stored_to_sql_and_to_training(tmp_path_facto
     assert read.to_dicts() == rows.to_dicts()
     t = targets(read)
     for r, p in enumerate(positions(rows)):
-        head = dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True))
-        assert head == p["head"] and t.ids[r][t.is_tail[r]].tolist() == p["tail"]
+        top = dict(zip(t.ids[r][t.is_top[r]].tolist(), t.logprobs[r][t.is_top[r]].tolist(), strict=True))
+        assert top == p["top"] and t.ids[r][t.is_tail[r]].tolist() == p["tail"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from nbg_core.modeling.packing import MODEL_TYPES, Pack, pack, packed_hidden
 from nbg_core.modeling.padded import Padded, pad, padded_hidden
 
-_HEAD_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
+_LOGIT_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
     "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
     "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
 )  # fmt: skip
@@ -55,9 +55,9 @@ def no_packing(config: PreTrainedConfig) -> str:
 
 def has_plain_lm_head(model: PreTrainedModel) -> bool:
     """Whether logits are hidden states times the output matrix and nothing else: no bias, scale or soft cap."""
-    head, configs = model.get_output_embeddings(), (model.config, model.config.get_text_config())
-    changed = any(getattr(config, name, None) not in (None, 1) for config in configs for name in _HEAD_SETTINGS)
-    return type(head) is nn.Linear and head.bias is None and not changed
+    lm_head, configs = model.get_output_embeddings(), (model.config, model.config.get_text_config())
+    changed = any(getattr(config, name, None) not in (None, 1) for config in configs for name in _LOGIT_SETTINGS)
+    return type(lm_head) is nn.Linear and lm_head.bias is None and not changed
 
 
 def output_matrix(model: PreTrainedModel) -> nn.Parameter:

@@ -155,28 +155,30 @@ def round_mantissa(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _rounded(logprobs: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
-    """Log-probs [E] of positions [T] rounded, each head with the mass that it had: from its least probable entry up, an
-    entry is rounded with the mass that rounding took from the one before, and the last has the bits to keep it."""
+    """Log-probs [E] of positions [T], rounded such that the top entries of each position keep their mass.
+
+    Entries are rounded from the least probable up. Each takes over the mass that rounding took from the one before; the
+    last has the bits to keep what is left."""
     result = round_mantissa(logprobs, max(1, bits - 2))
     at, owner = np.flatnonzero(_is_top(n_top, n_tail)), np.repeat(np.arange(len(n_top)), n_top)
     order = at[np.lexsort((logprobs[at], owner))]
     width = n_top.max(initial=0)
     column = np.arange(len(at)) - np.repeat(n_top.cumsum(), n_top) + width  # the most probable in the last one
-    head = np.full((len(n_top), width), -np.inf, dtype=np.float32)
-    head[owner, column] = logprobs[order]
-    carry = np.zeros(len(head))
-    first = int((head >= LOG_ALONE).any(0).argmax()) if head.size else 0
-    head[:, :first] = round_mantissa(head[:, :first], bits)
+    top = np.full((len(n_top), width), -np.inf, dtype=np.float32)
+    top[owner, column] = logprobs[order]
+    carry = np.zeros(len(top))
+    first = int((top >= LOG_ALONE).any(0).argmax()) if top.size else 0
+    top[:, :first] = round_mantissa(top[:, :first], bits)
     for j in range(first, width):
-        exact, alone = head[:, j], head[:, j] < LOG_ALONE
+        exact, alone = top[:, j], top[:, j] < LOG_ALONE
         own = np.exp(exact, dtype=np.float64)
         mass = own + carry
         with np.errstate(divide="ignore"):
             wanted = np.minimum(np.log(np.maximum(mass, own / 2)), 0.0).astype(np.float32)
         wanted = np.where(alone, exact, wanted)
-        head[:, j] = round_mantissa(wanted, bits if j < width - 1 else max(FINE_BITS, bits))
-        carry = np.where(alone, 0.0, mass - np.exp(head[:, j], dtype=np.float64))
-    result[order] = head[owner, column]
+        top[:, j] = round_mantissa(wanted, bits if j < width - 1 else max(FINE_BITS, bits))
+        carry = np.where(alone, 0.0, mass - np.exp(top[:, j], dtype=np.float64))
+    result[order] = top[owner, column]
     return result
 
 
@@ -186,7 +188,7 @@ def _is_top(n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
 
 
 def _gaps(ids: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
-    """Differences [E] of ids to the one before in their head or tail; the first is the id itself."""
+    """Differences [E] of ids to the one before among the top entries or in the tail; the first is the id itself."""
     gaps = np.diff(ids, prepend=np.int32(0))
     starts, _ = _lists_within(n_top, n_tail)
     gaps[starts] = ids[starts]
@@ -194,7 +196,7 @@ def _gaps(ids: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
 
 
 def _lists_within(n_top: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each head and each tail that is not empty begins in [E], and its length."""
+    """Where the top entries and the tail of each position begin in [E] and how many they are, empty ones left out."""
     n = np.stack([n_top, n_tail], 1).ravel()
     starts = np.cumsum(n) - n
     return starts[n > 0], n[n > 0]

@@ -67,8 +67,8 @@ def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> 
     positions = choice.get("prompt_logprobs") or []
     if len(positions) != len(prompt) + len(response):
         raise BadAnswer(f"log-probs of {len(positions)} positions for {len(prompt) + len(response)} tokens")
-    heads = [_head(p, t, vocab, k, s) for p, t in zip(positions[len(prompt) :], response, strict=True)]
-    token, tail, ids, logprobs = zip(*heads, strict=True)
+    entries = [_entries(p, t, vocab, k, s) for p, t in zip(positions[len(prompt) :], response, strict=True)]
+    token, tail, ids, logprobs = zip(*entries, strict=True)
     return frame(
         [sample["sample_id"]], [len(response)], np.array(token, dtype=np.float32), np.array(tail, dtype=np.float32),
         np.array([len(i) for i in ids]), np.zeros(len(ids), dtype=np.int64), np.concatenate(ids),
@@ -76,7 +76,7 @@ def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> 
     )  # fmt: skip
 
 
-def _head(position: dict, token: int, vocab: int, k: int, s: TeacherSettings):
+def _entries(position: dict, token: int, vocab: int, k: int, s: TeacherSettings):
     """The token's log-prob, the log mass outside the top entries, and its ids and log-probs, sorted by id."""
     if not isinstance(position, dict) or str(token) not in position or not k <= len(position) <= k + 1:
         raise BadAnswer(f"a position without its token's log-prob, or not with {k} entries")

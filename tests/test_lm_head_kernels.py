@@ -1,10 +1,10 @@
-"""The GPU kernels of the head, run by Triton's interpreter: on a CPU, with the same arithmetic."""
+"""The GPU kernels of the LM head, run by Triton's interpreter: on a CPU, with the same arithmetic."""
 
 import os
 
 import pytest
 import torch
-from test_head import NARROW, SETTINGS, WIDE, fused, make_head, whole, with_gradients
+from test_lm_head import NARROW, SETTINGS, WIDE, fused, hidden_batch, whole, with_gradients
 from test_losses import randn
 
 from nbg_core.losses.logps import token_logps
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The head takes the kernels for tensors of a CPU, too."""
+    """The LM head takes the kernels for tensors of a CPU, too."""
     monkeypatch.setattr(lm_head_tiles.lm_head_kernels, "BLOCK", 64)  # so that a row has several
     monkeypatch.setattr(lm_head_tiles, "_has_kernels", lambda hidden: True)
 
@@ -26,7 +26,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("s", SETTINGS[:8], ids=str)
 def test_kernels_equal_float64(s, tile_bytes):
-    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.float32)
+    batch = hidden_batch(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.float32)
     (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
@@ -40,7 +40,7 @@ def test_kernels_equal_float64(s, tile_bytes):
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("s", SETTINGS[:8], ids=str)
 def test_only_the_whole_gradient_is_rounded(s, tile_bytes):
-    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.bfloat16)
+    batch = hidden_batch(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=torch.bfloat16)
     _, gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     _, expected = with_gradients(whole, double, s)
@@ -51,7 +51,7 @@ def test_only_the_whole_gradient_is_rounded(s, tile_bytes):
 def test_the_gradient_of_a_sure_token_is_not_lost_in_rounding():
     """By DPO alone it is g (1 - p) at the token, a small difference of two numbers that bf16 has as the same one."""
     s = LossSettings(w_pos=0.0, w_neg=0.0)
-    batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
+    batch = hidden_batch(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
     batch["hidden"] = batch["weight"][batch["token_ids"]]  # its own token's row: p from 0.9 to almost 1
     _, gradients = with_gradients(fused, batch, s)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}

@@ -38,17 +38,17 @@ SETTINGS = [
     LossSettings(w_dpo=0.0), LossSettings(w_dpo=0.0, w_neg=0.0, estimator="bucket"),
     LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0), LossSettings(w_dpo=0.0, w_pos=0.0, w_neg=0.0, nll_coef=1.0),
 ]  # fmt: skip
-COLD = LossSettings(estimator="bucket", temperature=0.5)
+BELOW_ONE = LossSettings(estimator="bucket", temperature=0.5)
 
 
-def make_head(lengths=LENGTHS, vocab=11, hidden=5, padded=13, seed=0, k=4, temperature=1.0, dtype=torch.float64):
-    """A batch with hidden [T, H] and weight [padded, H] in place of logits; each row has k head ids, 3 tail samples."""
+def hidden_batch(lengths=LENGTHS, vocab=11, hidden=5, padded=13, seed=0, k=4, temperature=1.0, dtype=torch.float64):
+    """A batch with hidden [T, H] and weight [padded, H] in place of logits; each row has k top ids, 3 tail samples."""
     batch = make_batch(lengths, vocab, seed, k, temperature)
     teacher, n = batch.pop("teacher"), len(batch.pop("logits"))
-    head = top_ids(teacher, k)
-    rest = [[v for v in range(vocab) if v not in h][:2] for h in head]
+    top = top_ids(teacher, k)
+    rest = [[v for v in range(vocab) if v not in t][:2] for t in top]
     tail = [[*r, r[0]] if r and i % 3 else [] for i, r in enumerate(rest)]  # an id twice; some rows without samples
-    targets = make_targets(teacher, head, tail, temperature=temperature, width=k + 4)
+    targets = make_targets(teacher, top, tail, temperature=temperature, width=k + 4)
     h, w = randn(n, hidden, seed=seed + 5, scale=1.0).to(dtype), randn(padded, hidden, seed=seed + 6, scale=1.0)
     return batch | {"targets": targets, "hidden": h, "weight": w.to(dtype), "vocab": vocab}
 
@@ -92,7 +92,7 @@ def assert_same(batch, s, tile_bytes, rtol=1e-9, atol=1e-11, incoming=1.0):
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("s", SETTINGS, ids=range(len(SETTINGS)))
 def test_it_is_the_joint_loss_of_the_logits(s, tile_bytes):
-    assert_same(make_head(temperature=s.temperature), s, tile_bytes, incoming=-2.5)
+    assert_same(hidden_batch(temperature=s.temperature), s, tile_bytes, incoming=-2.5)
 
 
 @pytest.mark.parametrize("s", SETTINGS[3:8], ids=lambda s: f"{s.divergence}-{s.temperature}")
@@ -128,7 +128,7 @@ class Again(torch.autograd.Function):
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("s", [SETTINGS[1], *SETTINGS[3:8], SETTINGS[8]], ids=range(7))
 def test_gradcheck(s, tile_bytes):
-    batch = make_head(((2, 1), (9, 10)), vocab=6, hidden=3, padded=7, k=3, temperature=s.temperature)
+    batch = hidden_batch(((2, 1), (9, 10)), vocab=6, hidden=3, padded=7, k=3, temperature=s.temperature)
     leaves = [batch[name].requires_grad_(True) for name in ("hidden", "weight")]
     assert torch.autograd.gradcheck(
         lambda *x: Again.apply(*x, lambda h, w: fused(batch, s, tile_bytes, hidden=h, weight=w)[0]), leaves
@@ -142,7 +142,7 @@ def test_gradcheck(s, tile_bytes):
     rows=st.integers(1, 60), s=st.sampled_from(SETTINGS), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape_and_tile(lengths, vocab, hidden, padding, k, rows, s, seed):
-    batch = make_head(lengths, vocab, hidden, vocab + padding, seed, min(k, vocab), s.temperature)
+    batch = hidden_batch(lengths, vocab, hidden, vocab + padding, seed, min(k, vocab), s.temperature)
     assert_same(batch, s, rows * vocab * 8)
 
 
@@ -153,7 +153,7 @@ def test_any_shape_and_tile(lengths, vocab, hidden, padding, k, rows, s, seed):
     s=st.sampled_from([s for s in SETTINGS if s.dpo_variant in ("sigmoid", "sigmoid_norm")]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_float32_is_right_to_rounding_in_any_block_of_the_weight(lengths, vocab, hidden, rows, s, seed):
-    batch = make_head(lengths, vocab, hidden, vocab + 2, seed, 8, s.temperature, torch.float32)
+    batch = hidden_batch(lengths, vocab, hidden, vocab + 2, seed, 8, s.temperature, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nbg_core.modeling.lm_head_tiles.WEIGHT_BLOCK_BYTES", 1)
         (loss, sums, logps), gradients = with_gradients(fused, batch, s, rows * vocab * 4)
@@ -218,7 +218,7 @@ def test_chunks_are_whole_pairs_the_fewest_and_of_these_the_most_even(lengths, r
 @pytest.mark.parametrize("variant", ["sigmoid", "sigmoid_norm"])
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_a_policy_that_is_the_reference_has_a_dpo_loss_of_exactly_log_2(variant, tile_bytes):
-    batch = make_head(vocab=300, padded=320, hidden=64, dtype=torch.float32)
+    batch = hidden_batch(vocab=300, padded=320, hidden=64, dtype=torch.float32)
     some = [lm_head_logps(batch["hidden"][i : i + 7], batch["weight"], batch["token_ids"][i : i + 7], vocab=300)
             for i in range(0, len(batch["hidden"]), 7)]  # fmt: skip
     _, sums, _ = fused(batch, LossSettings(dpo_variant=variant), tile_bytes, reference_logps=torch.cat(some))
@@ -226,7 +226,7 @@ def test_a_policy_that_is_the_reference_has_a_dpo_loss_of_exactly_log_2(variant,
 
 
 def test_rows_in_any_order_of_pairs():
-    batch = make_head()
+    batch = hidden_batch()
     n = len(batch["hidden"])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
     mixed = rows_of(batch, order)
@@ -237,7 +237,7 @@ def test_rows_in_any_order_of_pairs():
 
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[3], SETTINGS[8], SETTINGS[15]], ids=range(4))
 def test_an_empty_micro_batch_is_a_differentiable_zero(s):
-    batch = make_head()
+    batch = hidden_batch()
     empty = rows_of(batch, slice(0, 0)) | {"n_pairs": 0}
     (loss, sums, logps), gradients = with_gradients(fused, empty, s)
     assert loss.item() == 0 and not any(v.item() for v in sums.values()) and logps.shape == (0,)
@@ -246,7 +246,7 @@ def test_an_empty_micro_batch_is_a_differentiable_zero(s):
 
 
 def test_only_what_requires_a_gradient_gets_one():
-    batch = make_head()
+    batch = hidden_batch()
     _, expected = with_gradients(fused, batch, LossSettings())
     for name, gradient in zip(("hidden", "weight"), expected, strict=True):
         leaf = batch[name].clone().requires_grad_(True)
@@ -258,7 +258,7 @@ def test_only_what_requires_a_gradient_gets_one():
 
 
 def test_a_second_backward_is_refused():
-    batch = make_head()
+    batch = hidden_batch()
     loss, _, _ = fused(batch, LossSettings(), weight=batch["weight"].requires_grad_(True))
     loss.backward()
     with pytest.raises(RuntimeError, match="call lm_head_joint_loss again"):
@@ -268,13 +268,13 @@ def test_a_second_backward_is_refused():
 # --- extremes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], *SETTINGS[3:8], COLD], ids=range(8))
+@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], *SETTINGS[3:8], BELOW_ONE], ids=range(8))
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("k", [3, 8])
 @pytest.mark.parametrize("scale", [0.0, 30.0, 3e3])
 def test_ties_one_hot_teachers_and_mass_that_underflows(s, tile_bytes, k, scale):
     """float32; logits 0 (all tied), or hundreds to thousands of nats apart; k = 8 is the whole vocabulary."""
-    batch = make_head(((9, 8), (9, 12)), vocab=8, hidden=4, padded=8, k=k, dtype=torch.float32)
+    batch = hidden_batch(((9, 8), (9, 12)), vocab=8, hidden=4, padded=8, k=k, dtype=torch.float32)
     targets = batch["targets"]
     one_hot = torch.full_like(targets.logprobs, -torch.inf)
     one_hot[:, 0] = 0
@@ -288,7 +288,7 @@ def test_ties_one_hot_teachers_and_mass_that_underflows(s, tile_bytes, k, scale)
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("s", SETTINGS[3:8], ids=range(5))
 def test_a_head_of_the_whole_vocabulary_may_have_logits_of_any_level(s, tile_bytes):
-    batch = make_head(vocab=7, hidden=7, padded=7, k=7, temperature=s.temperature, dtype=torch.float32)
+    batch = hidden_batch(vocab=7, hidden=7, padded=7, k=7, temperature=s.temperature, dtype=torch.float32)
     batch["weight"] = torch.eye(7)  # logits as hidden states
     (loss, _, _), (expected, _) = with_gradients(fused, batch, s, tile_bytes)
     (shifted, _, _), (got, _) = with_gradients(fused, batch | {"hidden": batch["hidden"] - 1024}, s, tile_bytes)
@@ -313,7 +313,7 @@ def test_the_gradient_of_a_tail_too_small_for_float32_keeps_its_shape(tile_bytes
 
 @pytest.mark.parametrize("s", [LossSettings(w_pos=0.0), LossSettings(w_pos=0.0, estimator="bucket")], ids=range(2))
 def test_a_side_of_weight_0_spreads_no_nan(s):
-    batch = make_head()
+    batch = hidden_batch()
     side = batch["is_chosen"]
     dirty = replace(batch["targets"], logprobs=batch["targets"].logprobs.masked_fill(side[:, None], math.nan))
     clean_results, clean = with_gradients(fused, batch, s)
@@ -328,7 +328,7 @@ def test_a_side_of_weight_0_spreads_no_nan(s):
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
     monkeypatch.setattr("nbg_core.modeling.lm_head_tiles.WEIGHT_BLOCK_BYTES", 1)  # blocks of 50 rows
-    batch = make_head(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
+    batch = hidden_batch(hidden=24, vocab=150, padded=158, dtype=torch.bfloat16)
     (loss, sums, logps), gradients = with_gradients(fused, batch, s, tile_bytes)
     double = batch | {name: batch[name].double() for name in ("hidden", "weight")}
     (expected, expected_sums, logits), expected_gradients = with_gradients(whole, double, s)
@@ -345,7 +345,7 @@ def test_bf16_is_computed_in_float32(s, tile_bytes, monkeypatch):
 @pytest.mark.parametrize("s", SETTINGS[:8], ids=str)
 @pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_cuda_equals_float64(s, tile_bytes, dtype, bound):
-    batch = make_head(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=dtype)
+    batch = hidden_batch(hidden=24, vocab=150, padded=158, temperature=s.temperature, dtype=dtype)
     there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     there["targets"] = TeacherTargets(**{name: value.cuda() for name, value in vars(batch["targets"]).items()})
     (loss, _, logps), gradients = with_gradients(fused, there, s, tile_bytes)
@@ -375,7 +375,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[1], SETTINGS[7]], ids=["sampled_tail", "temperature", "bucket"])
 def test_no_tensor_is_larger_than_the_tile(s):
-    batch = make_head(((40, 30), (20, 10), (60, 60)), vocab=3000, padded=3001, hidden=4, k=3, dtype=torch.float32)
+    batch = hidden_batch(((40, 30), (20, 10), (60, 60)), vocab=3000, padded=3001, hidden=4, k=3, dtype=torch.float32)
     bound = 20 * 3000 * 4
     weight = batch["weight"].requires_grad_(True)
     with Largest(weight) as largest:
@@ -395,7 +395,7 @@ def test_no_tensor_is_larger_than_the_tile(s):
     ({"token_ids": torch.zeros(3, dtype=torch.long)}, r"hidden, token_ids.*\[89, 3, 89, 89, 89, 89\] rows"),
 ])  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused(changes, message):
-    batch = make_head()
+    batch = hidden_batch()
     assert len(batch["hidden"]) == 89
     with pytest.raises(ValueError, match=message):
         fused(batch, LossSettings(), **changes)
