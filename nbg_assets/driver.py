@@ -121,7 +121,9 @@ def materialise_stale(
         sync_partitions(instance, profile)
         _end_killed_runs(instance)
         for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-            on_line(f"run {run.run_id} of {run.job_name} is going on; steps that load a model wait until it has none")
+            on_line(
+                f"run {run.run_id} of job {run.job_name} is in progress; steps that load a model wait while it runs one"
+            )
         return _materialise_stale(instance, profile, defs, lake, slices, good, on_line)
 
 
@@ -146,7 +148,7 @@ def _materialise_stale(
         due = stale_student(states)
         results += [Result(s.asset, None, ran=False) for s in states if s.slice_name is None and s.asset not in due]
         if due and waiting:
-            reason = f"not started: these slices are not fresh: {', '.join(waiting)}"
+            reason = f"not started: training needs every slice, and these are not fresh: {', '.join(waiting)}"
             on_line(f"{', '.join(due)} {reason}")
             if slices is None:
                 results += [Result(asset, None, ran=False, success=False, message=reason) for asset in due]

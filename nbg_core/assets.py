@@ -181,7 +181,7 @@ ASSETS: tuple[Asset, ...] = (
     Asset(
         "student_eval",
         "Accuracy on the held-out queries of every slice: the model before training, after it, and the teacher. The "
-        "checkpoint may be promoted when it is better overall and worse on no slice, beyond noise.",
+        "checkpoint may be promoted when it is significantly better overall and significantly worse on no slice.",
         stage="nbg_core.evaluation.stage",
         tables=("evaluations", "promotions"),
         settings=_student_eval,

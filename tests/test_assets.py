@@ -137,14 +137,15 @@ def test_another_run_that_is_going_on_is_named(instance, profile, fake):
     other = instance.create_run_for_job(build().resolve_job_def("train"), status=dg.DagsterRunStatus.STARTED)
     lines = []
     materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
-    assert lines[0].startswith(f"run {other.run_id} of train is going on; steps that load a model wait")
+    assert lines[0].startswith(f"run {other.run_id} of job train is in progress; steps that load a model wait")
 
 
 def test_only_the_slices_asked_for_are_run_and_training_waits_for_the_others(instance, profile, fake):
     lines = []
     results = materialise_stale(instance, profile, slices=["a"], on_line=lines.append)
     assert {r.slice_name for r in results} == {s for _, s in fake.calls} == {"a"}
-    assert "student_checkpoint, student_eval not started: these slices are not fresh: b" in lines
+    why = "not started: training needs every slice, and these are not fresh: b"
+    assert f"student_checkpoint, student_eval {why}" in lines
     assert all(r.success for r in results), "nothing but slice a was asked for"
     with pytest.raises(LookupError, match="no slice 'c'; slices: a, b"):
         materialise_stale(instance, profile, slices=["c"])
@@ -164,7 +165,7 @@ def test_a_file_that_cannot_be_a_slice_holds_nothing_up(instance, profile, fake)
 def test_training_that_is_due_and_cannot_start_is_a_failure(instance, profile, fake):
     fake.spoil["filtered_pairs"] = lambda df: df.with_columns(pl.lit(0.4).alias("margin"))
     results = materialise_stale(instance, profile, on_line=lambda _: None)
-    why = "not started: these slices are not fresh: a, b"
+    why = "not started: training needs every slice, and these are not fresh: a, b"
     assert Result("student_checkpoint", None, False, False, why) in results
     assert {r.name: r.checks_failed for r in results if r.checks_failed} == dict.fromkeys(
         ("filtered_pairs[a]", "filtered_pairs[b]"), 1

@@ -62,7 +62,7 @@ def test_sql_cannot_write_and_names_its_mistakes(profile):
     for query, expected in [
         ("DELETE FROM pairs", "read-only"), ("SELECT x FROM pairs", '"x" not found'),
         ("FROM ducklake_cleanup_old_files('lake', cleanup_all => true)", "does not take cleanup_old_files"),
-        ("", "takes one question, not 0"), ("SELECT 1; SELECT 2", "takes one question, not 2"),
+        ("", "takes one SQL statement, got 0"), ("SELECT 1; SELECT 2", "takes one SQL statement, got 2"),
     ]:  # fmt: skip
         result = nbg("sql", query)
         assert (result.returncode, result.stdout) == (1, "")
@@ -273,7 +273,7 @@ def test_dev_says_that_its_port_is_taken(profile):
         s.listen()
         port = str(s.getsockname()[1])
         result = nbg("dev", "--port", port)
-    assert result.returncode == 1 and f"port {port} of 127.0.0.1 cannot be had" in result.stderr
+    assert result.returncode == 1 and f"port {port} on 127.0.0.1 is not free" in result.stderr
     assert "error: port 99999 of" in nbg("dev", "--port", "99999").stderr
 
 

@@ -340,7 +340,7 @@ def test_a_folder_that_may_only_be_read_is_named_with_a_remedy(act):
             env={**os.environ, "HOME": str(home)},
         )  # fmt: skip
     assert out.stdout.startswith("LakeError: the lake at sqlite:"), out.stdout + out.stderr
-    assert f"{place} and {place}/files must be writable for this user" in out.stdout and "set `lake`" in out.stdout
+    assert f"make {place} and {place}/files writable for this user" in out.stdout and "set `lake`" in out.stdout
 
 
 @pytest.mark.parametrize(

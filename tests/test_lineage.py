@@ -79,7 +79,7 @@ def test_a_changed_file_makes_its_slice_and_what_reads_all_slices_stale(run):
     (run.profile.resolve("data/queries") / "a.jsonl").write_text('{"prompt": "y"}\n')
     stale = not_fresh(run)
     assert {s for _, s in stale} == {"a", None}
-    assert states(run)["queries", "a"] == ("stale", "settings, policy or file changed")
+    assert states(run)["queries", "a"] == ("stale", "changed: file")
     assert states(run)["filtered_pairs", "a"][1] == "queries[a] is stale"
 
 
@@ -97,8 +97,19 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_above(run):
     changed = run.profile.model_copy(
         update={"preference": run.profile.preference.model_copy(update={"min_margin": 0.9})}
     )
-    stale = {s.asset for s in status(run.lake, changed) if s.state != "fresh"}
-    assert stale == {"filtered_pairs", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
+    stale = {s.asset: s.why for s in status(run.lake, changed, ["a"]) if s.state != "fresh"}
+    assert stale["filtered_pairs"] == "changed: min_margin"
+    weights = {"verifier": 1.0, "teacher_loglik": 0.0, "brevity": None}
+    changed.preference.weights.update(weights)
+    why = {s.asset: s.why for s in status(run.lake, changed, ["a"])}
+    assert why["filtered_pairs"] == "changed: min_margin, weights.brevity"
+    assert stale.keys() == {
+        "filtered_pairs",
+        "teacher_logits",
+        "reference_logprobs",
+        "student_checkpoint",
+        "student_eval",
+    }
 
 
 def test_another_dtype_makes_stale_whatever_a_model_computed(run):
@@ -107,15 +118,17 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     rounded = run.profile.model_copy(update={"models": models})
     why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
     assert {a for a, reason in why.items() if reason} == set(BY_NAME) - {"queries"}
-    changed = "settings, policy or file changed"
-    own = {"student_samples", "teacher_logits", "reference_logprobs", "student_checkpoint", "student_eval"}
-    assert {a for a, reason in why.items() if reason == changed} == own
+    assert {a: reason for a, reason in why.items() if reason.startswith("changed")} == {
+        "student_samples": "changed: sampling_id", "teacher_logits": "changed: storage_id",
+        "reference_logprobs": "changed: scoring_id", "student_checkpoint": "changed: storage_id",
+        "student_eval": "changed: answering_id",
+    }  # fmt: skip
     preference = run.profile.preference.model_copy(update={"weights": {"teacher_loglik": 1.0}})
     scored = run.profile.model_copy(update={"preference": preference})
     make_all(Run(scored, run.lake, log=lambda line: None))
     rounded = scored.model_copy(update={"models": models})
     why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
-    assert why["filtered_pairs"] == changed
+    assert why["filtered_pairs"] == "changed: scoring_id"
 
 
 def test_a_new_slice_and_a_gone_one_are_noticed(run):
@@ -163,7 +176,7 @@ def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     back = current_policy(run.lake, run.profile)
     assert back.model_id == before.model_id and back.path.samefile(before.path)
     promote(run.lake, run.profile, identity[:8], "test")
-    assert states(run)["student_samples", "a"] == ("stale", "settings, policy or file changed")
+    assert states(run)["student_samples", "a"] == ("stale", "changed: student")
     assert states(run)["queries", "a"][0] == "fresh"
     (trained / "model.safetensors").write_bytes(b"tampered")
     with pytest.raises(ValueError, match="is not .* any more"):

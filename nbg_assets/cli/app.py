@@ -16,14 +16,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="The `nbg` command: run what is stale, see what is there, ask the lake.",
+    help="The `nbg` command: run what is stale, see what is there, query the lake.",
 )
 # No markup and no emoji codes: brackets and colons in names, errors and answers are printed as they are.
 console, errors = (
     Console(highlight=False, markup=False, emoji=False, stderr=e, width=None if sys.stdout.isatty() else 160)
     for e in (False, True)
 )
-Slices = Annotated[list[str] | None, typer.Option("--slice", "-s", help="Only this slice (repeatable).")]
+Slices = Annotated[
+    list[str] | None, typer.Option("--slice", "-s", help="Refresh or show only this slice (repeatable).")
+]
 
 
 def open_lake() -> tuple[Profile, Lake]:

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -19,7 +20,8 @@ from nbg_core.config.slices import slice_names
 
 @app.command()
 def run(slice_name: Slices = None) -> None:
-    """Materialise everything that is missing or stale, through Dagster."""
+    """Materialise what is missing or stale: each slice, then training and evaluation. Exits with 1 if anything
+    failed."""
     from nbg_assets.driver import dagster_instance, materialise_stale
 
     profile, _ = open_lake()
@@ -57,7 +59,10 @@ def demo() -> None:
 
 
 @app.command()
-def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
+def dev(
+    port: Annotated[int, typer.Option(help="Port of the UI.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on; the UI has no log-in.")] = "127.0.0.1",
+) -> None:
     """Start the Dagster UI and daemon (webserver, schedules, sensors) on this project."""
     from nbg_assets.driver import dagster_instance
     from nbg_assets.partitions import sync_partitions
@@ -69,7 +74,7 @@ def dev(port: int = 3000, host: str = "127.0.0.1") -> None:
             s.bind((host, port))
         except (OSError, OverflowError) as e:
             raise ValueError(
-                f"port {port} of {host} cannot be had ({e}); is `nbg dev` running? Or give another --port"
+                f"port {port} on {host} is not free ({e}); is `nbg dev` already running? Or give another --port"
             ) from e
     with dagster_instance(profile) as instance:
         sync_partitions(instance)

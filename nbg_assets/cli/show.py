@@ -70,7 +70,9 @@ def tables() -> None:
 
 @app.command()
 def trace(
-    start: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint, pair, sample or query id, or its beginning.")],
+    start: Annotated[
+        str, typer.Argument(metavar="ID", help="Checkpoint, training, pair, sample or query id, or its beginning.")
+    ],
 ) -> None:
     """Show what an id was made from and what was made from it: queries, samples, pairs, checkpoints."""
     shown = {
@@ -81,7 +83,9 @@ def trace(
     }
     _, lake = open_lake()
     for name, df in tracing.trace(lake, start).items():
-        table = Table(*shown[name], title=f"{name}: {df.height}", title_justify="left")
+        table = Table(
+            *shown[name], title=f"{name}: {df.height}{', first 8' if df.height > 8 else ''}", title_justify="left"
+        )
         for row in df.select(shown[name]).head(8).iter_rows():
             table.add_row(*(short(v, 34) for v in row))
         console.print(table)
@@ -89,7 +93,7 @@ def trace(
 
 @app.command("profile")
 def show_profile(
-    which: Annotated[str | None, typer.Argument(help="Name or path.")] = None,
+    which: Annotated[str | None, typer.Argument(help="Name in profiles/, or path of a .yaml file.")] = None,
     reference: Annotated[bool, typer.Option(help="Print default and meaning of every setting instead.")] = False,
 ) -> None:
     """Validate a profile and print all its settings."""

@@ -19,7 +19,7 @@ from nbg_core.lake.lake import Lake
 
 @app.command()
 def sql(
-    query: str,
+    query: Annotated[str, typer.Argument(help="One SQL statement that only reads.")],
     output: Annotated[
         Literal["table", "json", "csv"],
         typer.Option("--format", help="table is for people, json and csv for programs."),
@@ -65,14 +65,14 @@ def _check_read_only(query: str) -> None:
         raise ValueError(f"`nbg sql` is read-only and does not take {found[0]}; `nbg compact` looks after files")
     statements = duckdb.extract_statements(query)
     if len(statements) != 1:
-        raise ValueError(f"`nbg sql` takes one question, not {len(statements)}")
+        raise ValueError(f"`nbg sql` takes one SQL statement, got {len(statements)}")
     for statement in statements:
         parts = [statement]
         if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs the statement that it explains
             parts = duckdb.extract_statements(explain.sub("", statement.query, count=1))
         if other := [part.type.name for part in parts if part.type != duckdb.StatementType.SELECT]:
             raise ValueError(
-                "`nbg sql` is read-only and takes questions (SELECT, FROM, DESCRIBE, SHOW, SUMMARIZE, EXPLAIN), not "
+                "`nbg sql` is read-only and takes queries (SELECT, FROM, DESCRIBE, SHOW, SUMMARIZE, EXPLAIN), not "
                 f"{other[0]} statements; use --format csv for a file, FROM name(...) for CALL, and "
                 "FROM (PIVOT ... ON column IN (...)) for PIVOT"
             )

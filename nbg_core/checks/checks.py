@@ -2,7 +2,8 @@
 name (`Asset.checks`).
 
 When a *blocking* check fails, Dagster stops the run that made the partition, and later runs that would read the
-partition are refused (`broken_upstream`, called before every stage). Other checks only warn.
+partition are refused (`broken_upstream`, which every Dagster step calls first; a worker that is started by hand does
+not). Other checks only warn.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ CHECKS: dict[str, Check] = {
         Check("weights_intact", "the weights are there and hash to the checkpoint's id", tv.weights_missing),
         Check("training_set_known", "every pair trained on is in the lake at the snapshot read", tv.training_set_lost),
         # student_eval
-        Check("better_than_before", "the promotion gate: better overall and no slice worse, beyond noise",
+        Check("better_than_before",
+              "the promotion gate: significantly better overall and significantly worse on no slice",
               tv.gate_refuses, blocking=False),
     )
 }  # fmt: skip
@@ -106,5 +108,8 @@ def broken_upstream(lake: Lake, profile: Profile, asset: str, slice_name: str | 
         for check in checks_of(upstream):
             if check.blocking and (n := check.violations(subject).height):
                 name = assets.partition_name(upstream, upstream_slice)
-                return f"{name} fails its check {check.name} ({n} violations): {check.description}"
+                return (
+                    f"{name} fails its check {check.name} ({n} violations): {check.description}; the UI shows the "
+                    "rows, and docs/operations.md (Checks) says what to do"
+                )
     return None

@@ -83,7 +83,10 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
         if error["type"] == "extra_forbidden":
             return f"unknown key {where!r}; {nearest(key, model.model_fields)}"
         return f"missing key {where!r}; add it: {' '.join((model.model_fields[key].description or '').split())}"
-    return f"{where} = {error['input']!r}: {error['msg']}" if where else error["msg"]
+    message = error["msg"].removeprefix("Value error, ")  # pydantic's, before a validator's own sentence
+    if not where or isinstance(error["input"], dict):  # a whole section: the sentence names the keys
+        return f"{where}: {message}" if where else message
+    return f"{where} = {error['input']!r}: {message}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -78,7 +78,8 @@ class SamplingSettings(Section):
     """What draws responses, and the answers of the evaluation: `transformers` in a subprocess, or vLLM servers (section
     vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
-    """Responses per query from the current policy."""
+    """Responses per query from the current policy. More later draws only what is missing; fewer leaves the rest
+    unused."""
     n_teacher: Annotated[int, Field(ge=0)] = 0
     """Responses per query from the teacher (the published method takes its positives from the teacher)."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -106,11 +107,12 @@ class PreferenceSettings(Section):
         "verifier": 1.0,
         "teacher_loglik": 0.0,
     }
-    """Weight of each scorer in the combined score of a response; a scorer of weight 0 does not run."""
+    """Weight of each scorer in the combined score of a response. A map that you give replaces this one: a scorer that
+    it does not name, or gives 0, does not run."""
     min_margin: Annotated[float, Field(gt=0)] = 0.5
-    """Least difference of the combined scores of chosen and rejected."""
+    """Minimum difference of the combined scores of chosen and rejected."""
     max_pairs_per_query: Annotated[int, Field(ge=1)] = 2
-    """Most pairs of one query. Those of the widest margins are taken, and no response twice."""
+    """Maximum number of pairs of one query. Those of the widest margins are taken, and no text twice."""
     truncated_positive: bool = False
     """Whether a truncated response (finish reason `length`) can be chosen."""
 
@@ -125,15 +127,16 @@ class TeacherSettings(Section):
     engine: Engine = "transformers"
     """What runs the teacher's forward passes: `transformers`, or vLLM servers, which give top entries only."""
     k_head: Annotated[int, Field(ge=1)] = 64
-    """Most top entries per position: the teacher's most probable tokens, each stored with its log-probability."""
+    """Maximum number of top entries per position: the teacher's most probable tokens, each with its log-probability."""
     m_tail: Annotated[int, Field(ge=0)] = 64
-    """Most tail samples per position: tokens drawn from outside the top entries; 0 stores only the tail's mass."""
+    """Maximum number of tail samples per position: tokens drawn from outside the top entries; 0 stores only the tail's
+    mass."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-4
-    """Mass that the top entries may leave out. Where k_head entries suffice, the fewest that do are stored, and no tail
-    is sampled."""
+    """Probability mass that may be left unstored: where the fewest top entries that leave at most this much outside
+    each have min_weight, they are stored and no tail is sampled."""
     min_weight: Annotated[float, Field(ge=0, lt=1)] = 1 / 80
-    """Least probability of a top entry, and mass that one tail sample stands for; with 0 a position always has k_head
-    entries and m_tail samples."""
+    """Minimum probability of a top entry. A tail gets mass / min_weight samples, rounded up, at most m_tail. With 0,
+    every position at which k_head entries leave more than epsilon outside has k_head entries and m_tail samples."""
     logprob_bits: Annotated[int, Field(ge=1, le=23)] = 6
     """Bits of the mantissa that stored log-probabilities keep; 23 keeps all of a float32."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -141,11 +144,12 @@ class TeacherSettings(Section):
     seed: int = 0
     """Base seed of the tail samples."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Tokens per forward pass, padding included."""
+    """Tokens per forward pass of teacher and reference scoring, padding included."""
     n_processes: Annotated[int, Field(ge=1)] = 1
     """Processes that score in parallel with engine `transformers`; each has a GPU and a copy of the teacher."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
-    """Responses per commit. Scored responses are also committed every 30 s; a crash loses what is not committed."""
+    """Responses per commit of `teacher_logits`, `reference_logprobs` and teacher_loglik. Teacher rows are also
+    committed every 30 s; a crash loses what is not committed."""
 
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
@@ -159,7 +163,8 @@ class EvaluationSettings(Section):
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Answers generated at the same time; answers are greedy."""
     min_queries: Annotated[int, Field(ge=1)] = 20
-    """Held-out queries, over all slices, without which the promotion gate refuses: fewer prove nothing."""
+    """Minimum number of held-out queries, over all slices, that all models have answered; with fewer the promotion gate
+    refuses."""
     auto_promote: bool = False
     """Whether a checkpoint that passes the gate is promoted at once."""
 
@@ -228,7 +233,7 @@ class Profile(Section):
     refresh: RefreshSettings = RefreshSettings()
     """The refresh schedule."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per worker process; null leaves the number to torch."""
+    """CPU threads per worker process, which the ranks of a training share; null leaves the number to torch."""
 
     @model_validator(mode="after")
     def _estimator_has_samples(self):

@@ -33,17 +33,17 @@ class TrainingSettings(Section):
     global_batch_pairs: Annotated[int, Field(ge=1)] = 64
     """Pairs per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Most tokens of one forward pass on one rank; a longer pair has a pass of its own."""
+    """Maximum number of tokens of one forward pass on one rank; a longer pair has a pass of its own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate. The default suits the embedded models; real ones need 1e-6 or so."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps with linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after warm-up."""
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak, with schedule cosine or linear."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
+    """AdamW weight decay, of all trained weights (HF's Trainer would leave out biases and norms)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW betas."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -29,7 +29,8 @@ def paired_difference(fixed: int, broken: int, n: int) -> tuple[float, float]:
         return -1.0, 1.0
 
     def score(difference: float) -> float:
-        """By how many standard errors the data exceed `difference`; the larger it is, the fewer."""
+        """The observed difference minus `difference`, in standard errors under `difference`; it decreases in
+        `difference`."""
         b = (2 * n - fixed + broken) * difference - fixed - broken
         c = -broken * difference * (1 - difference)
         # The maximum-likelihood estimate of the share of broken queries, given this difference:

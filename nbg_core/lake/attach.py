@@ -56,8 +56,9 @@ def lake_error(catalog: str, data_path: str, what: str, error: Exception) -> Lak
     kind, _, where = catalog.partition(":")
     if kind == "sqlite":
         remedy = (
-            f"{Path(where).parent} and {data_path} must be writable for this user, for reading too (SQLite keeps files "
-            "of its own beside the catalog): make them so, or set `lake` in the profile to a folder that is"
+            f"if permissions are the cause, make {Path(where).parent} and {data_path} writable for this user, for "
+            "reading too (SQLite keeps files of its own beside the catalog); or set `lake` in the profile to another "
+            "folder"
         )
     else:
         remedy = "check lake.catalog in the profile, and that the database is up and lets this user in"

@@ -19,8 +19,8 @@ T = TypeVar("T")
 JOIN_MEMORY = 200 << 20
 """Bytes that DuckDB may use to join tables that do not fit into memory."""
 OUT_OF_MEMORY = ("Out of Memory", "Current transaction is aborted")
-"""What a query that needs more memory says: as DuckDB's error, as the OSError that Arrow makes of it, or, when it was
-DuckLake that had no memory to read its catalog, what it says of the next look into the catalog."""
+"""Parts of the errors that mean too little memory: DuckDB's own, also inside an OSError of Arrow; and DuckLake's, when
+reading its catalog failed for lack of memory and aborted the transaction."""
 
 
 @contextmanager

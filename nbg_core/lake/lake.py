@@ -186,7 +186,8 @@ class Lake:
 
 
 def _checked(write: Write, record: Record) -> Frames:
-    """The frames of a write with their `materialisation_id`, held to the table's contract: a single one at once."""
+    """The frames of a write with their `materialisation_id`, validated against the table's schema: a single frame now,
+    a stream of frames as they are written."""
 
     def check(rows: pl.DataFrame) -> pl.DataFrame:
         return tables.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))

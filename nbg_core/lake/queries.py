@@ -57,10 +57,11 @@ def latest_materialisation(lake: Lake, asset: str, slice_name: str | None, snaps
 
 def latest_materialisations(lake: Lake) -> dict[tuple[str, str | None], dict]:
     """(asset, slice name) -> the newest complete materialisation of every partition that has one: data_version,
-    settings_id, inputs (JSON), code_version, snapshot_id."""
+    settings_id, settings (JSON), inputs (JSON), code_version, snapshot_id."""
     rows = lake.sql(
-        "SELECT asset, slice, data_version, settings_id, inputs, code_version, snapshot_id FROM lineage.commits "
-        "WHERE status = 'complete' QUALIFY row_number() OVER (PARTITION BY asset, slice ORDER BY snapshot_id DESC) = 1"
+        "SELECT asset, slice, data_version, settings_id, settings, inputs, code_version, snapshot_id "
+        "FROM lineage.commits WHERE status = 'complete' "
+        "QUALIFY row_number() OVER (PARTITION BY asset, slice ORDER BY snapshot_id DESC) = 1"
     )
     return {(row["asset"], row["slice"]): row for row in rows.iter_rows(named=True)}
 

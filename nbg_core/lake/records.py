@@ -53,7 +53,8 @@ class Write:
 
     Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
     (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
-    it, for tables with large arrays; in an object store it is an insert like the others, whose files are larger.
+    it, for tables with large arrays; in an object store it is a plain insert, without the
+    compact encoding.
 
     Rows that do not fit in memory at once come from a function that gives them frame by frame; it is called again when
     the commit is retried."""

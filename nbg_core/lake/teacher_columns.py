@@ -31,17 +31,19 @@ class TeacherColumn:
 
 
 TEACHER_COLUMNS: tuple[TeacherColumn, ...] = (
-    TeacherColumn("token_logprobs", "teacher log-probability of the response token itself, nats", np.float32,
-                  "position", byte_split=True, may_be_inf=True, trained_on=False),
+    TeacherColumn("token_logprobs",
+                  "teacher log-probability of the response token itself, at teacher.temperature, nats",
+                  np.float32, "position", byte_split=True, may_be_inf=True, trained_on=False),
     TeacherColumn("tail_logmass",
-                  "log of the mass outside the head, known exactly and kept to 1e-4 of itself; -inf when none",
+                  "log of the mass outside the top entries, known exactly and kept to 1e-4 of itself; -inf when none",
                   np.float32, "position", byte_split=True, may_be_inf=True),
-    TeacherColumn("head_counts", "entries kept exactly, per position", np.int32, "position"),
+    TeacherColumn("head_counts", "top entries, kept exactly, per position", np.int32, "position"),
     TeacherColumn("tail_counts", "entries sampled from the tail, per position", np.int32, "position"),
     TeacherColumn("entry_gaps",
-                  "2^23 + id less the one before (0) in this head or tail, sorted by id; see teacher_entries",
+                  "2^23 + id less the one before (0): top entries by id, then the tail by id; see teacher_entries",
                   np.float32, "entry", byte_split=True),
-    TeacherColumn("entry_logprobs", "teacher log-probabilities of all entries, rounded (teacher.logprob_bits), nats",
+    TeacherColumn("entry_logprobs",
+                  "log-probabilities of all entries at teacher.temperature, rounded (teacher.logprob_bits), nats",
                   np.float32, "entry", byte_split=True),
 )  # fmt: skip
 

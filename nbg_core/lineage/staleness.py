@@ -51,8 +51,8 @@ def status(lake: Lake, profile: Profile, which: Sequence[str] | None = None) -> 
     for asset in ASSETS:
         for slice_name in names if asset.partitioned else [None]:
             inputs = upstream_partitions(asset.name, slice_name, names)
-            settings_id = identity.settings_id(settings_of(asset.name, profile, policy.model_id, slice_name))
-            state, why = _state(newest.get((asset.name, slice_name)), inputs, newest, result, settings_id)
+            settings = settings_of(asset.name, profile, policy.model_id, slice_name)
+            state, why = _state(newest.get((asset.name, slice_name)), inputs, newest, result, settings)
             result[asset.name, slice_name] = Status(asset.name, slice_name, state, why)
     return [s for s in result.values() if which is None or s.slice_name is None or s.slice_name in which]
 
@@ -62,15 +62,15 @@ def _state(
     inputs: list[Partition],
     newest: dict[Partition, dict],
     statuses: dict[Partition, Status],
-    settings_id: str,
+    settings: dict,
 ) -> tuple[Literal["fresh", "stale", "missing"], str]:
     """State and reason of a partition with the newest materialisation `row`, from those of its `inputs`."""
     if row is None:
         return "missing", "never materialised"
     if row["code_version"] != identity.CODE_VERSION:
         return "stale", "made by another version of the code"
-    if row["settings_id"] != settings_id:
-        return "stale", "settings, policy or file changed"
+    if row["settings_id"] != identity.settings_id(settings):
+        return "stale", f"changed: {', '.join(_changed(json.loads(row['settings']), settings))}"
     read = {(i["asset"], i["slice"]): i["data_version"] for i in json.loads(row["inputs"])}
     for key in inputs:
         name = partition_name(*key)
@@ -82,3 +82,17 @@ def _state(
             return "stale", f"{name} changed"
     gone = [f"{asset}[{slice_name}]" for asset, slice_name in read if (asset, slice_name) not in inputs]
     return ("stale", f"{gone[0]} is gone") if gone else ("fresh", "")
+
+
+def _changed(before: dict, now: dict) -> list[str]:
+    """Names of the settings that differ, those of a section as `section.name`."""
+    before, now = (_flat(json.loads(json.dumps(settings, default=str))) for settings in (before, now))
+    both = before.keys() & now.keys()
+    return sorted(name for name in before.keys() | now.keys() if name not in both or before[name] != now[name])
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat

@@ -65,7 +65,7 @@ DPO_VARIANTS: dict[str, DpoVariant] = {
                    takes_label_smoothing=True, is_log_2_at_0=True),
         DpoVariant("sigmoid_norm", "the same with rewards per token", sigmoid_loss, per_token=True,
                    takes_label_smoothing=True, is_log_2_at_0=True),
-        DpoVariant("ipo", "squared distance of the margin from 1 / (2 beta)", ipo_loss),
+        DpoVariant("ipo", "squared distance of margin / beta from 1 / (2 beta)", ipo_loss),
         DpoVariant("hinge", "max(0, 1 - margin)", hinge_loss),
     )
 }  # fmt: skip

@@ -114,10 +114,10 @@ def pair_loss(
 
     With sequence parallelism a rank has only some rows of its pairs. It then passes totals [3, 2B] float64, the
     `side_sums` over all rows of these pairs on all ranks: sums over pairs are then of whole pairs, sums over tokens of
-    the rows at hand."""
+    this rank's rows."""
     s, kl = settings, kl.double()
     sides = side_sums(logps, reference_logps, pair_index, is_chosen, n_pairs)  # [3, 2B]
-    if totals is not None:  # the value of all ranks' rows, the derivative by the rows at hand
+    if totals is not None:  # the value of all ranks' rows, the derivative by this rank's
         sides = totals + (sides - sides.detach())
     policy, reference, lengths = sides.view(3, n_pairs, 2)  # [B, 2] each: chosen, rejected
     dpo = sequence_dpo_loss(

@@ -50,8 +50,8 @@ class Metric:
     mean_over: Count | None = None
     """The count of the global batch that the sum is divided by."""
     of: Literal["pairs", "rows"] = "pairs"
-    """What the sum is over: whole pairs, so that it is the same on all ranks of a sequence-parallel group, or the rows
-    at hand, which are others on each rank."""
+    """What the sum is over: whole pairs, so that it is the same on all ranks of a sequence-parallel group, or the
+    token rows that this rank has, which differ between ranks."""
     plot: str | None = None
     """Title of the figure that shows the metric's curve; metrics of the same title share a figure."""
 
@@ -64,9 +64,9 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("loss", "joint loss", plot="losses"),
     Metric("dpo", "sequence-level DPO loss, mean over pairs", lambda t: t.dpo.loss.sum(), "pairs", plot="losses"),
-    Metric("kl_chosen", "divergence to the teacher, mean over chosen tokens, nats",
+    Metric("kl_chosen", "divergence to the teacher, mean over chosen tokens, nats; scaled as in the loss",
            lambda t: t.kl.where(t.is_chosen, 0.0).sum(), "chosen_tokens", of="rows", plot="losses"),
-    Metric("kl_rejected", "divergence to the teacher, mean over rejected tokens, nats",
+    Metric("kl_rejected", "divergence to the teacher, mean over rejected tokens, nats; scaled as in the loss",
            lambda t: t.kl.where(~t.is_chosen, 0.0).sum(), "rejected_tokens", of="rows", plot="losses"),
     Metric("nll", "negative log-likelihood, mean over chosen tokens, nats",
            lambda t: -t.policy[:, 0].sum(), "chosen_tokens"),

@@ -16,27 +16,29 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 class LossConfig(Section):
-    """What a profile says of the joint loss: L = w_dpo * L_DPO + w_pos * L_pos + w_neg * L_neg."""
+    """What a profile says of the joint loss: L = w_dpo L_DPO + w_pos L_pos + w_neg L_neg + nll_coef L_NLL."""
 
     w_dpo: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the sequence-level DPO loss. A term of weight 0 is not trained on, but still reported."""
     w_pos: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the token-level divergence on chosen responses."""
     w_neg: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the token-level divergence on rejected responses."""
+    """Weight of the token-level divergence on rejected responses, minimised as on chosen ones."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature of DPO, which scales the margins."""
+    """Inverse temperature of DPO, which scales the margins. `sigmoid_norm` divides them by the length and needs a
+    larger one (5, say)."""
     dpo_variant: Annotated[str, OneOf("DPO variant", DPO_VARIANTS)] = "sigmoid"
     """DPO loss, by its name in DPO_VARIANTS."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (cDPO)."""
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the negative log-likelihood per token of chosen responses (as in RPO)."""
+    """Weight of the negative log-likelihood of chosen responses (RPO's term), mean over the chosen tokens of the
+    step."""
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
     """Token-level divergence, by its name in DIVERGENCES."""
     estimator: Estimator = "sampled_tail"
-    """How the divergence is computed from stored entries. `sampled_tail`: unbiased, forward KL only; `bucket`: all
-    tokens outside the top entries count as one outcome, a lower bound."""
+    """How the divergence is computed from stored entries. `sampled_tail`: unbiased but for teacher.epsilon and
+    rounding, forward KL only; `bucket`: all tokens outside the top entries count as one outcome, a lower bound."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of divergence jsd."""
     scale_by_temperature_squared: bool = True

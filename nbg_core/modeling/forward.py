@@ -64,7 +64,7 @@ def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     """The output matrix [V, H]. Raises ValueError for a model whose logits are not simply hidden states times it."""
     if not has_plain_lm_head(model):
         raise ValueError(
-            f"model type {model.config.model_type!r} adds a bias, scales or caps its logits, which scoring does not "
-            "do; use a model with a plain output matrix"
+            f"model type {model.config.model_type!r} has an LM head with a bias, or scales or caps its logits; use a "
+            "model whose logits are hidden states times the output matrix"
         )
     return model.get_output_embeddings().weight

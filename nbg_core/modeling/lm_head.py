@@ -159,8 +159,8 @@ def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int |
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients by two tensors are known. They are given away in the backward: a copy of the weight's
-    gradient would cost as much memory as the weight."""
+    """A loss whose gradients by two tensors are known. The backward pass returns the stored gradients themselves and
+    forgets them, so it works once: a copy would take as much memory as the weight."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, hidden: Tensor, weight: Tensor, gradients: list[Tensor | None]) -> Tensor:

@@ -22,7 +22,8 @@ except ImportError:  # builds of torch for CPUs come without Triton
     lm_head_kernels = None  # type: ignore[assignment]  # a module or nothing
 
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
-"""On a GPU every tile adds to the weight's gradient in its memory, which must cost less than the GEMM."""
+"""Tiles are larger on a GPU: each reads and writes the whole gradient of the weight once, which must take less time
+than the tile's GEMM."""
 
 MIN_ROWS, MIN_COLUMNS = 16, 64
 """Rows of a GEMM and columns of its result, at least: oneDNN sums every entry in the same order whatever is beside it,

@@ -34,7 +34,8 @@ REMEDY = {
     "too_long": "shorten the prompts; or raise the limit that `detail` names, as far as the student's context goes",
     "duplicate": "remove the copies, or the other slice that has them",
     "near_duplicate": "raise queries.near_duplicate_jaccard",
-    "contaminated": "raise queries.contamination_words, or take the held-out queries out of the file",
+    "contaminated": "remove the row or the held-out one; or, if `detail` says words in a row, raise "
+    "queries.contamination_words, and if it says similar, queries.near_duplicate_jaccard",
 }
 """Reason of a rejection of stage 'queries' -> what to change."""
 
@@ -60,8 +61,8 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
     rows = read_rows(path)
     if n_unverified := sum(row.verifier is None for row in rows):
         run.log(
-            f"{ASSET}[{slice_name}]: {n_unverified} of {len(rows)} rows have no verifier: only teacher_loglik scores "
-            "them"
+            f"{ASSET}[{slice_name}]: {n_unverified} of {len(rows)} rows have no verifier: they are not evaluated, "
+            "and give pairs only if preference.weights gives teacher_loglik a weight"
         )
     drops = _too_long(run, slice_name, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"

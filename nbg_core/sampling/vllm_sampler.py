@@ -57,7 +57,7 @@ class VllmSampler(Sampler):
         token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if choice.get("prompt_token_ids") != request.prompt_token_ids:
-            raise BadAnswer("an answer to another prompt")
+            raise BadAnswer("its prompt_token_ids are not those that were sent")
         if not token_ids or not logprobs or len(token_ids) != len(logprobs):
             raise BadAnswer(f"{len(token_ids or [])} tokens with {len(logprobs or [])} log-probs")
         if not all(isinstance(t, int) and 0 <= t < self.vocab for t in token_ids):

@@ -7,10 +7,11 @@ against these weights is an unbiased estimate of that against the whole distribu
 arXiv 2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is outside, never
 1 - sum.
 
-`min_weight` spends entries where they count. A token that is less probable is not kept exactly but may be sampled, and
-there are no more samples than each can stand for that much mass (one at least). A position then has at most
-1 / min_weight entries; a sure one has two. For the error of a mean over positions this is the best use of a number of
-entries (sampling proportional to size). With 0 every position that is not sure has k_head + m_tail.
+`min_weight` spends entries where they count. A less probable token is not kept exactly but may be sampled. The tail
+gets mass / min_weight samples, rounded up and at most m_tail. A position then has about 1 / min_weight entries at most,
+and one at which the teacher is nearly certain has two. For the error of a mean over positions this is the best use of a
+number of entries (sampling proportional to size). With 0 every position whose k_head entries leave more than epsilon
+has k_head + m_tail.
 
 In a file every value is plain, so that SQL reads it, and shaped for Parquet's BYTE_STREAM_SPLIT encoding with zstd
 (`base.files.write_parquet`), which stores bytes that are mostly equal in next to nothing:
@@ -50,11 +51,13 @@ MIN_ROWS = 16
 GROUP, UNGROUPED = 128, 2048
 """Neighbouring ids whose mass is summed before the tail is drawn, in a vocabulary larger than so many."""
 LOG_THIN = math.log(1e-30)
-"""A tail this much thinner than the best entry is computed on its own scale: float32 ends at 1e-38."""
+"""A tail whose log mass is this far below the best entry's is computed relative to its own maximum: float32 underflows
+at 1e-38."""
 LOG_ALONE = -16.0
-"""Top entries below are rounded each by itself: together they are no mass, and steps are coarse there."""
+"""Top entries with a log-prob below this do not pass their rounding error on: they have hardly any mass."""
 FINE_BITS = 13
-"""Bits of mantissa of log-probs that there are one or two of per position: 0.0001 of the value."""
+"""Bits of mantissa of the log-probs that a position has one of (token, tail, most probable entry): 0.0001 of the
+value."""
 
 
 def compress(

@@ -63,7 +63,7 @@ def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> 
     """One response's row. Raises BadAnswer for what cannot be the log-probs of its tokens."""
     prompt, response = sample["prompt_token_ids"], sample["token_ids"]
     if choice.get("prompt_token_ids") != prompt + response:
-        raise BadAnswer("an answer to another sequence")
+        raise BadAnswer("its prompt_token_ids are not those that were sent")
     positions = choice.get("prompt_logprobs") or []
     if len(positions) != len(prompt) + len(response):
         raise BadAnswer(f"log-probs of {len(positions)} positions for {len(prompt) + len(response)} tokens")

@@ -1,9 +1,10 @@
 """The DeepSpeed engine: policy, joint loss, AdamW, learning-rate schedule, ZeRO, offload, adapters.
 
 The whole step from token ids to loss is one module's forward, so that ZeRO-3 gathers the output matrix there. Losses
-are divided by counts of the optimizer step before the backward pass; what DeepSpeed averages over ranks is multiplied
-back (`backward`), and it divides nothing by accumulation. Steps differ in their number of micro-batches, so
-DeepSpeed does not count them: `take_step` is the end of a step (`managed_gradient_accumulation` off).
+are divided by counts of the optimizer step before the backward pass. DeepSpeed averages gradients over ranks, so
+`backward` multiplies the loss by the number of ranks; it is told not to divide by accumulation steps. Steps differ in
+their number of micro-batches, so DeepSpeed does not count them: `take_step` ends a step
+(`managed_gradient_accumulation` is off).
 
 bf16 keeps float32 master weights and gradients, which are also reduced over ranks in float32. DeepSpeed has no such
 mode without ZeRO, so bf16 with `zero_stage` 0 runs as stage 1: the same arithmetic.

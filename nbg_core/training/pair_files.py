@@ -42,7 +42,7 @@ TABLES: dict[str, dict[str, type[np.generic]]] = {
 
 COLUMNS: dict[str, type[np.generic]] = {name: dtype for columns in TABLES.values() for name, dtype in columns.items()}
 
-# Columns whose values lie at the same places as another's of their table: the first one of their kind is indexed.
+# Columns of one kind (per position, per entry) have the same offsets: only the first of each kind is in the index.
 _FIRST = {per: next(c.name for c in TRAINED_ON.values() if c.per == per) for per in ("position", "entry")}
 _LIKE = {c.name: _FIRST[c.per] for c in TRAINED_ON.values() if c.name != _FIRST[c.per]}
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
@@ -51,9 +51,10 @@ INDEX_BYTES = 16 * len(INDEXED)
 FORMAT = 2
 """Of the files; those of another one are written again."""
 BATCH_ROWS, BATCH_BYTES, TOKEN_BYTES = 256, 32 << 20, 144
-"""Responses that come out of a join at once, and their bytes; a position has so many with 16 entries."""
+"""Limits of a batch that a join returns, in responses and in bytes; TOKEN_BYTES are those of a position with 16
+entries."""
 JOINED_BYTES = 64
-"""What a join holds of a response. With less DuckDB would put all rows that it reads to disk, to join them there."""
+"""Bytes per response of a join's hash table. With less memory, DuckDB would put all rows that it reads on disk."""
 RELEASED = 64
 """Batches after which the pages of files that are written in any order are given back to the system."""
 PAIR_COLUMNS = 6
@@ -96,7 +97,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
                 return _write_columns(batches, folder, table, index, notes, check)
 
             longest = max(longest, with_room(con, write, room))
-            log(f"{ASSET}: {table} of {n_responses} responses ready")
+            log(f"{ASSET}: training set: {table} of {n_responses} responses written")
         _add_lengths(pairs, folder, index, notes, check)
         try:
             check.end(con, request)

@@ -28,6 +28,7 @@ NOTES = {
 IN_SLICES = "slice IN (SELECT unnest(?::VARCHAR[]))"
 PAIRS_AT_ONCE = 16_384
 """Pairs in memory at once while all of them are looked at."""
+DELETING = "docs/operations.md, Making one partition again"
 
 
 def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
@@ -140,7 +141,7 @@ class Check:
 def _problem(r: dict, teacher: str, reference: str) -> tuple[str, str]:
     """What is wrong with a response, and what to do about it."""
     if r["repeated"]:
-        return f"more than one {' and '.join(r['surplus'])} row", "delete the surplus rows"
+        return f"more than one {' and '.join(r['surplus'])} row", f"delete the surplus rows ({DELETING})"
     missing = {
         "samples": ("no samples row", "student_samples and filtered_pairs"),
         "teacher_logits": (f"no teacher_logits row of teacher {teacher} with these storage settings", "teacher_logits"),
@@ -156,4 +157,6 @@ def _problem(r: dict, teacher: str, reference: str) -> tuple[str, str]:
         f"{r['prompt']} prompt tokens, {r['response']} response tokens, {r['teacher']} teacher positions"
         f"{'' if r['is_whole'] else ' (damaged)'} and {r['reference']} reference log-probs"
     )
-    return what, "delete this sample's teacher_logits and reference_logprobs rows and materialise both again"
+    return what, (
+        f"delete this sample's teacher_logits and reference_logprobs rows ({DELETING}) and materialise both again"
+    )

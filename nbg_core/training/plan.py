@@ -61,12 +61,13 @@ def micro_batches(
 ) -> list[np.ndarray]:  # fmt: skip
     """A rank's micro-batches of a step that uses `pairs`, `n_inputs[pair]` tokens each: arrays of pairs.
 
-    With `sequence_parallel` a rank is a group of so many neighbours, which get the same, and so many times the tokens.
-    Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no more than
-    the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first with room
-    (first-fit decreasing: at most 11/9 of the fewest possible, plus one). `padded`: every pair of a micro-batch takes
-    as many as its longest, so it is filled with the pairs that come next. All ranks return as many, the last ones empty
-    where work is short, or collectives would wait."""
+    With `sequence_parallel` = P, P neighbouring ranks count as one: they get the same micro-batches, of P times the
+    tokens. Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no
+    more than the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first
+    with room (first-fit decreasing: at most 11/9 of the fewest possible, plus one). `padded`: every pair of a
+    micro-batch takes as many tokens as its longest, so it is filled with the pairs that come next. All ranks return the
+    same number of micro-batches, some of them empty: a rank with fewer would leave the others waiting in a
+    collective."""
     together = settings.sequence_parallel
     rank, world_size = rank // together, world_size // together
     longest_first = sorted(pairs.tolist(), key=lambda pair: (-n_inputs[pair], pair))

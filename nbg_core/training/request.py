@@ -36,11 +36,11 @@ class Request(Section):
     teacher_id: str
     """Teacher whose stored distributions are used."""
     storage_id: str
-    """Settings that they were stored with."""
+    """Settings that the distributions were stored with."""
     scoring_id: str
     """Settings that the reference log-probs were made with."""
     temperature: float
-    """Temperature that they were stored at."""
+    """Temperature of the stored teacher distributions (teacher.temperature)."""
     training: TrainingSettings
     """The training settings."""
     work: Path

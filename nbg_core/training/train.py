@@ -177,8 +177,9 @@ def _check_drift(
     if ratio > 1:
         raise TrainingError(
             f"before the first update the policy must equal its reference, but the implicit reward of pair {pair} is "
-            f"off by {value:.3g} (allowed {allowed:.3g}); the reference_logprobs rows are not of this policy: delete "
-            "them and materialise reference_logprobs again"
+            f"off by {value:.3g} (allowed {allowed:.3g}). Either the reference_logprobs rows are not of this policy: "
+            "delete them and materialise reference_logprobs again (docs/operations.md, Making one partition again); or "
+            "training computes other numbers than scoring: compare dtype, attention and torch of the two"
         )
 
 
