@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from nbg_core.config import identity
 from nbg_core.evaluation import accuracy
 from nbg_core.lake.queries import CURRENT_SAMPLES, sampled_with
 from nbg_core.losses.metrics import METRICS
@@ -82,9 +81,9 @@ def entries_per_position(made: Made) -> Plot | None:
     query = (
         "SELECT unnest(['top (exact)', 'tail (sampled)']) AS name, unnest([top, tail]) AS value FROM (SELECT "
         "unnest(head_counts) AS top, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
-        "AND settings_id = $2)"
+        "AND settings_id = $2 AND model_id = $3)"
     )
-    params = [made.slice_name, identity.storage_id(made.profile)]
+    params = [made.slice_name, made.report["storage_id"], made.report["teacher_model_id"]]
     return _histogram(made, query, params, "entries per position", "stored distribution")
 
 

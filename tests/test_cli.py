@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 import yaml
 from fake_worker import write_profile
+from filelock import FileLock, Timeout
 from typer.testing import CliRunner
 
 from nbg_assets import assets, driver
@@ -229,6 +230,12 @@ def test_a_second_run_is_told_of_the_first_at_once(profile):
     assert (result.returncode, result.stderr) == (
         1, "error: another `nbg run` is going on: process 7 on here; wait for it or terminate it, then run again\n"
     )  # fmt: skip
+
+
+def test_a_lock_that_the_work_itself_waits_for_is_not_taken_for_another_run(tmp_path):
+    inner = FileLock(tmp_path / "inner.lock")
+    with inner, pytest.raises(Timeout), hold(tmp_path / "outer.lock", "process 7", "taken:"):
+        FileLock(tmp_path / "inner.lock", timeout=0, is_singleton=False).acquire()
 
 
 @pytest.mark.slow

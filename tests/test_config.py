@@ -82,7 +82,7 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {precision: bf16}", "models.dtype 'float32' .*set training.precision to 'fp32'"),
         ("- a list", "a profile is a mapping"),
         ("a: [", "not valid YAML"),
-        (MODELS + "training: {epochs: 1, seed: 2, epochs: 1}", "key 'epochs' is there twice"),
+        (MODELS + "training: {epochs: 1, seed: 2, epochs: 1}", "key 'epochs' appears twice"),
     ],
 )
 def test_a_wrong_profile_names_file_key_and_remedy(tmp_path, text, expected):
@@ -160,6 +160,9 @@ def test_arguments_of_a_server_that_change_its_answers_change_the_key():
     for arg in ("--port=1", "--served_model_name=x", "--load-format=dummy"):
         with pytest.raises(ValueError, match=f"'{arg}' is not yours to set"):
             type(base.vllm)(args=(arg,))
+    with pytest.raises(ValueError, match="--api-key would be stored .*: set VLLM_API_KEY instead") as refused:
+        type(base.vllm)(args=("--api-key=sk-123456789",))
+    assert "sk-123456789" not in refused.value.errors()[0]["msg"]
     with pytest.raises(ValueError, match="a setting of its own: vllm.max_model_len"):
         type(base.vllm)(args=("--max-model-len=9",))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nbg_core.assets import BY_NAME, upstream_partitions
 from nbg_core.base.ids import content_version, digest, model_id
+from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.promotion import promote
@@ -129,6 +130,26 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     rounded = scored.model_copy(update={"models": models})
     why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
     assert why["filtered_pairs"] == "changed: scoring_id"
+
+
+def test_another_vllm_makes_the_scores_of_the_teacher_stale_and_another_transformers_does_not(run, monkeypatch):
+    def why(profile: Profile) -> str:
+        return next(s.why for s in status(run.lake, profile, ["a"]) if s.asset == "filtered_pairs")
+
+    def scored_by(engine: str) -> Profile:
+        preference = run.profile.preference.model_copy(update={"weights": {"teacher_loglik": 1.0}})
+        teacher = run.profile.teacher.model_copy(update={"engine": engine})
+        return run.profile.model_copy(update={"preference": preference, "teacher": teacher})
+
+    profile = scored_by("vllm")
+    make_all(Run(profile, run.lake, log=lambda line: None))
+    assert why(profile) == ""
+    vllm = profile.vllm.model_copy(update={"version": "9.9"})
+    assert why(profile.model_copy(update={"vllm": vllm})) == "changed: loglik_engine"
+    profile = scored_by("transformers")
+    make_all(Run(profile, run.lake, log=lambda line: None))
+    monkeypatch.setattr(identity.importlib.metadata, "version", lambda package: "9.9")
+    assert why(profile) == ""
 
 
 def test_a_new_slice_and_a_gone_one_are_noticed(run):

@@ -44,7 +44,7 @@ def make_pairs() -> dg.ExecuteInProcessResult:
 
 def test_it_scores_makes_pairs_and_is_shown(profile):
     result = make_pairs()
-    assert result.success, [driver._sentence(e) for e in result.all_events if e.is_step_failure]
+    assert result.success, [driver.failure_message(e) for e in result.all_events if e.is_step_failure]
     lake = Lake.of(profile)
     scores = lake.sql("SELECT scorer, score, count(*) AS n FROM scores GROUP BY ALL ORDER BY score")
     assert scores.rows() == [("last_digit", 0.0, 3), ("last_digit", 1.0, 3)]

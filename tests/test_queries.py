@@ -453,12 +453,15 @@ def test_slices_are_ingested_one_at_a_time(run):
     put(run, "a", [row("one", split="train"), row("two")])
     put(run, "b", [row("one", split="eval"), row("three")])
     done = threading.Event()
-    thread = threading.Thread(target=lambda: (queries_stage.materialise(run, "b"), done.set()))
+    lines: list[str] = []
+    other = Run(run.profile, run.lake, log=lines.append)
+    thread = threading.Thread(target=lambda: (queries_stage.materialise(other, "b"), done.set()))
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
         thread.start()
         assert not done.wait(1.0)
+        assert "queries[b]: waiting until another slice is ingested" in lines
     thread.join(60)
     assert done.is_set()
     queries_stage.materialise(run, "a")

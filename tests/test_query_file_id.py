@@ -50,6 +50,16 @@ def test_neither_age_nor_place_matters_and_every_byte_does(tmp_path):
     assert query_file_id(path) != first
 
 
+def test_a_file_that_is_hashed_as_a_query_file_and_as_a_part_of_a_model_has_two_hashes(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    model = ids.model_id(tmp_path)
+    ids._hashes.clear()
+    assert query_file_id(tmp_path / "config.json") == digest("file", "config.json", b"{}".hex())
+    assert ids.model_id(tmp_path) == model
+    assert query_file_id(tmp_path / "config.json") == digest("file", "config.json", b"{}".hex())
+
+
 def test_a_large_file_is_not_held_in_memory(tmp_path):
     path = large(tmp_path / "a.jsonl")
     tracemalloc.start()

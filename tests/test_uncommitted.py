@@ -46,6 +46,16 @@ def lake(tmp_path):
     return lake
 
 
+def test_a_secret_in_the_environment_makes_no_other_claim(tmp_path, monkeypatch):
+    (tmp_path / "my-secret-place").mkdir()
+    catalog, data_path = f"sqlite:{tmp_path}/my-secret-place/catalog.sqlite", str(tmp_path / "files")
+    Lake(catalog, data_path).create()
+    monkeypatch.setenv("SOME_TOKEN", "my-secret-place")
+    Path(catalog.removeprefix("sqlite:")).with_suffix(".ready").unlink()
+    Lake(catalog, data_path).create()
+    assert len(list((tmp_path / "files" / ".catalogs").iterdir())) == 1
+
+
 def put(lake: Lake, start: str) -> None:
     rows = pl.DataFrame([score(f"{start}{i}") for i in range(20)])
     teacher = pl.DataFrame([teacher_row(f"{start}{i}") for i in range(20)])

@@ -9,6 +9,7 @@ import dataclasses
 from typing import get_args
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from fake_worker import write_profile
@@ -121,8 +122,13 @@ def test_scoring_refuses_a_scorer_and_an_identity_that_it_does_not_know(profile,
         score_samples(wrong, "a", None, [])
     with pytest.raises(ValueError, match="unknown scorer 'x'; known: verifier, teacher_loglik"):
         assets.settings_of("filtered_pairs", wrong.profile, "policy", "a")
-    with pytest.raises(ValueError, match="unknown identity 'x'; known: teacher, scoring_id, teacher_engine"):
+    with pytest.raises(ValueError, match="unknown identity 'x'; known: teacher, scoring_id, loglik_engine"):
         StageContext(run, "x").identity("x")
+
+
+def test_a_column_of_a_type_that_the_lake_does_not_hold():
+    with pytest.raises(ValueError, match="unknown type of a column 'Duration'; known: String, Int32"):
+        tables.sql_type(pl.List(pl.Duration("us")))
 
 
 def test_a_verifier_and_its_arguments_that_are_unknown():

@@ -1,5 +1,6 @@
 """Verifiers: what is right, what is wrong, what takes too long, and which specifications cannot work."""
 
+import math
 import signal
 import threading
 import time
@@ -99,6 +100,30 @@ def test_a_response_that_takes_too_long_scores_0_and_the_alarm_is_put_back(monke
     assert time.monotonic() - began < 3
     assert signal.getsignal(signal.SIGALRM) is handler
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer[0] > 0)
+
+
+def test_an_alarm_while_the_alarm_is_put_back_is_harmless(monkeypatch):
+    """The body ends just within the limit; the signal is delivered when timer and handler are being put back."""
+    verify("1", "1", "exact", {}, "q")
+    handler, set_timer, calls = signal.getsignal(signal.SIGALRM), signal.setitimer, []
+
+    def late(which, seconds, interval=0.0):
+        calls.append(seconds)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGALRM)
+        return set_timer(which, seconds, interval)
+
+    monkeypatch.setattr(verifiers.signal, "setitimer", late)
+    before = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert verify("1", "1", "exact", {}, "q") == 1.0
+    assert len(calls) == 3 and signal.getsignal(signal.SIGALRM) is handler
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == before
+
+
+@pytest.mark.parametrize(("score", "expected"), [(math.nan, 0.0), (math.inf, 0.0), (-3, 0.0), (0.25, 0.25), (7, 1.0)])
+def test_a_score_is_a_number_from_0_to_1(monkeypatch, score, expected):
+    monkeypatch.setattr(verifiers, "_dataset_scorer", lambda dataset: lambda text, entry: score)
+    assert verify("5", "5", "reasoning_gym", {"dataset": "any"}, "q") == expected
 
 
 def test_a_reference_answer_that_takes_too_long_is_a_fault_of_the_query(monkeypatch):

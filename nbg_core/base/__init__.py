@@ -1,2 +1,2 @@
-"""Helpers that every other package uses, and that import none of them: ids, files, errors, names, progress, processes,
-and the base class of settings."""
+"""Helpers for every other package: ids, files, errors, names, progress, processes, and the base class of settings. They
+import no other package of the project."""

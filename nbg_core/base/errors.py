@@ -7,16 +7,21 @@ import re
 
 
 def redact(text: str) -> str:
-    """`text` with *** for passwords of connection strings and for values of secret-looking environment variables."""
-    text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s;'\"]+)", r"\1***", text)
-    text = re.sub(r"(\w+://[^\s:/@]+:)[^\s@/]+@", r"\1***@", text)
+    """`text` with *** in place of passwords in connection strings and values of secret-looking environment variables."""
+    text = without_passwords(text)
     for value in _secret_values():
         text = text.replace(value, "***")
     return text
 
 
+def without_passwords(text: str) -> str:
+    """`text` with *** in place of passwords in connection strings."""
+    text = re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^\s;'\"]+)", r"\1***", text)
+    return re.sub(r"(\w+://[^\s:/@]+:)[^\s@/]+@", r"\1***@", text)
+
+
 def sentence(error: BaseException) -> str:
-    """The message that a user is shown for an error: secrets redacted, and a remedy added to a PermissionError."""
+    """The message to show for an error: without secrets, and with a remedy for a PermissionError."""
     text = redact(str(error)) or type(error).__name__
     if isinstance(error, PermissionError):
         text += "; give this user access to it, or set `paths` and `lake` in the profile (or NBG_ROOT) elsewhere"
@@ -26,8 +31,9 @@ def sentence(error: BaseException) -> str:
 def is_defect(error: BaseException) -> bool:
     """Whether an error is likely a bug, so that its traceback is shown.
 
-    The other kinds (ValueError, LookupError, OSError, RuntimeError) are raised with a message that names value, place
-    and remedy; they are shown without a traceback. KeyError and IndexError are LookupErrors, but bugs."""
+    This project raises ValueError, LookupError, OSError and RuntimeError with a message that names value, place and
+    remedy, so they are shown without a traceback. KeyError and IndexError are LookupErrors, but bugs. A bug inside a
+    library that raises a RuntimeError, as torch does, is not recognised."""
     return isinstance(error, (KeyError, IndexError)) or not isinstance(
         error, (ValueError, LookupError, OSError, RuntimeError)
     )

@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 
 
 def digest(*parts: Any) -> str:
-    """128-bit BLAKE2b hash, in hexadecimal, of `parts`, which must be values of JSON.
+    """128-bit BLAKE2b hash, in hexadecimal, of `parts`, which must be JSON-serialisable.
 
     The order of a dict's keys does not matter. The boundaries between parts do: ("ab", "c") is not ("a", "bc")."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -62,9 +62,8 @@ def content_version(ids: Iterable[str], *, in_order: bool = False) -> str:
 def query_file_id(path: Path) -> str:
     """Hash of a query file's name and content: `digest("file", name, content in hexadecimal)`.
 
-    The file is read in pieces, and again only when its size or modification time has changed since this process read
-    it."""
-    key = _stat_key(path)
+    A file is read again only when its size or modification time has changed since this process read it."""
+    key = ("query file", *_stat_key(path))
     if key not in _hashes:
         content = hashlib.blake2b(f'["file",{json.dumps(path.name, ensure_ascii=False)},"'.encode(), digest_size=16)
         with open(path, "rb") as file:
@@ -95,8 +94,8 @@ def model_id(path: Path | str) -> str:
     return digest("model", [[f.name, _file_hash(f)] for f in files])
 
 
-_hashes: dict[tuple[str, int, int], str] = {}
-"""`_stat_key` of a file -> its hash."""
+_hashes: dict[tuple[str, str, int, int], str] = {}
+"""What is hashed of a file, and its `_stat_key` -> the hash."""
 
 
 def _stat_key(path: Path) -> tuple[str, int, int]:
@@ -105,7 +104,7 @@ def _stat_key(path: Path) -> tuple[str, int, int]:
 
 
 def _file_hash(path: Path) -> str:
-    key = _stat_key(path)
+    key = ("content", *_stat_key(path))
     if key not in _hashes:
         with open(path, "rb") as f:
             _hashes[key] = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -15,21 +15,22 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error about an unknown name: the known name most like it, or all known names if none is."""
+    """A hint for an error about an unknown name: the most similar known name, or all known names if none is similar."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def find(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`. Raises ValueError for an unknown name: what kind of name it is (`what`), and the known ones."""
+    """`table[name]`. Raises ValueError for an unknown name; the message gives the kind of name, `what`, and the known
+    ones."""
     if name not in table:
         raise unknown(what, name, table)
     return table[name]
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among the `known` ones: what the last case of a `match` raises."""
+    """The error for a name that is not among the `known` ones, for the last case of a `match`, say."""
     return ValueError(f"unknown {what} {name!r}; known: {', '.join(known) or 'none'}")
 
 

@@ -13,7 +13,7 @@ GRACE_SECONDS = 10.0
 """How long a process may take to end after SIGTERM, before it is killed."""
 
 START_TOLERANCE = 2.0
-"""Seconds by which a process's start may seem to move: systems give the machine's start to the second."""
+"""Seconds by which two readings of one process's start may differ: some systems give the boot time in whole seconds."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # from <sys/prctl.h>
 
@@ -23,28 +23,31 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed (out of memory, say).
 
-    Called in a child between fork and exec (`preexec_fn`)."""
+    Called in a child between fork and exec (`preexec_fn`). The kernel takes the thread that forked for the parent, so
+    start the child from a thread that should outlive it."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of descendants whose own parent has ended, and send it SIGTERM when its own parent
-    ends. So a supervisor can find and end everything that its command has started."""
+    """Make this process the new parent of descendants whose own parent has ended, and have the kernel send it SIGTERM
+    when its own parent ends. So a supervisor can find and end everything that its command has started."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def process_mark() -> str:
-    """What tells this process from every other one of this machine, a later one with its pid too: `pid:seconds`.
+    """An identifier of this process, `pid:seconds`, that no other process of this machine shares, even a later one with
+    the same pid.
 
-    The seconds are from the machine's start to the process's, which no change of the clock alters."""
+    The seconds are those from boot to the start of the process. They do not change when the clock is set."""
     return f"{os.getpid()}:{_start(psutil.Process()):.2f}"
 
 
 def process_is_there(mark: str) -> bool:
-    """Whether the process of a `process_mark` runs. A mark of a pid alone is of any process with that pid."""
+    """Whether the process that a `process_mark` identifies is running. A mark without seconds, as earlier versions wrote
+    it, matches any process with that pid."""
     pid, _, seconds = mark.partition(":")
     try:
         process = psutil.Process(int(pid))
@@ -54,7 +57,7 @@ def process_is_there(mark: str) -> bool:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs. A zombie, which has ended and waits to be collected, does not."""
+    """Whether a process is running. A zombie, which has ended and waits to be reaped, is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

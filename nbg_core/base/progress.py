@@ -13,10 +13,10 @@ COMMIT_SECONDS = 30.0
 
 
 class CommitBuffer(Generic[T]):
-    """Collects finished items and commits them together: every COMMIT_SECONDS while items come, at each `flush`, and at
-    the end of the `with`, also when that ends by an exception.
+    """Collects finished items and commits them together: when an item is added more than COMMIT_SECONDS after the last
+    commit, at each `flush`, and when the `with` block ends, by an exception too.
 
-    `commit` writes a list of items and returns the number of rows that are new; `new_rows` is their sum."""
+    `commit` writes a list of items and returns the number of new rows; `new_rows` is the sum of these numbers."""
 
     def __init__(self, commit: Callable[[list[T]], int]):
         self._commit, self._last, self.new_rows = commit, time.monotonic(), 0
@@ -35,7 +35,7 @@ class CommitBuffer(Generic[T]):
         if self._items:
             try:
                 self.new_rows += self._commit(self._items)
-            except Exception:  # it would fail again at the end of the `with`, and hide the first error
+            except Exception:  # a second attempt at the end of the `with` block would fail too, and hide this error
                 self._items = []
                 raise
             self._items = []
@@ -51,7 +51,7 @@ class CommitBuffer(Generic[T]):
 class Progress:
     """Logs `what: done/total, rate, time left` at most once a second, and always at the end.
 
-    The rate is measured from the first `advance` on: before it, models load and layers compile."""
+    The rate is measured from the first `advance`, so that loading models and compiling layers do not count."""
 
     def __init__(self, what: str, total: int, log: Callable[[str], None]):
         self.what, self.total, self.done, self._log = what, total, 0, log
@@ -63,7 +63,7 @@ class Progress:
         self.done += n
         now = time.monotonic()
         since, before = self._first or (self._start, 0)
-        if now - since < 1:  # everything came at once, when the work was done: the time before it counts
+        if now - since < 1:  # too short to measure: count from the start
             since, before = self._start, 0
         is_measured = self._first is not None or self.done >= self.total
         self._first = self._first or (now, self.done)

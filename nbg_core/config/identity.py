@@ -15,7 +15,9 @@ from nbg_core.base.names import unknown
 from nbg_core.config.profile import ENGINES, Profile
 
 CODE_VERSION = "1"
-"""Increment it when the same settings and inputs give other rows than before: every partition is then stale."""
+"""Increment it when a stage makes other rows from the same settings and inputs: every partition is then stale, and its
+stage runs again. Rows that are found by an id (`samples`, `scores`, `reference_logprobs`, `evaluations`,
+`teacher_logits`) are kept all the same; for other rows there, add a version to that id, as STORE_VERSION is."""
 
 STORE_VERSION = 4
 """Increment it when the same settings give other stored teacher rows than before."""
@@ -79,9 +81,17 @@ def settings_id(settings: dict) -> str:
     return digest("settings", json.loads(json.dumps(settings, default=str)))
 
 
+def loglik_engine(profile: Profile) -> list[str] | None:
+    """What `teacher_loglik` depends on of the teacher's engine: versions and arguments of vLLM; None for transformers,
+    whose versions agree up to rounding."""
+    engine = engine_version(profile, profile.teacher.engine)
+    return engine if engine[0] == "vllm" else None
+
+
 IDENTITIES: dict[str, Callable[[Profile], object]] = {
     "teacher": teacher_id,
     "scoring_id": scoring_id,
-    "teacher_engine": lambda profile: engine_version(profile, profile.teacher.engine),
+    "loglik_engine": loglik_engine,
 }
-"""The models and settings that a scorer can depend on (`Scorer.depends_on`): name -> function that gives the value."""
+"""The models and settings that a scorer can depend on (`Scorer.depends_on`): name -> function that gives the value, or
+None where there is nothing to depend on."""

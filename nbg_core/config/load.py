@@ -25,20 +25,21 @@ class ProfileError(ValueError):
 
 
 class _EveryKeyOnce(yaml.SafeLoader):
-    """YAML loader that raises an error for a key that a mapping has twice, where the second would replace the first."""
+    """YAML loader that refuses a mapping with the same key twice. Plain YAML would keep the second value and say
+    nothing."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                problem = f"key {key.value!r} is there twice; keep one"
+                problem = f"key {key.value!r} appears twice; keep one"
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return node
 
 
 def load_profile(which: str | Path | None = None) -> Profile:
-    """The profile named or at the path `which`, else `NBG_PROFILE`, else `embedded`.
+    """The profile `which`, a name or a path; by default the one that `NBG_PROFILE` gives, else `embedded`.
 
     Raises ProfileError for a missing file, bad YAML, an unknown key or a bad value."""
     which = str(which or os.environ.get("NBG_PROFILE") or "embedded")
@@ -75,6 +76,7 @@ def _root(path: Path, root: object) -> object:
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """One of pydantic's errors as a sentence: the key, its value and the remedy."""
     where = ".".join(str(p) for p in error["loc"] if p != "[key]")  # pydantic marks a mapping's key by "[key]"
     if error["type"] in ("extra_forbidden", "missing"):
         for part in error["loc"][:-1]:

@@ -39,13 +39,13 @@ class LakeSettings(Section):
     data_path: str = "data/lake/files"
     """Folder or object-store prefix of the Parquet files."""
     author: str = "nbg"
-    """Author that each snapshot of the lake names."""
+    """Author recorded with each snapshot of the lake."""
 
     @field_validator("catalog")
     @classmethod
     def _kind_is_known(cls, catalog: str):
         if not re.match(r"(sqlite|postgres):.", catalog):
-            raise ValueError("the catalog has another form; write it as sqlite:PATH or postgres:CONNECTION STRING")
+            raise ValueError("not a catalog; write it as sqlite:PATH or postgres:CONNECTION STRING")
         return catalog
 
 
@@ -55,7 +55,8 @@ class Models(Section):
     teacher: Path
     """Folder of the teacher (NBG3.5-Pro), which must have the student's tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the models in sampling and scoring: float32 with training.precision fp32, bfloat16 with bf16."""
+    """Dtype of the models in sampling and scoring: float32 with training.precision fp32, bfloat16 with bf16.
+    float16 is not supported."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model folder. Leave it off unless you trust that code."""
 
@@ -70,7 +71,7 @@ class QuerySettings(Section):
     contamination_words: Annotated[int, Field(ge=1)] = 13
     """A training query that shares this many words in a row with a held-out query is dropped."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 192
-    """Longest prompt, in tokens, with the chat template applied; longer ones are dropped."""
+    """Maximum prompt length, in tokens, with the chat template applied; longer prompts are dropped."""
 
 
 class SamplingSettings(Section):
@@ -78,16 +79,16 @@ class SamplingSettings(Section):
     """What draws responses, and the answers of the evaluation: `transformers` in a subprocess, or vLLM servers (section
     vllm)."""
     n_student: Annotated[int, Field(ge=0)] = 8
-    """Responses per query from the current policy. More later draws only what is missing; fewer leaves the rest
-    unused."""
+    """Responses per query from the current policy. If you raise it later, only the missing ones are drawn; if you lower
+    it, the rest is not used."""
     n_teacher: Annotated[int, Field(ge=0)] = 0
     """Responses per query from the teacher (the published method takes its positives from the teacher)."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: tokens are drawn from the most probable ones that have this mass together."""
+    """Nucleus sampling: tokens are drawn from the smallest set of most probable ones with at least this mass."""
     max_tokens: Annotated[int, Field(ge=1)] = 48
-    """Longest response, in tokens, including the end-of-turn token."""
+    """Maximum response length, in tokens, including the end-of-turn token."""
     seed: int = 0
     """Base seed; each response has its own seed, derived from this one and the response's id."""
     batch_size: Annotated[int, Field(ge=1)] = 256
@@ -110,9 +111,9 @@ class PreferenceSettings(Section):
     """Weight of each scorer in the combined score of a response. A map that you give replaces this one: a scorer that
     it does not name, or gives 0, does not run."""
     min_margin: Annotated[float, Field(gt=0)] = 0.5
-    """Minimum difference of the combined scores of chosen and rejected."""
+    """Minimum difference between the combined scores of chosen and rejected."""
     max_pairs_per_query: Annotated[int, Field(ge=1)] = 2
-    """Maximum number of pairs of one query. Those of the widest margins are taken, and no text twice."""
+    """Maximum number of pairs per query. Pairs are taken widest margin first, and no text is used twice."""
     truncated_positive: bool = False
     """Whether a truncated response (finish reason `length`) can be chosen."""
 
@@ -132,19 +133,20 @@ class TeacherSettings(Section):
     """Maximum number of tail samples per position: tokens drawn from outside the top entries; 0 stores only the tail's
     mass."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 1e-4
-    """Probability mass that may be left unstored: where the fewest top entries that leave at most this much outside
-    each have min_weight, they are stored and no tail is sampled."""
+    """Probability mass that the top entries may leave out. Where at most k_head tokens, each with at least min_weight,
+    suffice for that, the fewest that do are stored and no tail is sampled."""
     min_weight: Annotated[float, Field(ge=0, lt=1)] = 1 / 80
     """Minimum probability of a top entry. A tail gets mass / min_weight samples, rounded up, at most m_tail. With 0,
-    every position at which k_head entries leave more than epsilon outside has k_head entries and m_tail samples."""
+    every position at which k_head tokens leave out more than epsilon has k_head top entries and m_tail samples."""
     logprob_bits: Annotated[int, Field(ge=1, le=23)] = 6
     """Bits of the mantissa that stored log-probabilities keep; 23 keeps all of a float32."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the stored distribution; the student's is taken at the same one."""
+    """Temperature of the stored distribution; the divergence takes the student's at the same one."""
     seed: int = 0
     """Base seed of the tail samples."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Tokens per forward pass of teacher and reference scoring, padding included."""
+    """Maximum number of tokens per forward pass of teacher and reference scoring, padding included; a longer response
+    gets a pass of its own."""
     n_processes: Annotated[int, Field(ge=1)] = 1
     """Processes that score in parallel with engine `transformers`; each has a GPU and a copy of the teacher."""
     chunk_samples: Annotated[int, Field(ge=1)] = 512
@@ -159,7 +161,7 @@ reference before the first step."""
 
 class EvaluationSettings(Section):
     max_tokens: Annotated[int, Field(ge=1)] = 48
-    """Longest answer, in tokens."""
+    """Maximum answer length, in tokens."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Answers generated at the same time; answers are greedy."""
     min_queries: Annotated[int, Field(ge=1)] = 20

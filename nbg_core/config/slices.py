@@ -17,7 +17,7 @@ def slice_names(profile: Profile) -> list[str]:
 
 
 def find_slices(profile: Profile) -> tuple[list[str], dict[str, str]]:
-    """(names of the query files that can be slices, sorted; name -> reason for each that cannot)."""
+    """The names of query files that can be slices, sorted; and for each other name the reason why it cannot."""
     folder = profile.resolve(profile.paths.queries)
     good, refused = [], {}
     for name in sorted({p.stem for p in folder.glob("*") if p.suffix in SUFFIXES and p.is_file()}):

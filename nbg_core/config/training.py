@@ -20,7 +20,7 @@ class LoraSettings(Section):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale of the update; it is divided by `rank`."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear` is every linear layer but the output matrix."""
+    """Names of the linear layers that get an adapter; `all-linear` is every linear layer except the LM head."""
 
 
 class TrainingSettings(Section):
@@ -33,7 +33,7 @@ class TrainingSettings(Section):
     global_batch_pairs: Annotated[int, Field(ge=1)] = 64
     """Pairs per optimizer step, over all ranks and micro-batches."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16384
-    """Maximum number of tokens of one forward pass on one rank; a longer pair has a pass of its own."""
+    """Maximum number of tokens per forward pass on one rank; a longer pair gets a pass of its own."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate. The default suits the embedded models; real ones need 1e-6 or so."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -47,9 +47,9 @@ class TrainingSettings(Section):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW betas."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Largest global gradient norm; a longer gradient is scaled down to it."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the weights in training, which must fit models.dtype; bf16 keeps fp32 master weights."""
+    """Dtype of the weights in training, which must match models.dtype; bf16 keeps fp32 master weights."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage; with bf16, 0 runs as 1."""
     offload_optimizer: bool = False
@@ -64,8 +64,8 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """Compile the model's layers with `torch.compile`: faster on a GPU after a slower start, with other rounding. Not
-    with zero_stage 3; needs a C and a C++ compiler. Switching it does not make a finished training stale."""
+    """Compile the model's layers with `torch.compile`: faster on a GPU after a slower start, with different rounding.
+    Not with zero_stage 3; needs a C and a C++ compiler. Switching it does not make a finished training stale."""
     lora: LoraSettings | None = None
     """Train low-rank adapters only, which are merged into the weights at the end; null trains all weights."""
     save_every: Annotated[int, Field(ge=1)] = 20

@@ -1,6 +1,6 @@
 """Settings of vLLM servers: section `vllm` of a profile.
 
-A server is either started by a stage ("our server") or already running at an address that the profile names.
+A server is either started by a stage, or already runs at an address that the profile names.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class VllmSettings(Section):
     python: Path = Path(".venv-vllm/bin/python")
     """Interpreter of the environment that vLLM is installed in (`make vllm` builds it)."""
     version: str = "0.32.0"
-    """vLLM version that the servers must have; rows made with another version count as other rows."""
+    """vLLM version that the servers must have. Rows made with another version are not reused."""
     addresses: tuple[str, ...] = ()
     """Base URLs of servers that already run, like http://host:8000; each serves one of the models under its model id.
     Empty: each stage that needs a server starts one and stops it at its end."""
     args: tuple[str, ...] = ()
     """More arguments for the server that a stage starts, like --tensor-parallel-size=8 or
-    --gpu-memory-utilization=0.85. With another argument that may change a model's answers (--quantization=fp8), rows
-    count as other rows."""
+    --gpu-memory-utilization=0.85. After a change of an argument that may change a model's answers (--quantization=fp8,
+    say), rows made before are not reused."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
-    """Longest sequence that a started server takes, in tokens; null is the model's own limit."""
+    """Maximum sequence length of a started server, in tokens; null is the model's own limit."""
     max_in_flight: Annotated[int, Field(ge=1)] = 64
-    """Requests that wait for an answer at the same time, over all servers; a killed server loses at most this many."""
+    """Maximum number of unanswered requests at a time, over all servers; a killed server loses at most this many."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds until an unanswered request is sent again."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 900.0
@@ -49,13 +49,15 @@ class VllmSettings(Section):
             if not arg.startswith("--") or " " in arg.partition("=")[0]:
                 raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
             if _name(arg) in ("--host", "--port", "--model", "--served-model-name", "--load-format"):
-                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address")
+                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address; drop it")
+            if _name(arg) == "--api-key":
+                raise ValueError(f"{_name(arg)} would be stored and logged with the profile: set VLLM_API_KEY instead")
             if _name(arg) == "--max-model-len":
                 raise ValueError(f"{arg!r} is a setting of its own: vllm.max_model_len")
         return args
 
     def identity_args(self) -> list[str]:
-        """Arguments of the servers that stages start that may change what a model answers, sorted."""
+        """Those of `args` that may change a model's answers, sorted; none with `addresses`, where no server is started."""
         if self.addresses:
             return []
         return sorted(a for a in self.args if _name(a) not in _HOW_A_SERVER_RUNS)

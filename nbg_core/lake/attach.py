@@ -39,6 +39,9 @@ def attach(catalog: str, data_path: str, *, read_only: bool, snapshot: int | Non
         for extension in _extensions(kind):
             con.load_extension(extension)
         con.execute(f"ATTACH 'ducklake:{_quoted(catalog)}' AS lake ({', '.join(options)})")
+    except (ImportError, LakeError):
+        con.close()
+        raise
     except duckdb.Error as e:  # its text holds the connection string: it may not be shown, nor be a cause
         con.close()
         if is_conflict(e):

@@ -86,8 +86,9 @@ def create_tables(lake: Lake) -> None:
             con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({made})")
             there = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
             # Made by an earlier version: its rows were made with other settings, and are not read.
-            for n in columns.keys() - there:
-                con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
+            for n in columns:
+                if n not in there:
+                    con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
         for name, body in VIEWS.items():
             con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake', zero=GAP_ZERO)}")
         con.execute("COMMIT")

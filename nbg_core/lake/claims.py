@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbg_core.base.errors import redact
+from nbg_core.base.errors import without_passwords
 from nbg_core.base.files import write_json
 from nbg_core.base.ids import digest
 
@@ -22,7 +22,7 @@ def claim(catalog: str, data_path: str) -> None:
         return
     try:
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {"catalog": redact(catalog), "data_path": data_path})
+        write_json(path, {"catalog": without_passwords(catalog), "data_path": data_path})
     except OSError:  # a lake that may only be read
         pass
 
@@ -31,7 +31,7 @@ def claim_path(catalog: str, data_path: str) -> Path | None:
     """The file of a claim; None in an object store."""
     if "://" in data_path:
         return None
-    return Path(data_path) / ".catalogs" / f"{digest('claim', redact(catalog), data_path)}.json"
+    return Path(data_path) / ".catalogs" / f"{digest('claim', without_passwords(catalog), data_path)}.json"
 
 
 def other_claims(mine: Path, data_path: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ import polars as pl
 from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
+from nbg_core.base.names import find
 from nbg_core.lake import teacher_columns
 from nbg_core.lake.teacher_columns import TEACHER_COLUMNS, TeacherColumn
 from nbg_core.losses.metrics import METRICS
@@ -228,7 +229,7 @@ class Materialisations(dy.Schema):
     settings = dy.String(description="those settings, JSON")
     inputs = dy.String(description='JSON list of {"asset", "slice", "data_version", "snapshot"}')
     profile = dy.String(description="profile name")
-    code_version = dy.String(description="version of nbg_core")
+    code_version = dy.String(description="CODE_VERSION of nbg_core/config/identity.py")
     created_at = dy.Datetime(time_zone="UTC", description="commit time")
 
 
@@ -251,10 +252,8 @@ TABLES: dict[str, type[dy.Schema]] = {
 BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
 """Columns that files of a table hold byte by byte (`files.write_parquet`)."""
 
-_SQL_TYPES: dict[DataTypeClass, str] = {
-    pl.String: "VARCHAR", pl.Int32: "INTEGER", pl.Int64: "BIGINT", pl.Float32: "FLOAT", pl.Float64: "DOUBLE",
-    pl.Boolean: "BOOLEAN", pl.Datetime: "TIMESTAMPTZ",
-}  # fmt: skip
+_SQL_TYPES = {"String": "VARCHAR", "Int32": "INTEGER", "Int64": "BIGINT", "Float32": "FLOAT", "Float64": "DOUBLE",
+              "Boolean": "BOOLEAN", "Datetime": "TIMESTAMPTZ"}  # fmt: skip
 
 
 def sql_type(dtype: pl.DataType | DataTypeClass) -> str:
@@ -263,7 +262,7 @@ def sql_type(dtype: pl.DataType | DataTypeClass) -> str:
         return sql_type(dtype.inner) + "[]"
     if isinstance(dtype, pl.Struct):
         return "STRUCT(" + ", ".join(f"{f.name} {sql_type(f.dtype)}" for f in dtype.fields) + ")"
-    return _SQL_TYPES[dtype.base_type()]
+    return find(_SQL_TYPES, str(dtype.base_type()), "type of a column")
 
 
 def polars_schema(table: str) -> dict[str, pl.DataType]:

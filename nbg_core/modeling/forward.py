@@ -42,7 +42,11 @@ def collate(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -
 def response_hidden(model: PreTrainedModel, inputs: Pack | Padded, group: ProcessGroup | None = None) -> Tensor:
     """Hidden states [T, H] in the model's dtype; row t predicts response token t. With a group (packs only) those of
     this rank's share of T."""
-    return packed_hidden(model, inputs, group) if isinstance(inputs, Pack) else padded_hidden(model, inputs)
+    if isinstance(inputs, Pack):
+        return packed_hidden(model, inputs, group)
+    if group is not None:
+        raise ValueError("a padded batch cannot be shared by a group; set training.sequence_parallel to 1")
+    return padded_hidden(model, inputs)
 
 
 def no_packing(config: PreTrainedConfig) -> str:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-from filelock import FileLock
 
+from nbg_core.base.files import wait_for
 from nbg_core.base.ids import content_version, seed_from
 from nbg_core.config.slices import check_slice_name, query_file, slice_names
 from nbg_core.lake import tables
@@ -66,8 +66,7 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
         )
     drops = _too_long(run, slice_name, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with wait_for(lock, lambda: run.log(f"{ASSET}[{slice_name}]: waiting until another slice is ingested")):
         others = run.lake.sql("SELECT query_id, slice, split, messages FROM queries WHERE slice <> ?", [slice_name])
         present = pl.col("slice").is_in(slice_names(run.profile))
         kept, taken_over = _compare(run, slice_name, rows, drops, others.filter(present), others.filter(~present))

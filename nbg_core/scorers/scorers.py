@@ -100,17 +100,20 @@ def _verify(row: dict) -> float:
         raise verifiers.SpecError(f"query {row['query_id']}: {e}; correct its row in the query file") from e
 
 
+LEAST_LOGLIK = -1e4
+"""Score, in nats per token, of a response with a token that the teacher rules out: the table holds no infinities."""
+LOGLIK_DEPENDS_ON = ("teacher", "scoring_id", "loglik_engine")
+
+
 def _loglik_ids(context: Context, samples: pl.DataFrame) -> pl.DataFrame:
-    parts = [context.identity(name) for name in ("teacher", "scoring_id")]
-    engine = context.identity("teacher_engine")
-    if engine[0] == "vllm":  # versions of transformers agree up to rounding, so theirs are not part of the id
-        parts.append(engine)
-    return one_id("teacher_loglik", *parts)(context, samples)
+    parts = [context.identity(name) for name in LOGLIK_DEPENDS_ON]
+    return one_id("teacher_loglik", *(part for part in parts if part is not None))(context, samples)
 
 
 def _loglik(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
     for chunk in context.teacher_logprobs(samples):
-        yield chunk.select("sample_id", score=pl.col("token_logprobs").cast(pl.List(pl.Float64)).list.mean())
+        mean = pl.col("token_logprobs").cast(pl.List(pl.Float64)).list.mean()
+        yield chunk.select("sample_id", score=mean.clip(LEAST_LOGLIK))
 
 
 SCORERS: dict[str, Scorer] = {
@@ -119,6 +122,6 @@ SCORERS: dict[str, Scorer] = {
         Scorer("verifier", "share right, 0 to 1", "the query's own verifier; none for a query without one",
                _verifier_ids, by_response(_verify)),
         Scorer("teacher_loglik", "nats a token", "mean teacher log-probability of the response's tokens",
-               _loglik_ids, _loglik, depends_on=("teacher", "scoring_id")),
+               _loglik_ids, _loglik, depends_on=LOGLIK_DEPENDS_ON),
     )
 }  # fmt: skip

@@ -9,6 +9,7 @@ thread of a process; workers do that.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import signal
 import threading
@@ -72,8 +73,8 @@ def verify(text: str, answer: str | None, verifier: str, args: dict[str, Any], p
     found = _ready(answer, verifier, args)
     try:
         with _time_limit():
-            score = found.score(text.strip(), answer, args, prompt)
-            return min(max(float(score), 0.0), 1.0)
+            score = float(found.score(text.strip(), answer, args, prompt))
+        return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
     except SpecError:
         raise
     except (Exception, _TimedOut):  # a library may raise anything on a strange response
@@ -141,8 +142,13 @@ def _time_limit():
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, *timer)
+                signal.signal(signal.SIGALRM, handler)
+                break
+            except _TimedOut:  # the alarm came after the body had ended: timer and handler are put back all the same
+                continue
 
 
 def _exact(text: str, answer: str, args: dict, prompt: str) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from nbg_core.base.errors import redact
 from nbg_core.lineage.run import Run
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
 
@@ -39,7 +40,7 @@ def launch(run: Run, request: Request) -> None:
     try:
         with open(work / "train.log", "a") as log:
             for line in process.stdout:
-                log.write(line)
+                log.write(redact(line))
                 log.flush()
                 if line.startswith(ASSET):
                     run.log(line.rstrip())

@@ -221,10 +221,7 @@ class Client:
         if response.status_code >= 500 or response.status_code == 429:
             raise _Unavailable(f"status {response.status_code}: {response.text[:300]}")
         if response.status_code != 200:
-            raise ServerFailed(
-                f"{address} refuses a request with status {response.status_code}: {response.text[:500]} (if it is "
-                "about log-probs, start the server with --max-logprobs of at least teacher.k_head)"
-            )
+            raise ServerFailed(f"{address} refuses a request with status {response.status_code}: {response.text[:500]}")
         try:
             answer = response.json()
             choices, model = answer["choices"], answer["model"]
