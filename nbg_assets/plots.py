@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from nbg_assets.metadata import Made
 
 MAX_BYTES = 100_000
-"""Size of a plot's Markdown above which it is not shown."""
+"""Maximum size of a plot's Markdown; a larger one is not shown."""
 BINS = 40
-"""Bars of a histogram, at most."""
+"""Maximum number of bars of a histogram."""
 CHOSEN, REJECTED, TEACHER = "#1f77b4", "#ff7f0e", "#7f7f7f"
 GREEN, RED, BLACK = "#2ca02c", "#d62728", "#000000"
 PALETTE = (CHOSEN, REJECTED, GREEN, RED, "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", TEACHER)
@@ -77,7 +77,7 @@ def margins(made: Made) -> Plot | None:
 
 
 def entries_per_position(made: Made) -> Plot | None:
-    """Entries of the teacher's distribution that are stored per response position; a confident teacher needs few."""
+    """Number of stored entries of the teacher's distribution per response position; a confident teacher needs few."""
     query = (
         "SELECT unnest(['top (exact)', 'tail (sampled)']) AS name, unnest([top, tail]) AS value FROM (SELECT "
         "unnest(head_counts) AS top, unnest(tail_counts) AS tail FROM teacher_logits WHERE slice = $1 "
@@ -101,7 +101,7 @@ def sampler_drift(made: Made) -> Plot | None:
     figure, axes = _figure("sampler drift")
     axes.bar(df["log10"].to_list(), df["tokens"].to_list(), width=0.25, align="edge", color=CHOSEN)
     axes.axvline(math.log10(drift.BOUND), color=REJECTED, label=f"bound, {drift.BOUND} nats")
-    axes.set_xlabel("log10 of |sampler - reference| log-prob, nats a token")
+    axes.set_xlabel("log10 of |sampler - reference| log-prob, nats per token")
     axes.legend(fontsize=8)
     return _plot(figure, "sampler drift")
 

@@ -16,7 +16,7 @@ from nbg_core.config.slices import find_slices, query_file
 from nbg_core.lineage.staleness import status
 
 SETTLE_SECONDS = 3
-"""A file that changed less than this long ago may still be being written. It waits for the next tick."""
+"""A file that changed less than this long ago may not be complete yet. It waits for the next tick."""
 
 
 @dg.sensor(

@@ -4,7 +4,7 @@ Everything that needs to know the assets reads it: the worker, lineage and stale
 checks, the Dagster definitions and the tests. This module imports neither torch nor Dagster nor a stage.
 
 An asset's `settings` are those that decide its content. They are stored with every materialisation, and a change in any
-of them makes it stale. A setting that only changes how the work is done is not among them.
+of them makes the asset stale. A setting that only changes how the work is done is not among them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Asset:
     tables: tuple[str, ...]
     """Lake tables that it writes; the first one holds its rows."""
     settings: Callable[[Profile, str, Any], dict]
-    """(profile, model id of the current policy, slice name, None if it has no partitions) -> the settings that decide
-    its content.
+    """(profile, model id of the current policy, slice name or None) -> the settings that decide its content.
 
     Raises FileNotFoundError for a missing query file or model folder."""
     upstream: tuple[str, ...] = ()
@@ -56,7 +55,7 @@ class Asset:
 
 
 def _queries(profile: Profile, policy_id: str, slice_name: str) -> dict:
-    # Prompts are dropped that are too long for the student's context, which must hold the longest response as well.
+    # A prompt must fit the student's context together with the longest response: this decides what is dropped.
     longest = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
     file_id = query_file_id(query_file(profile, slice_name))
     student_id = identity.student_id(profile)
@@ -75,6 +74,7 @@ def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
     known = {name: value for name, value in values.items() if value is not None}
+    # "teacher" is None, not left out, if no scorer depends on it: so lakes of earlier versions stay fresh.
     return {**profile.preference.model_dump(), "teacher": None, **known}
 
 
@@ -109,8 +109,8 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "student_samples",
-        "Responses of the promoted policy (the SFT student before the first promotion) and, as a setting, of the "
-        "teacher, to every training query: token ids, log-probs, finish reason. Only missing responses are drawn.",
+        "Responses of the promoted policy (the SFT student before the first promotion) to every training query and, "
+        "with `sampling.n_teacher`, of the teacher: token ids, log-probs, finish reason. Only missing ones are drawn.",
         stage="nbg_core.sampling.stage",
         tables=("samples",),
         settings=_student_samples,
@@ -141,8 +141,8 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "teacher_logits",
-        "The teacher, forced over the exact token ids of chosen and rejected: its top entries exactly and a sampled "
-        "tail per position. Query it entry by entry through the view `teacher_entries`.",
+        "The teacher's log-probabilities (not logits) at every position of chosen and rejected responses, given their "
+        "exact token ids: top entries and a sampled tail. The view `teacher_entries` has a row per entry.",
         stage="nbg_core.teacher.stage",
         tables=("teacher_logits",),
         settings=_teacher_logits,
@@ -181,8 +181,8 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "student_eval",
-        "Accuracy on the held-out queries of every slice: the model before training, after it, and the teacher. The "
-        "checkpoint may be promoted when it is significantly better overall and significantly worse on no slice.",
+        "Accuracy on the held-out queries of every slice: of the model before training, after it, and of the teacher. "
+        "The checkpoint may be promoted when it is significantly better overall and significantly worse on no slice.",
         stage="nbg_core.evaluation.stage",
         tables=("evaluations", "promotions"),
         settings=_student_eval,
@@ -224,7 +224,7 @@ def partition_name(asset: str, slice_name: str | None) -> str:
 
 def upstream_partitions(asset: str, slice_name: str | None, slices: list[str]) -> list[tuple[str, str | None]]:
     """The partitions (asset, slice name) that a partition reads: those of its own slice, or of all `slices` if it has
-    none."""
+    no slice."""
     own_slices = slices if slice_name is None else [slice_name]
     partitions: list[tuple[str, str | None]] = []
     for name in get(asset).upstream:

@@ -43,7 +43,7 @@ def test_a_partition_is_materialised_by_clicking(live):
         page = browser.new_page(viewport={"width": 1500, "height": 900})
         expect.set_options(timeout=60_000)
         page.goto(f"{live.url}/assets/queries")
-        expect(page.get_by_text("hash of the canonical messages")).to_be_visible()  # column schema
+        expect(page.get_by_text("hash of the roles and texts of the messages")).to_be_visible()  # column schema
         page.get_by_role("button", name="Materialize…").click()
         page.get_by_text("Select a partition or create one").click()
         page.get_by_text("addition", exact=True).filter(visible=True).first.click()

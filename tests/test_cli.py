@@ -228,7 +228,7 @@ def test_a_second_run_is_told_of_the_first_at_once(profile):
     with hold(profile.resolve(profile.paths.work) / "locks" / "nbg run.lock", "process 7 on here", ""):
         result = nbg("run")
     assert (result.returncode, result.stderr) == (
-        1, "error: another `nbg run` is going on: process 7 on here; wait for it or terminate it, then run again\n"
+        1, "error: another `nbg run` is in progress: process 7 on here; wait for it or terminate it, then run again\n"
     )  # fmt: skip
 
 

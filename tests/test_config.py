@@ -194,7 +194,7 @@ def test_compiled_layers_are_not_taken_apart():
 
 
 def test_ranks_that_share_sequences_are_whole_groups():
-    with pytest.raises(ValueError, match="n_processes=6 is no multiple of sequence_parallel=4"):
+    with pytest.raises(ValueError, match="n_processes=6 is not a multiple of sequence_parallel=4"):
         load_profile("embedded").training.model_validate({"n_processes": 6, "sequence_parallel": 4})
 
 

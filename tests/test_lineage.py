@@ -200,7 +200,7 @@ def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     assert states(run)["student_samples", "a"] == ("stale", "changed: student")
     assert states(run)["queries", "a"][0] == "fresh"
     (trained / "model.safetensors").write_bytes(b"tampered")
-    with pytest.raises(ValueError, match="is not .* any more"):
+    with pytest.raises(ValueError, match="is no longer .*; restore it"):
         current_policy(run.lake, run.profile)
 
 

@@ -80,12 +80,12 @@ def test_parquet_and_jsonl_say_the_same(tmp_path):
         (b'{"prompt": "x"', "line 2: not valid JSON at column 15"),
         (b'{"prompt": "\xff"}', "line 2: not valid UTF-8 at byte 13"),
         (b'["x"]', "line 2: a list, not an object"),
-        (b'{"prompt": "x", "prompt": "y"}', "line 2: .*'prompt' is there twice"),
+        (b'{"prompt": "x", "prompt": "y"}', "line 2: .*'prompt' appears twice"),
         (b'{"prompt": "x", "verifier_args": {"a": NaN}}', "line 2: .*NaN is not a JSON value"),
         (b"[" * 100_000, "line 2: not usable JSON: .*recursion"),
-        (b'{"prompt": "\\ud800"}', "line 2, prompt: holds half a surrogate pair at character 1"),
+        (b'{"prompt": "\\ud800"}', "line 2, prompt: contains an unpaired surrogate at character 1"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', r"line 2, messages\[0\].content: holds half"),
-        ({"prompt": "a\0"}, r"line 2, prompt: holds a null character \(U\+0000\) at character 2"),
+        ({"prompt": "a\0"}, r"line 2, prompt: contains a null character \(U\+0000\) at character 2"),
         ({"prompt": "x", "promt": "x"}, "line 2, 'promt': unknown key; did you mean 'prompt'"),
         ({}, "line 2, prompt: missing; give 'prompt', or 'messages'"),
         ({"prompt": "  \n"}, "line 2, prompt: empty"),
@@ -109,7 +109,7 @@ def test_parquet_and_jsonl_say_the_same(tmp_path):
         ({"prompt": "x", "verifier": "exact", "answer": "1", "verifier_args": "{}"}, "must be an object, is text"),
         (b'{"prompt": "x", "verifier": "reasoning_gym", "answer": "1", "verifier_args": {"dataset": "chain_sum", '
          b'"metadata": {"x": 1e999}}}', "line 2, verifier_args: cannot be written as JSON"),
-        ({"prompt": "x", "id": 7}, "line 2, id: 7 is that of line 1 too"),
+        ({"prompt": "x", "id": 7}, "line 2, id: 7 is also the id of line 1"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_file_line_field_and_remedy(tmp_path, row, message):

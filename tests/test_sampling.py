@@ -186,7 +186,7 @@ def test_a_run_that_dies_midway_keeps_its_chunks_and_ends_as_if_undisturbed(run,
 
 def test_a_prompt_that_does_not_fit_the_context_is_named(run):
     add_queries(run, ["y" * 300])
-    with pytest.raises(ValueError, match=r"has 30\d prompt tokens; .* passes the 256 tokens that"):
+    with pytest.raises(ValueError, match=r"has 30\d prompt tokens; .* exceeds the 256 tokens that"):
         sampling_stage.materialise(run, "a")
 
 

@@ -51,7 +51,7 @@ def distributions(draw):
     return np.array(rows)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     distributions(), st.integers(1, 45), st.integers(0, 8), st.sampled_from([0.0, 1e-6, 1e-3, 0.2]),
     st.sampled_from([0.0, 0.01, 0.2]), st.sampled_from([3, 6, 23]),

@@ -531,7 +531,7 @@ def test_a_pair_in_two_slices_is_refused(profile, tmp_path):
     pair = lake.sql("SELECT pair_id FROM pairs WHERE slice = 'alpha' ORDER BY pair_id LIMIT 1").item()
     again = "INSERT INTO pairs BY NAME SELECT * REPLACE ('beta' AS slice) FROM pairs WHERE pair_id = ?"
     with changed_by(lake, (again, [pair]), ("DELETE FROM pairs WHERE pair_id = ? AND slice = 'beta'", [pair])):
-        with pytest.raises(TrainingError, match=f"pair {pair} is there twice.*'alpha' and 'beta'.*filtered_pairs"):
+        with pytest.raises(TrainingError, match=f"pair {pair} appears twice.*'alpha' and 'beta'.*filtered_pairs"):
             pairing.count_and_hash_pairs(lake, lake.snapshot(), ["alpha", "beta"], tmp_path / "spill")
 
 

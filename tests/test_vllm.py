@@ -187,7 +187,7 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_asked_for(start, open
 
 def test_what_our_server_takes_bounds_a_query(open_run):
     run = open_run(max_model_len=10)
-    with pytest.raises(ValueError, match="that passes the 10 tokens that"):
+    with pytest.raises(ValueError, match="that exceeds the 10 tokens that"):
         sampling_stage._draw(run, None, run.policy.path, [("q", [{"role": "user", "content": "one"}], [])], None, None)
 
 

@@ -30,7 +30,7 @@ def run(slice_name: Slices = None) -> None:
         with dagster_instance(profile) as instance:
             results = materialise_stale(instance, profile, slices=slice_name, on_line=say)
     except KeyboardInterrupt:
-        errors.print("stopped; what was committed is kept, and the next `nbg run` goes on from there")
+        errors.print("stopped; what was committed is kept, and the next `nbg run` continues from there")
         raise typer.Exit(130) from None
     failed = [r for r in results if not r.success]
     for r in failed:

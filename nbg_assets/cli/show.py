@@ -93,7 +93,10 @@ def trace(
 
 @app.command("profile")
 def show_profile(
-    which: Annotated[str | None, typer.Argument(help="Name in profiles/, or path of a .yaml file.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Argument(help="Name in profiles/, or path of a .yaml file; default: NBG_PROFILE, else embedded."),
+    ] = None,
     reference: Annotated[bool, typer.Option(help="Print default and meaning of every setting instead.")] = False,
 ) -> None:
     """Validate a profile and print all its settings."""

@@ -27,7 +27,7 @@ def sql(
     snapshot: Annotated[int | None, typer.Option(min=0, help="Read the lake as it was at this snapshot.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows shown in a table (json and csv give all).")] = 40,
 ) -> None:
-    """Run a read-only SQL query on the lake. It is safe while a run is going on."""
+    """Run a read-only SQL query on the lake. It is safe while a run is in progress."""
     _, lake = open_lake()
     try:
         _check_read_only(query)

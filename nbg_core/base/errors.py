@@ -7,7 +7,8 @@ import re
 
 
 def redact(text: str) -> str:
-    """`text` with *** in place of passwords in connection strings and values of secret-looking environment variables."""
+    """`text` with *** in place of passwords in connection strings, and of values of secret-looking environment
+    variables."""
     text = without_passwords(text)
     for value in _secret_values():
         text = text.replace(value, "***")

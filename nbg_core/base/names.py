@@ -22,8 +22,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def find(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`. Raises ValueError for an unknown name; the message gives the kind of name, `what`, and the known
-    ones."""
+    """`table[name]`. Raises ValueError, with the known names, for an unknown one; `what` is the kind of name."""
     if name not in table:
         raise unknown(what, name, table)
     return table[name]

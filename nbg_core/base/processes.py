@@ -23,8 +23,8 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, even if the parent was killed (out of memory, say).
 
-    Called in a child between fork and exec (`preexec_fn`). The kernel takes the thread that forked for the parent, so
-    start the child from a thread that should outlive it."""
+    Called in a child between fork and exec (`preexec_fn`). To the kernel the parent is the thread that forked, so
+    start the child from a thread that outlives it."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -46,8 +46,8 @@ def process_mark() -> str:
 
 
 def process_is_there(mark: str) -> bool:
-    """Whether the process that a `process_mark` identifies is running. A mark without seconds, as earlier versions wrote
-    it, matches any process with that pid."""
+    """Whether the process that a `process_mark` identifies is running. A mark without seconds, which earlier versions
+    wrote, matches any process with that pid."""
     pid, _, seconds = mark.partition(":")
     try:
         process = psutil.Process(int(pid))

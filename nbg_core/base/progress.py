@@ -30,8 +30,8 @@ class CommitBuffer(Generic[T]):
     def flush(self) -> None:
         """Commit what was added since the last commit.
 
-        The items of a commit that a signal interrupts are kept, and committed again at the end of the `with`; rows that
-        are in the lake by then are not written twice."""
+        When a signal interrupts a commit, its items are kept and committed again at the end of the `with` block. Rows
+        that are in the lake by then are not written twice."""
         if self._items:
             try:
                 self.new_rows += self._commit(self._items)

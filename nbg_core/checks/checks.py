@@ -1,9 +1,9 @@
 """The checks that a partition must pass once it is made. A check is one row of CHECKS; an asset lists its checks by
 name (`Asset.checks`).
 
-When a *blocking* check fails, Dagster stops the run that made the partition, and later runs that would read the
-partition are refused (`broken_upstream`, which every Dagster step calls first; a worker that is started by hand does
-not). Other checks only warn.
+When a *blocking* check fails, Dagster stops the run that made the partition, and no later step starts that would read
+the partition: every Dagster step calls `broken_upstream` first. A worker that is started by hand does not. Other checks
+only warn.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Check:
     description: str
     """What holds when the check passes."""
     violations: Callable[[Subject], pl.DataFrame]
-    """Returns the rows that break the rule, none when the check passes. The first value of a column `why`, if there is
-    one, is shown beside the description."""
+    """Returns the rows that break the rule; none if the check passes. If they have a column `why`, its first value is
+    shown beside the description."""
     blocking: bool = True
 
 
@@ -49,7 +49,7 @@ CHECKS: dict[str, Check] = {
         # student_samples
         Check("every_query_answered", "every training query has as many responses as were asked for",
               v.too_few_responses),
-        Check("tokens_in_vocabulary", "responses are not empty, have a log-prob per token, and ids the model knows",
+        Check("tokens_in_vocabulary", "responses have tokens, one log-prob per token, and no id outside the vocabulary",
               v.outside_vocabulary),
         Check("few_truncated", f"at most {v.WARN_SHARE:.0%} of the responses are truncated",
               v.share_of_responses("finish_reason = 'length'"), blocking=False),
@@ -57,7 +57,8 @@ CHECKS: dict[str, Check] = {
               v.share_of_responses("trim(text) = ''"), blocking=False),
         # filtered_pairs
         Check("has_pairs", "the slice has at least one pair", v.no_pairs),
-        Check("margins_wide_enough", "every margin is chosen - rejected and at least min_margin", v.narrow_margins),
+        Check("margins_wide_enough", "every margin is the difference of the scores and at least min_margin",
+              v.narrow_margins),
         Check("responses_exist", "both responses of a pair exist and answer its query", v.unknown_responses),
         Check("no_truncated_positive", "no chosen response is truncated, unless the profile allows it",
               v.truncated_positives),
@@ -65,16 +66,18 @@ CHECKS: dict[str, Check] = {
         # teacher_logits, reference_logprobs
         Check("one_row_per_response", "every response of a pair has exactly one row of this model and these settings",
               v.not_scored_once),
-        Check("lengths_match", "every list has one item per response token, no log-prob is above 0", v.wrong_lengths),
+        Check("lengths_match", "all lists of a row fit the length of its response; no log-prob is above 0",
+              v.wrong_lengths),
         Check("mass_is_one", f"top entries and tail sum to 1 at every position ({v.MASS_SAMPLE} responses)",
               v.mass_not_one),
         Check("sampler_agrees", f"at most {drift.MAX_SHARE:.0%} of the tokens that the reference drew have a sampler's "
               f"log-prob more than {drift.BOUND} nats from the reference's", v.drifted, blocking=False),
         # student_checkpoint
-        Check("starts_at_reference", "before the first step the margin is 0 and the DPO loss log 2",
-              tv.not_reference_at_step_0),
-        Check("weights_intact", "the weights are there and hash to the checkpoint's id", tv.weights_missing),
-        Check("training_set_known", "every pair trained on is in the lake at the snapshot read", tv.training_set_lost),
+        Check("starts_at_reference", "before the first step the margin is 0, and the DPO loss is that of margin 0 "
+              "(log 2 for sigmoid)", tv.not_reference_at_step_0),
+        Check("weights_intact", "the checkpoint's weights exist and hash to its id", tv.weights_missing),
+        Check("training_set_known", "every pair that was trained on is in the lake at the training's snapshot",
+              tv.training_set_lost),
         # student_eval
         Check("better_than_before",
               "the promotion gate: significantly better overall and significantly worse on no slice",

@@ -1,4 +1,7 @@
-"""The rows that break a rule of training and evaluation: a checkpoint that is not what it says, a gate that refuses."""
+"""The queries of the checks of training and evaluation.
+
+Shapes: B pairs of the first step.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from nbg_core.reference import drift
 
 
 def _newest_checkpoint(s: Subject) -> dict:
-    """The row of `checkpoints` that the newest materialisation has made."""
+    """The row of `checkpoints` that the newest materialisation made."""
     made = latest_materialisation(s.lake, "student_checkpoint", None)
     if made is None:
         raise LookupError("student_checkpoint has not been materialised; materialise it first (nbg run, or the UI)")
@@ -29,7 +32,7 @@ def _newest_checkpoint(s: Subject) -> dict:
 
 
 def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
-    """The metrics of step 0 if its margin is not 0, or its DPO loss not log 2 where the variant starts there."""
+    """The metrics of step 0 if its margin is not 0, or its DPO loss not log 2 where the variant's is at margin 0."""
     row = _newest_checkpoint(s)
     steps = s.sql(
         "SELECT step, margin, dpo FROM training_steps WHERE training_id = $1 AND step = 0", row["training_id"]

@@ -1,6 +1,6 @@
-"""The queries of the checks: each function returns the rows that break a check's rule, none when the check passes.
+"""The queries of the checks. Each function returns the rows that break a check's rule; none if the check passes.
 
-A partition is compared with the settings that it was made with (`Subject.made_with`), not with the present profile. In
+A partition is compared with the settings that it was made with (`Subject.made_with`), not with the current profile. In
 the SQL, $1 is the slice name.
 """
 
@@ -27,7 +27,7 @@ from nbg_core.modeling.config_file import text_config
 from nbg_core.reference import drift
 
 MASS_SAMPLE = 200
-"""Responses whose stored probabilities are summed. Ids are hashes, so the first responses by id are a random sample."""
+"""Number of responses whose probabilities are summed. Ids are hashes, so the first by id are a random sample."""
 
 WARN_SHARE = 0.2
 """Share of truncated or empty responses above which a check warns."""
@@ -36,7 +36,7 @@ RESPONSES = f"(SELECT sample_id, token_ids FROM samples SEMI JOIN {RESPONSES_OF_
 """SQL of the responses of a slice's pairs: sample_id, token_ids. $1 is the slice name."""
 
 SCORED_BY = {"teacher_logits": ("teacher", "storage_id"), "reference_logprobs": ("reference", "scoring_id")}
-"""Of assets whose rows a model made of responses: what their settings call the model id and the settings_id."""
+"""Assets with a row per response and model -> names of the model id and of the settings_id in the asset's settings."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Subject:
     def require_slice(self) -> str:
         """The slice name. Raises ValueError for an asset without partitions."""
         if self.slice_name is None:
-            raise ValueError(f"{self.asset} has no partitions; this check is for one that has")
+            raise ValueError(f"{self.asset} has no partitions; this check needs an asset that has")
         return self.slice_name
 
     def sql(self, query: str, *params: object) -> pl.DataFrame:
@@ -185,7 +185,7 @@ def not_scored_once(s: Subject) -> pl.DataFrame:
 
 
 def wrong_lengths(s: Subject) -> pl.DataFrame:
-    """Responses with a list that has not one item per token, or with a log-prob above 0."""
+    """Responses with a list whose length does not fit the number of tokens, or with a log-prob above 0."""
     wrong = "len(token_logprobs) <> len(token_ids) OR list_max(token_logprobs) > 1e-5"
     if s.asset == "teacher_logits":
         wrong += f" OR NOT ({ROW_IS_WHOLE}) OR list_max(entry_logprobs) > 1e-5"

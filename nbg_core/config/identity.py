@@ -17,10 +17,10 @@ from nbg_core.config.profile import ENGINES, Profile
 CODE_VERSION = "1"
 """Increment it when a stage makes other rows from the same settings and inputs: every partition is then stale, and its
 stage runs again. Rows that are found by an id (`samples`, `scores`, `reference_logprobs`, `evaluations`,
-`teacher_logits`) are kept all the same; for other rows there, add a version to that id, as STORE_VERSION is."""
+`teacher_logits`) are kept all the same. To make those anew, change their id: STORE_VERSION is part of `storage_id`."""
 
 STORE_VERSION = 4
-"""Increment it when the same settings give other stored teacher rows than before."""
+"""Increment it when the same settings give other stored teacher rows than before: teacher rows are then made anew."""
 
 
 def student_id(profile: Profile) -> str:
@@ -36,7 +36,7 @@ def teacher_id(profile: Profile) -> str:
 def engine_version(profile: Profile, engine: str) -> list[str]:
     """The name of a sampling backend or teacher engine, then the versions and arguments that it computes with.
 
-    Raises ValueError for an unknown one."""
+    Raises ValueError for an unknown engine."""
     match engine:
         case "transformers":
             packages = ("torch", "transformers")
@@ -82,8 +82,8 @@ def settings_id(settings: dict) -> str:
 
 
 def loglik_engine(profile: Profile) -> list[str] | None:
-    """What `teacher_loglik` depends on of the teacher's engine: versions and arguments of vLLM; None for transformers,
-    whose versions agree up to rounding."""
+    """The part of the teacher's engine that `teacher_loglik` depends on: versions and arguments of vLLM; None for
+    transformers, whose versions agree up to rounding."""
     engine = engine_version(profile, profile.teacher.engine)
     return engine if engine[0] == "vllm" else None
 

@@ -108,8 +108,8 @@ class PreferenceSettings(Section):
         "verifier": 1.0,
         "teacher_loglik": 0.0,
     }
-    """Weight of each scorer in the combined score of a response. A map that you give replaces this one: a scorer that
-    it does not name, or gives 0, does not run."""
+    """Weight of each scorer in the combined score of a response. A map that you give replaces the default: a scorer
+    that it does not name, or gives 0, does not run."""
     min_margin: Annotated[float, Field(gt=0)] = 0.5
     """Minimum difference between the combined scores of chosen and rejected."""
     max_pairs_per_query: Annotated[int, Field(ge=1)] = 2
@@ -139,7 +139,7 @@ class TeacherSettings(Section):
     """Minimum probability of a top entry. A tail gets mass / min_weight samples, rounded up, at most m_tail. With 0,
     every position at which k_head tokens leave out more than epsilon has k_head top entries and m_tail samples."""
     logprob_bits: Annotated[int, Field(ge=1, le=23)] = 6
-    """Bits of the mantissa that stored log-probabilities keep; 23 keeps all of a float32."""
+    """Mantissa bits that stored log-probabilities keep; 23 keeps all of a float32."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the stored distribution; the divergence takes the student's at the same one."""
     seed: int = 0

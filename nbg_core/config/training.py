@@ -37,7 +37,7 @@ class TrainingSettings(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate. The default suits the embedded models; real ones need 1e-6 or so."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of the steps with linear warm-up."""
+    """Share of the steps in which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after warm-up."""
     min_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -94,16 +94,16 @@ class TrainingSettings(Section):
     def _sequences_are_shared_by_whole_groups(self):
         if self.n_processes % self.sequence_parallel:
             raise ValueError(
-                f"n_processes={self.n_processes} is no multiple of sequence_parallel={self.sequence_parallel}: ranks "
-                "share sequences in groups of that size; change one of the two"
+                f"n_processes={self.n_processes} is not a multiple of sequence_parallel={self.sequence_parallel}: "
+                "ranks share sequences in groups of that size; change one of the two"
             )
         return self
 
     def identity_fields(self) -> dict:
         """The settings that decide the trained weights, up to rounding.
 
-        Ranks, ZeRO stage, offload, micro-batches and recomputation only divide the same sums in another way. So a
-        training that was interrupted on 8 ranks can be resumed on 4."""
+        Ranks, ZeRO stage, offload, micro-batches and recomputation are left out, because they only change how the same
+        sums are computed. So a training that was interrupted on 8 ranks can be resumed on 4."""
         return self.model_dump(mode="json", exclude=_HOW_A_TRAINING_RUNS)
 
 

@@ -49,7 +49,7 @@ class VllmSettings(Section):
             if not arg.startswith("--") or " " in arg.partition("=")[0]:
                 raise ValueError(f"{arg!r} is not an argument; write each as --NAME or --NAME=VALUE")
             if _name(arg) in ("--host", "--port", "--model", "--served-model-name", "--load-format"):
-                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address; drop it")
+                raise ValueError(f"{arg!r} is not yours to set: a stage chooses its server's model and address")
             if _name(arg) == "--api-key":
                 raise ValueError(f"{_name(arg)} would be stored and logged with the profile: set VLLM_API_KEY instead")
             if _name(arg) == "--max-model-len":
@@ -57,7 +57,7 @@ class VllmSettings(Section):
         return args
 
     def identity_args(self) -> list[str]:
-        """Those of `args` that may change a model's answers, sorted; none with `addresses`, where no server is started."""
+        """Those of `args` that may change a model's answers, sorted; none with `addresses`: no server is started."""
         if self.addresses:
             return []
         return sorted(a for a in self.args if _name(a) not in _HOW_A_SERVER_RUNS)

@@ -20,11 +20,11 @@ from nbg_core.scorers.verifiers import scorer_ids
 OVERALL = "overall"
 """Value of column `slice` in the row over all slices. Column `is_overall` tells that row from a slice of this name."""
 OVERALL_BESIDE = "overall (all slices)"
-"""The same where a slice is called OVERALL."""
+"""The value instead of OVERALL if a slice has that name."""
 
 
 class NotEvaluated(LookupError):
-    """No evaluation of the checkpoint is complete."""
+    """The checkpoint has no complete evaluation."""
 
 
 class Evaluated(NamedTuple):
@@ -42,8 +42,8 @@ def latest_summary(lake: Lake, checkpoint: str | None = None, *, profile: str | 
     """The newest evaluation of a checkpoint, summarised over the queries and with the settings that it was made with.
 
     Without `checkpoint`, it is the one that the profile named `profile` evaluated last, else the one that any profile
-    evaluated last. Raises NotEvaluated if there is none, and LookupError if no held-out query has an answer of all the
-    models."""
+    evaluated last. Raises NotEvaluated if there is none, and LookupError if no held-out query was answered by all
+    the models."""
     rows = lake.sql(
         "SELECT profile, inputs, settings FROM lineage.commits WHERE asset = 'student_eval' AND status = 'complete' "
         "ORDER BY profile IS NOT DISTINCT FROM ? DESC, snapshot_id DESC",
@@ -70,8 +70,8 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
     that 'after' got right and 'before' wrong; broken, the reverse; difference, difference_low and difference_high, the
     accuracy of 'after' minus that of 'before' and its 95% interval.
 
-    Only queries that all models have answered count, that are held out at `snapshot` (default: now), and whose answers
-    were verified with the verifier and reference answer that they have there. Raises LookupError if there is none."""
+    A query counts if it is held out at `snapshot` (default: the newest), all models have answered it, and the answers
+    were verified with the verifier and reference answer that it has there. Raises LookupError if there is none."""
     queries = lake.sql(
         "SELECT query_id, verifier, answer, verifier_args FROM queries WHERE split = 'eval' AND verifier IS NOT NULL",
         snapshot=snapshot,
@@ -85,7 +85,7 @@ def summarise(lake: Lake, answering_id: str, models: dict[str, str], snapshot: i
         one = answers.filter(pl.col("model_id") == model).select("query_id", "slice", pl.col("correct").alias(role))
         wide = one if wide is None else wide.join(one.drop("slice"), on="query_id", how="inner")
     if wide is None or wide.is_empty():
-        raise LookupError("no held-out query has an answer of all the models; materialise student_eval again")
+        raise LookupError("no held-out query was answered by all the models; materialise student_eval again")
     names = wide["slice"].unique().sort().to_list()
     groups = [(name, wide.filter(pl.col("slice") == name)) for name in names]
     rows = [_row(name, group, models) for name, group in groups]

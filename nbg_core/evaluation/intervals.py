@@ -1,7 +1,7 @@
 """Statistics of two models' answers to the same n queries: intervals and an exact test.
 
 `fixed` is the number of queries that the first model got wrong and the second right, `broken` the reverse. All of these
-hold at small n too, where an interval from the normal distribution would take one fixed query of one for proof.
+hold at small n too. With n = 1, a normal approximation would call a single fixed query significant.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def paired_difference(fixed: int, broken: int, n: int) -> tuple[float, float]:
         return -1.0, 1.0
 
     def score(difference: float) -> float:
-        """The observed difference minus `difference`, in standard errors under `difference`; it decreases in
-        `difference`."""
+        """How many standard errors the observed difference is above `difference`, if that is the true one. It falls as
+        `difference` rises."""
         b = (2 * n - fixed + broken) * difference - fixed - broken
         c = -broken * difference * (1 - difference)
         # The maximum-likelihood estimate of the share of broken queries, given this difference:
@@ -50,7 +50,7 @@ def paired_difference(fixed: int, broken: int, n: int) -> tuple[float, float]:
 def mcnemar_p_value(fixed: int, broken: int) -> float:
     """Two-sided exact p-value of the hypothesis that neither model is better (McNemar 1947, binomial)."""
     n, fewer = fixed + broken, min(fixed, broken)
-    tail = ways = 1  # of n tosses: at most k heads, k heads
+    tail = ways = 1  # ways to get at most k heads, and exactly k, in n tosses
     for k in range(fewer):  # not math.comb: thousands of them take minutes
         ways = ways * (n - k) // (k + 1)
         tail += ways

@@ -20,7 +20,7 @@ SIGNIFICANCE = 0.05
 
 
 def gate(summary: pl.DataFrame, min_queries: int) -> str | None:
-    """Why a checkpoint may not be promoted, or None if it may: it is better overall and worse on no slice.
+    """Why a checkpoint may not be promoted. None if it may: it must be better overall and worse on no slice.
 
     `summary` is a frame of `accuracy.summarise`. Differences are tested with McNemar's exact test, which holds at any
     n. Overall, the p-value must be below SIGNIFICANCE. A slice counts as worse if its p-value is below SIGNIFICANCE /
@@ -51,7 +51,7 @@ def _what_changed(row: dict, p_value: float) -> str:
 
 
 def promotion(lake: Lake, checkpoint: str, reason: str) -> Write:
-    """The row that makes a checkpoint the policy that samples next. Raises LookupError for an unknown checkpoint."""
+    """The write that promotes a checkpoint. Raises LookupError for an unknown checkpoint."""
     row = checkpoint_row(lake, checkpoint)
     return Write("promotions", pl.DataFrame(
         [{"model_id": row["checkpoint_id"], "path": row["path"], "promoted_at": datetime.now(UTC), "reason": reason}]

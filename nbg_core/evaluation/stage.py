@@ -1,8 +1,11 @@
 """Asset `student_eval`, tables `evaluations` and `promotions`: held-out accuracy of the model before training, the
 checkpoint and the teacher, and the promotion gate.
 
-Answers are greedy and verified by the query's own verifier. They are kept, so a model answers a query once: when the
-query's reference answer or verifier is corrected, the kept text is verified again.
+Answers are decoded greedily and verified by the query's own verifier. They are kept, so a model answers a query once:
+when the query's reference answer or verifier is corrected, the kept text is verified again.
+
+Each model gets prompts in its own chat template. They fit the student's context, since `queries` drops longer ones;
+whether they fit the teacher's is not checked.
 """
 
 from __future__ import annotations

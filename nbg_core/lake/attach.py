@@ -1,4 +1,4 @@
-"""Attaching the lake to a DuckDB connection, and what a user is told when that fails.
+"""Attaches the lake to a DuckDB connection, and says what to do when that fails.
 
 The extensions are Python packages of this environment; nothing is downloaded.
 """
@@ -22,7 +22,7 @@ class LakeError(RuntimeError):
 def attach(catalog: str, data_path: str, *, read_only: bool, snapshot: int | None = None) -> duckdb.DuckDBPyConnection:
     """A new DuckDB connection with the lake attached as `lake`, optionally as it was at `snapshot`.
 
-    Raises LakeError when it cannot be opened, LookupError for a snapshot that is not there."""
+    Raises LakeError when it cannot be opened, LookupError for an unknown snapshot."""
     kind = catalog.partition(":")[0]
     options = [f"DATA_PATH '{_quoted(data_path)}'"]
     if kind == "sqlite":
@@ -42,7 +42,7 @@ def attach(catalog: str, data_path: str, *, read_only: bool, snapshot: int | Non
     except (ImportError, LakeError):
         con.close()
         raise
-    except duckdb.Error as e:  # its text holds the connection string: it may not be shown, nor be a cause
+    except duckdb.Error as e:  # its message contains the connection string: it is shown only redacted, never chained
         con.close()
         if is_conflict(e):
             raise
@@ -55,7 +55,8 @@ def attach(catalog: str, data_path: str, *, read_only: bool, snapshot: int | Non
 
 
 def lake_error(catalog: str, data_path: str, what: str, error: Exception) -> LakeError:
-    """The sentence for a user: the place, the cause without secrets, and the remedy. `what` is 'opened', say."""
+    """The error to show: place, cause without secrets, and remedy. `what` could not be done: 'opened', 'created' or
+    'written'."""
     kind, _, where = catalog.partition(":")
     if kind == "sqlite":
         remedy = (

@@ -1,4 +1,4 @@
-"""Making the lake's catalog, tables and views, and following a lake that was moved."""
+"""Creates the lake's catalog, tables and views, and corrects the paths of a lake that was moved."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def create(lake: Lake) -> None:
     """Make catalog, tables and views where they are missing.
 
-    One process at a time in a SQLite catalog; in a Postgres one, whoever comes second tries again."""
+    With a SQLite catalog, one process at a time does this. With Postgres, a process that meets another one retries.
+    Raises LakeError when it is not possible."""
     kind, _, where = lake.catalog.partition(":")
     try:
         if "://" not in lake.data_path:
@@ -39,7 +40,7 @@ def create(lake: Lake) -> None:
 
 
 def _create_file(lake: Lake, catalog: Path) -> None:
-    ready = catalog.with_suffix(".ready")  # holds the data path and what the tables look like
+    ready = catalog.with_suffix(".ready")  # contains the data path and digests of tables and views
     wanted = f"{lake.data_path}\n{tables.version()} {digest(VIEWS)}"
     if catalog.exists() and ready.exists() and ready.read_text() == wanted:
         return
@@ -54,7 +55,7 @@ def _create_file(lake: Lake, catalog: Path) -> None:
 
 
 def _follow_move(lake: Lake, catalog: Path) -> None:
-    """A catalog holds absolute paths: when its folder was moved or copied, point it at the files' new place."""
+    """Correct the absolute paths in a catalog after the lake's folder was moved or copied."""
     with closing(sqlite3.connect(catalog, timeout=10)) as con, con:
         known = con.execute("SELECT 1 FROM sqlite_master WHERE name = 'ducklake_metadata'").fetchone()
         old = known and con.execute("SELECT value FROM ducklake_metadata WHERE key = 'data_path'").fetchone()
@@ -77,6 +78,7 @@ def _follow_move(lake: Lake, catalog: Path) -> None:
 
 
 def create_tables(lake: Lake) -> None:
+    """Make missing tables and columns, and all views, in one transaction."""
     with lake.connection(read_only=False) as con:
         con.execute("BEGIN")
         con.execute("CREATE SCHEMA IF NOT EXISTS lineage")
@@ -85,12 +87,12 @@ def create_tables(lake: Lake) -> None:
             made = ", ".join(f"{n} {t}" for n, t in columns.items())
             con.execute(f"CREATE TABLE IF NOT EXISTS {table} ({made})")
             there = {name for name, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
-            # Made by an earlier version: its rows were made with other settings, and are not read.
+            # A table made by an earlier version: its old rows get null.
             for n in columns:
                 if n not in there:
                     con.execute(f"ALTER TABLE {table} ADD COLUMN {n} {columns[n]}")
         for name, body in VIEWS.items():
             con.execute(f"CREATE OR REPLACE VIEW {name} AS {body.format(lake='lake', zero=GAP_ZERO)}")
         con.execute("COMMIT")
-        # Small inserts go into the catalog as text, where a brace in a struct's text makes the table unreadable.
+        # DuckLake would store small inserts in the catalog as text, and a brace in a message makes that unreadable.
         con.execute("CALL lake.set_option('data_inlining_row_limit', 0, table_name => 'queries')")

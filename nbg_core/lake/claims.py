@@ -1,6 +1,6 @@
-"""Which catalogs keep their files in a data path: every lake notes it there when it is opened (`.catalogs`).
+"""Which catalogs keep their files in a data path. Every lake notes it there when it is opened, in `.catalogs`.
 
-Two catalogs in one data path cannot tell each other's files from those of a killed writer (see `uncommitted`).
+Without that, a catalog could not tell the files of another one from those of a killed writer (see `uncommitted`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from nbg_core.base.ids import digest
 
 
 def claim(catalog: str, data_path: str) -> None:
-    """Note in the data path that this catalog keeps its files there. Does nothing in an object store, or where this
-    user may not write."""
+    """Note in the data path that this catalog keeps its files there. Does nothing in an object store, or if this user
+    may not write there."""
     path = claim_path(catalog, data_path)
     if path is None or path.exists():
         return
     try:
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"catalog": without_passwords(catalog), "data_path": data_path})
-    except OSError:  # a lake that may only be read
+    except OSError:  # this user may only read the lake
         pass
 
 
@@ -35,8 +35,8 @@ def claim_path(catalog: str, data_path: str) -> Path | None:
 
 
 def other_claims(mine: Path, data_path: str) -> Iterator[str]:
-    """Catalogs that keep their files here, besides ours. The claim of a lake that was moved or copied together with its
-    files, or whose SQLite catalog is gone, is void."""
+    """The other catalogs that keep their files here; `mine` is this catalog's claim. A claim is void if its lake was
+    moved or copied together with its files, or if its SQLite catalog is gone."""
     for path in sorted(mine.parent.glob("*.json")):
         if path == mine:
             continue

@@ -1,13 +1,13 @@
-"""Fewer, larger files: every commit leaves a Parquet file per table, and many small ones are slow to read.
+"""Merges small files: every commit writes a Parquet file per table, and many small ones are slow to read.
 
-What a reader sees stays the same, at every snapshot, row ids and insertions included: DuckLake writes the rows of
-neighbouring files into one that knows which snapshot each row came with. The catalog then holds one snapshot more.
-Replaced files stay for KEEP, for readers that have opened them; a later call deletes them.
+What a reader sees stays the same, at every snapshot, including row ids and insertions: DuckLake writes the rows of
+neighbouring files into one file, and records the snapshot of each row. A merge adds a snapshot. Replaced files stay for
+KEEP, for readers that have opened them; a later call deletes them.
 
-Files that never came into the catalog are another matter: see `uncommitted`.
+Files that no commit put into the catalog are deleted by `uncommitted`.
 
-Teacher logits are left as they are: their files are large, and DuckDB would write them without the encoding that makes
-them small (`files.write_parquet`).
+`teacher_logits` is left as it is: its files are large, and DuckDB would write them without the encoding that makes them
+small (`base.files.write_parquet`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ KEEP = "1 day"
 
 
 def compact(lake: Lake) -> pl.DataFrame:
-    """Merge small files: table, files before, files after; tables that changed alone. Safe while others write."""
+    """Merge small files. Columns: table, before, after (numbers of files), one row per table that changed.
+
+    Safe while others write."""
     rows = []
     for table in sorted(tables.TABLES.keys() - tables.BYTE_SPLIT.keys()):
         merged = retry_on_conflict(_merge, lake, table)
@@ -33,7 +35,7 @@ def compact(lake: Lake) -> pl.DataFrame:
 
 
 def _merge(lake: Lake, table: str) -> list[tuple[int, int]]:
-    """Numbers of files before and after, of each group that was merged."""
+    """Numbers of files before and after for each group that was merged."""
     schema, _, name = table.rpartition(".")
     with lake.connect(read_only=False) as con:
         con.execute("BEGIN")

@@ -1,4 +1,4 @@
-"""Writers that meet: whose transaction failed because of another's tries it again, whole."""
+"""Retries a transaction that conflicted with another writer's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ _CONTENTION = re.compile(r"\b(lock|locked|deadlock|busy|conflict|conflicts|confl
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether another writer was in the way and the transaction can simply be tried again."""
-    mistakes = (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)  # may name any word
+    """Whether an error is a conflict with another writer, so that the transaction can be retried."""
+    # Messages of mistakes in a statement quote its names, which may contain such a word.
+    mistakes = (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)
     return isinstance(error, duckdb.Error) and not isinstance(error, mistakes) and bool(_CONTENTION.search(str(error)))
 
 
 def retry_on_conflict(attempt, *args):
-    """`attempt(*args)`, again and again while other writers are in the way, for RETRY_SECONDS at most."""
+    """Call `attempt(*args)`, and again while it conflicts with other writers, for at most RETRY_SECONDS."""
     return retry(
         retry=retry_if_exception(is_conflict),
         wait=wait_random_exponential(multiplier=0.05, max=5),
@@ -29,6 +30,7 @@ def retry_on_conflict(attempt, *args):
 
 
 def quietly_rollback(con) -> None:
+    """Roll back, if there is still a transaction to roll back."""
     try:
         con.execute("ROLLBACK")
     except duckdb.Error:  # a failed COMMIT has already ended the transaction

@@ -19,27 +19,30 @@ T = TypeVar("T")
 JOIN_MEMORY = 200 << 20
 """Bytes that DuckDB may use to join tables that do not fit into memory."""
 OUT_OF_MEMORY = ("Out of Memory", "Current transaction is aborted")
-"""Parts of the errors that mean too little memory: DuckDB's own, also inside an OSError of Arrow; and DuckLake's, when
-reading its catalog failed for lack of memory and aborted the transaction."""
+"""Texts in the error of a query that ran out of memory. DuckDB's own error has the first one, also when Arrow turns it
+into an OSError. When DuckLake runs out of memory while it reads its catalog, its next look there fails with the
+second."""
 
 
 @contextmanager
 def bounded_joins(lake: Lake, snapshot: int, spill: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection for joins of large tables that stay within JOIN_MEMORY: what does not fit goes to the folder
-    `spill`, which is removed at the end. A query names the smaller table last; without ORDER BY its rows come in
-    any order. `with_room` is for those that need more."""
-    shutil.rmtree(spill, ignore_errors=True)  # of one that was killed
-    spill.parent.mkdir(parents=True, exist_ok=True)  # DuckDB makes the folder alone
+    """A connection to the lake at `snapshot` for joins of large tables. It may use JOIN_MEMORY bytes; the rest is
+    spilled to the folder `spill`, which is removed at the end.
+
+    Joins are not reordered, so a query must name the smaller table last: that one is held in memory. Rows come in no
+    particular order without ORDER BY. `with_room` runs queries that need more than JOIN_MEMORY."""
+    shutil.rmtree(spill, ignore_errors=True)  # left by a process that was killed
+    spill.parent.mkdir(parents=True, exist_ok=True)  # DuckDB makes the folder, but not its parents
     con = attach(lake.catalog, lake.data_path, read_only=True, snapshot=snapshot)
     try:
         con.execute("USE lake")
         con.execute(f"SET memory_limit = '{JOIN_MEMORY}B'")
-        con.execute("SET allocator_flush_threshold = '8MB'")  # give back to the system what was freed
+        con.execute("SET allocator_flush_threshold = '8MB'")  # return freed memory to the system
         con.execute("SET allocator_bulk_deallocation_flush_threshold = '8MB'")
         con.execute("SET temp_directory = ?", [str(spill)])
         con.execute("SET threads = 2")  # each needs its share of the memory
         con.execute("SET preserve_insertion_order = false")
-        # Fewer rows can be more bytes: the side that is held is the one that the query has last.
+        # The optimizer would hold the side with fewer rows in memory, which may have more bytes.
         con.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
         yield con
     finally:
@@ -48,10 +51,10 @@ def bounded_joins(lake: Lake, snapshot: int, spill: Path) -> Iterator[duckdb.Duc
 
 
 def with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: int = JOIN_MEMORY) -> T:
-    """`attempt()` within `memory` bytes of DuckDB's, else again with more: it reads 2,048 rows of a file at once,
-    however long they are, and not all that it does can go to disk.
+    """Call `attempt` with a memory limit of `memory` bytes, and again with four times as much while that is too little.
 
-    Raises LakeError when the machine has no more."""
+    Not everything can be spilled to disk: DuckDB decodes 2,048 rows of a file at once, however long they are. Raises
+    LakeError when the next limit would be more than the free memory."""
     while True:
         try:
             con.execute(f"SET memory_limit = '{memory}B'")

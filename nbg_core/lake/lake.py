@@ -1,8 +1,8 @@
-"""The one door to the lake: DuckLake tables that change only together with their lineage.
+"""Reading from and writing to the lake: DuckLake tables that change only together with their lineage.
 
-`Lake.sql` reads, now or at a snapshot; `Lake.commit` writes rows and their `lineage.materialisations` row in one
-transaction, whose snapshot carries the Dagster run id in its commit message. A commit that meets another writer is
-retried whole. Readers never block writers.
+`Lake.sql` reads, now or at a snapshot. `Lake.commit` writes rows and their `lineage.materialisations` row in one
+transaction, whose snapshot has the Dagster run id in its commit message. A commit that conflicts with another writer is
+retried as a whole. Readers never block writers.
 
 From plain DuckDB: `ATTACH 'ducklake:sqlite:data/lake/catalog.sqlite' AS lake (READ_ONLY)`.
 """
@@ -29,7 +29,7 @@ from nbg_core.lake.conflicts import quietly_rollback, retry_on_conflict
 from nbg_core.lake.records import Commit, Frames, Record, Write
 
 _MEDIUM = re.compile(r"readonly|read-only|IO Error|disk is full|No space", re.IGNORECASE)
-"""What DuckDB and SQLite say when the disk is the problem, not the statement."""
+"""In messages of DuckDB and SQLite: the disk is the problem, not the statement."""
 
 
 class Lake:
@@ -60,7 +60,7 @@ class Lake:
         Close it after use. Attaching costs 0.1 s, so a process attaches once per mode and hands out connections."""
         key = (read_only, snapshot)
         if key not in self._attached:
-            if snapshot is not None:  # one past snapshot is enough to keep
+            if snapshot is not None:  # only the connection to the last past snapshot is kept
                 for old in [k for k in self._attached if k[1] is not None]:
                     self._attached.pop(old).close()
             self._attached[key] = attach(self.catalog, self.data_path, read_only=read_only, snapshot=snapshot)
@@ -81,7 +81,7 @@ class Lake:
         return newest
 
     def commit(self, record: Record, writes: Sequence[Write] = ()) -> Commit:
-        """Write `writes` and their lineage in one transaction; retried whole while other writers are in the way.
+        """Write `writes` and their lineage in one transaction, retried as a whole on conflicts with other writers.
 
         Raises dataframely's ValidationError if a frame breaks its contract; then nothing is written."""
         return self._commit(record, [(write, _checked(write, record)) for write in writes])
@@ -99,7 +99,7 @@ class Lake:
         try:
             n_rows = retry_on_conflict(attempt)
             return Commit(record.materialisation_id, retry_on_conflict(self._snapshot_of, record), n_rows)
-        except (duckdb.Error, OSError) as e:  # a folder that is read-only, a disk that is full
+        except (duckdb.Error, OSError) as e:  # a read-only folder or a full disk, say
             if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
                 raise
             raise lake_error(self.catalog, self.data_path, "written", e) from None
@@ -136,7 +136,7 @@ class Lake:
         return n_rows
 
     def _snapshot_of(self, record: Record) -> int:
-        with self.connection(read_only=False) as con:  # it is attached already
+        with self.connection(read_only=False) as con:  # reuses the attached writer
             [(snapshot,)] = con.execute(
                 "SELECT snapshot_id FROM lineage.materialisations WHERE materialisation_id = ?",
                 [record.materialisation_id],
@@ -144,7 +144,7 @@ class Lake:
         return snapshot
 
     def _landed(self, record: Record) -> int | None:
-        """The rows that a commit has written, None if it is not in the lake."""
+        """The number of rows that a commit wrote; None if the commit is not in the lake."""
         rows = self.sql(
             "SELECT n_rows FROM lineage.materialisations WHERE materialisation_id = ?", [record.materialisation_id]
         )
@@ -178,6 +178,7 @@ class Lake:
 
     @contextmanager
     def connection(self, *, read_only: bool, snapshot: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The connection of `connect`, closed at the end of the `with` block."""
         con = self.connect(read_only=read_only, snapshot=snapshot)
         try:
             yield con
@@ -186,8 +187,8 @@ class Lake:
 
 
 def _checked(write: Write, record: Record) -> Frames:
-    """The frames of a write with their `materialisation_id`, validated against the table's schema: a single frame now,
-    a stream of frames as they are written."""
+    """The frames of a write, with `materialisation_id` added, validated against the table's schema: a single frame now,
+    before the transaction begins; the frames of a function as they are written."""
 
     def check(rows: pl.DataFrame) -> pl.DataFrame:
         return tables.validate(write.table, rows.with_columns(materialisation_id=pl.lit(record.materialisation_id)))
@@ -200,7 +201,7 @@ def _checked(write: Write, record: Record) -> Frames:
 
 
 def _without_present(con, table: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """`rows` whose primary key is not in the table yet."""
+    """Those of `rows` whose primary key is not in the table yet."""
     key = tables.TABLES[table].primary_key()
     if not key or rows.is_empty():
         return rows

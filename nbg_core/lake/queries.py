@@ -1,6 +1,6 @@
-"""The questions to the lake that more than one module asks, each under one name.
+"""The queries of the lake that more than one module needs, each defined once.
 
-'Newest' and 'latest' are always meant by the lake's snapshots, which come one after the other; clocks may go back.
+*Newest* and *latest* always mean the highest snapshot id; clock times are never compared, since clocks may go back.
 Frames have the columns that the docstring names, with the types of `tables`.
 """
 
@@ -18,7 +18,7 @@ from nbg_core.lake.records import Input
 
 RESPONSES_OF_PAIRS = """(
     SELECT chosen_id AS sample_id FROM pairs WHERE slice = $1 UNION SELECT rejected_id FROM pairs WHERE slice = $1)"""
-"""SQL of the responses of a slice's pairs, once each: sample_id. $1 is the slice."""
+"""SQL of the responses of a slice's pairs, once each. Column: sample_id. $1 is the slice."""
 
 CURRENT_SAMPLES = (
     "samples.sampling_id = $2 AND (samples.model_id = $3 AND samples.sample_index < $4 "
@@ -95,11 +95,11 @@ def input_of(lake: Lake, asset: str, slice_name: str | None, snapshot: int) -> I
 
 
 def current_samples(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame:
-    """The responses that a slice has now: of its training queries, by the newest sampling.
+    """The responses that a slice has now: those of the newest sampling to its training queries.
 
     Columns: sample_id, query_id, source, finish_reason, prompt_token_ids, token_ids, text, and of the query prompt,
-    answer, verifier, verifier_args; by query, then sample. A response is found by its query, not by the slice in which
-    it was drawn, which may have been renamed. Raises LookupError if the slice was never sampled completely."""
+    answer, verifier, verifier_args. Ordered by query, then sample. A response is found by its query, not by the slice
+    that it was drawn in, which may have been renamed. Raises LookupError if the slice was never sampled completely."""
     return lake.sql(
         "SELECT samples.sample_id, samples.query_id, source, finish_reason, prompt_token_ids, token_ids, text, prompt, "
         "answer, verifier, verifier_args FROM samples JOIN queries USING (query_id) "
@@ -110,7 +110,8 @@ def current_samples(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame:
 
 
 def samples_of_pairs(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame:
-    """The responses of every pair of a slice, once each: sample_id, prompt_token_ids, token_ids; by sample."""
+    """The responses of every pair of a slice, once each. Columns: sample_id, prompt_token_ids, token_ids. Ordered by
+    sample."""
     return lake.sql(
         f"SELECT sample_id, prompt_token_ids, token_ids FROM samples SEMI JOIN {RESPONSES_OF_PAIRS} USING (sample_id) "
         "ORDER BY sample_id",
@@ -120,8 +121,8 @@ def samples_of_pairs(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame
 
 
 def scored_samples(lake: Lake, table: str, model_id: str, settings_id: str, sample_ids: Sequence[str]) -> pl.DataFrame:
-    """Those of `sample_ids` that `teacher_logits` or `reference_logprobs` has a row of, of this model and these
-    settings: sample_id."""
+    """Which of `sample_ids` have a row in `table` (`teacher_logits` or `reference_logprobs`) for this model and these
+    settings. Column: sample_id."""
     return lake.sql(
         f"SELECT sample_id FROM {table} WHERE model_id = ? AND settings_id = ? "
         "AND sample_id IN (SELECT unnest(?::VARCHAR[]))",
@@ -130,8 +131,8 @@ def scored_samples(lake: Lake, table: str, model_id: str, settings_id: str, samp
 
 
 def checkpoint_row(lake: Lake, checkpoint: str) -> dict:
-    """The newest row of `checkpoints` of this id, or of the only one that starts so. Raises LookupError otherwise,
-    naming those known."""
+    """The newest row of `checkpoints` for a checkpoint id, or for the only id that starts with `checkpoint`. Raises
+    LookupError if there is none (the message names the known ones), or more than one."""
     rows = lake.sql("SELECT * FROM checkpoints ORDER BY snapshot_id DESC")
     found = rows.filter(pl.col("checkpoint_id").str.starts_with(checkpoint))
     if rows.is_empty() or (checkpoint and found.is_empty()):
@@ -142,7 +143,8 @@ def checkpoint_row(lake: Lake, checkpoint: str) -> dict:
 
 
 def only_one(start: str, found: Sequence[str], what: str) -> str:
-    """`start` if it is in `found`, else the only one in it. Raises LookupError naming `what` was looked for."""
+    """`start` if it is in `found`, else the only element of `found`. Raises LookupError if there is none, or several;
+    `what` is the kind of id, for the message."""
     if not start or not found:
         raise LookupError(f"no {what} has an id that starts with {start!r}" if start else f"give the id of a {what}")
     if start not in found and len(found) > 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 Frames = Callable[[], Iterable[pl.DataFrame]]
-"""Rows that come frame by frame; called again when the commit is retried."""
+"""A function that gives rows frame by frame; it is called again when the commit is retried."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Input:
     snapshot: int
 
     def as_json(self) -> dict:
-        """As `lineage.materialisations.inputs` holds it."""
+        """An element of the JSON list in `lineage.materialisations.inputs`."""
         return {
             "asset": self.asset,
             "slice": self.slice_name,
@@ -33,7 +33,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Record:
-    """The lineage of one commit. `settings` are those that matter to the asset, nothing else."""
+    """The lineage of one commit. `settings` are only those that decide the asset's content."""
 
     asset: str
     slice_name: str | None
@@ -51,13 +51,12 @@ class Record:
 class Write:
     """Rows for one table, without `materialisation_id` (the commit adds it).
 
-    Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition
-    (with `params`) whose rows are deleted first. `as_file` writes Parquet beside the lake's own files and registers
-    it, for tables with large arrays; in an object store it is a plain insert, without the
-    compact encoding.
+    Rows whose primary key is already there are left as they are, unless `replace` is given: an SQL condition (with
+    `params`) whose rows are deleted first. With `as_file`, for tables with large arrays, the rows are written as a
+    Parquet file with a compact encoding beside the lake's own files, and the file is registered. In an object store
+    `as_file` has no effect.
 
-    Rows that do not fit in memory at once come from a function that gives them frame by frame; it is called again when
-    the commit is retried."""
+    Rows that do not fit in memory at once come from a function (`Frames`)."""
 
     table: str
     rows: pl.DataFrame | Callable[[], Iterable[pl.DataFrame]]

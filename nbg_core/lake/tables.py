@@ -1,8 +1,7 @@
 """The data contracts: one dataframely schema per lake table.
 
-Each column's description is what Dagster shows as column schema and what `nbg tables` prints; each primary key
-is what makes a row the same row on the second run. Every row names the commit that wrote it in
-`materialisation_id`, which joins `lineage.materialisations` (run, settings, inputs).
+Dagster and `nbg tables` show each column's description. A primary key identifies a row across runs, so that it is
+written once. Every row names the commit that wrote it in `materialisation_id`, which joins `lineage.materialisations`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _schema(name: str, doc: str, base: type[dy.Schema], columns: dict[str, dy.Co
 
 
 class Produced(dy.Schema):
-    """What every table has: the partition, and the commit that wrote the row."""
+    """Columns that the tables of partitioned assets share: the partition, and the commit that wrote the row."""
 
     slice = dy.String(min_length=1, description="partition: name of the query file")
     materialisation_id = _id("commit that wrote this row (lineage.materialisations)")
@@ -56,7 +55,7 @@ class Produced(dy.Schema):
 class Queries(Produced):
     """Validated, deduplicated, decontaminated queries."""
 
-    query_id = _id("hash of the canonical messages", primary_key=True)
+    query_id = _id("hash of the roles and texts of the messages", primary_key=True)
     split = dy.String(description="'train' or 'eval'; no training stage reads 'eval'")
     messages = dy.List(dy.Struct({"role": dy.String(), "content": dy.String()}), description="chat messages")
     prompt = dy.String(description="text of the last user message")
@@ -68,18 +67,18 @@ class Queries(Produced):
 
 
 class Samples(Produced):
-    """One response of one model to one query; token ids are the truth, text is for reading."""
+    """One response of one model to one query; token ids are authoritative, text is for reading."""
 
     sample_id = _id("hash of (query_id, model_id, sampling_id, sample_index)", primary_key=True)
     query_id = _id("query answered")
     source = dy.String(description="'student' or 'teacher'")
-    model_id = _id("hash of the weights and tokenizer that sampled")
-    sampling_id = _id("hash of the sampling parameters and the dtype")
+    model_id = _id("hash of the weights, config and tokenizer that sampled")
+    sampling_id = _id("hash of the sampling parameters, the dtype and the backend's versions")
     sample_index = dy.Int32(description="0-based index among the responses of this model to this query")
-    seed = dy.Int64(description="seed this response was drawn with")
+    seed = dy.Int64(description="seed that this response was drawn with")
     prompt_token_ids = _ints("prompt tokens, chat template applied")
     token_ids = _ints("response tokens, end-of-turn included")
-    logprobs = _floats("sampler's log-prob of each token at temperature 1, nothing cut, however it was drawn; nats")
+    logprobs = _floats("sampler's log-prob of each token at temperature 1 without top-p, however it was drawn; nats")
     finish_reason = dy.String(description="'stop' or 'length' (truncated)")
     text = dy.String(description="decoded response, without special tokens")
 
@@ -94,14 +93,14 @@ class Scores(Produced):
 
 
 class Pairs(Produced):
-    """A kept preference pair: chosen >> rejected by at least the margin."""
+    """A preference pair: the chosen response scores higher than the rejected by at least `preference.min_margin`."""
 
     pair_id = _id("hash of the two sample ids", primary_key=True)
-    query_id = _id("query both answer")
-    chosen_id = _id("sample_id of the positive")
-    rejected_id = _id("sample_id of the negative")
-    chosen_score = dy.Float64(description="combined score of the positive")
-    rejected_score = dy.Float64(description="combined score of the negative")
+    query_id = _id("query that both answer")
+    chosen_id = _id("sample_id of the chosen response")
+    rejected_id = _id("sample_id of the rejected response")
+    chosen_score = dy.Float64(description="combined score of the chosen response")
+    rejected_score = dy.Float64(description="combined score of the rejected response")
     margin = dy.Float64(description="chosen_score - rejected_score")
 
 
@@ -110,8 +109,8 @@ class Rejections(Produced):
 
     stage = dy.String(description="'queries' or 'pairs'")
     query_id = dy.String(nullable=True, description="query concerned")
-    chosen_id = dy.String(nullable=True, description="best candidate positive, if any")
-    rejected_id = dy.String(nullable=True, description="candidate negative, if any")
+    chosen_id = dy.String(nullable=True, description="sample_id of the nearest candidate for chosen, if any")
+    rejected_id = dy.String(nullable=True, description="sample_id of the nearest candidate for rejected, if any")
     reason = dy.String(description="short code; docs/data.md lists them")
     detail = dy.String(description="the values behind the reason")
 
@@ -126,38 +125,38 @@ TeacherLogits = _schema(
     "TeacherLogits",
     """The teacher's distribution at every position of one response, as flat lists over positions.
 
-    Position r owns `head_counts[r] + tail_counts[r]` consecutive entries. The first of them, the head, are its most
-    probable tokens, exactly. The others are systematic samples of the mass outside, each of weight exp(tail_logmass) /
-    tail_count. The view `teacher_entries` expands this to one row per entry: position, token_id, logprob, weight.
+    Position r has `head_counts[r] + tail_counts[r]` consecutive entries. The first of them are its top entries (the
+    head): the most probable tokens. The others are systematic samples of the tail, the mass outside the top entries;
+    each has weight exp(tail_logmass[r]) / tail_counts[r]. The view `teacher_entries` has one row per entry.
     """,
     Produced,
     {
         "sample_id": _id("response scored", primary_key=True),
         "model_id": _id("teacher", primary_key=True),
-        "settings_id": _id("hash of the storage settings and the dtype", primary_key=True),
+        "settings_id": _id("hash of the storage settings, the dtype and the engine's versions", primary_key=True),
         **{column.name: _teacher_column(column) for column in TEACHER_COLUMNS},
     },
 )
 
 
 class ReferenceLogprobs(Produced):
-    """The frozen reference's log-probabilities of one response."""
+    """The reference's log-probabilities of one response."""
 
     sample_id = _id("response scored", primary_key=True)
     model_id = _id("reference", primary_key=True)
-    settings_id = _id("hash of the scoring settings (dtype)", primary_key=True)
+    settings_id = _id("hash of the dtype that it was scored in", primary_key=True)
     token_logprobs = _floats("log-probability of each response token, nats")
 
 
 class Checkpoints(dy.Schema):
     """A trained student."""
 
-    checkpoint_id = _id("hash of the weights and tokenizer: the model id", primary_key=True)
+    checkpoint_id = _id("hash of weights, config and tokenizer: the model id", primary_key=True)
     training_id = _id("hash of initial model, teacher, settings, seed and pairs", primary_key=True)
     path = dy.String(description="folder of the weights, relative to the checkpoints folder")
-    parent_model_id = _id("model it started from, and reference of the DPO term")
+    parent_model_id = _id("model that it started from, which is the reference of the DPO term")
     teacher_model_id = _id("teacher")
-    input_snapshot = dy.Int64(description="lake snapshot the training set was read at")
+    input_snapshot = dy.Int64(description="lake snapshot that the training set was read at")
     n_pairs = dy.Int64(description="pairs in the training set")
     n_steps = dy.Int64(description="optimizer steps")
     settings = dy.String(description="training settings, JSON")
@@ -195,7 +194,7 @@ class Evaluations(dy.Schema):
 
     model_id = _id("model evaluated", primary_key=True)
     query_id = _id("held-out query", primary_key=True)
-    settings_id = _id("hash of the decoding settings and the dtype", primary_key=True)
+    settings_id = _id("hash of the decoding settings, the dtype and the backend's versions", primary_key=True)
     scorer_id = _id("hash of the verifier, its arguments and the reference answer", primary_key=True)
     slice = dy.String(description="partition of the query")
     score = dy.Float64(description="verifier score in [0, 1]")
@@ -206,7 +205,7 @@ class Evaluations(dy.Schema):
 
 
 class Promotions(dy.Schema):
-    """Which model became the policy, when; the latest row is the current policy."""
+    """Which model became the policy and when; the newest row is the current policy."""
 
     model_id = _id("model promoted")
     path = dy.String(description="folder of the weights, relative to the checkpoints folder")
@@ -224,8 +223,8 @@ class Materialisations(dy.Schema):
     run_id = dy.String(description="Dagster run id, or 'local'")
     status = dy.String(description="'chunk' (partial result, resumable) or 'complete'")
     n_rows = dy.Int64(description="rows written by this commit")
-    data_version = dy.String(nullable=True, description="digest of the partition's content when complete")
-    settings_id = _id("hash of the settings that matter to this asset")
+    data_version = dy.String(nullable=True, description="digest of the partition's content, if complete")
+    settings_id = _id("hash of the settings that decide the asset's content")
     settings = dy.String(description="those settings, JSON")
     inputs = dy.String(description='JSON list of {"asset", "slice", "data_version", "snapshot"}')
     profile = dy.String(description="profile name")
@@ -250,7 +249,7 @@ TABLES: dict[str, type[dy.Schema]] = {
 }
 
 BYTE_SPLIT: dict[str, tuple[str, ...]] = {"teacher_logits": teacher_columns.BYTE_SPLIT}
-"""Columns that files of a table hold byte by byte (`files.write_parquet`)."""
+"""Table -> columns that its Parquet files store byte by byte (`base.files.write_parquet`)."""
 
 _SQL_TYPES = {"String": "VARCHAR", "Int32": "INTEGER", "Int64": "BIGINT", "Float32": "FLOAT", "Float64": "DOUBLE",
               "Boolean": "BOOLEAN", "Datetime": "TIMESTAMPTZ"}  # fmt: skip
@@ -294,5 +293,5 @@ def validate(table: str, df: pl.DataFrame) -> pl.DataFrame:
             "of training_steps in nbg_core/losses/metrics.py), or do not write it"
         )
     if missing := [name for name in declared if name not in df.columns]:
-        raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}")
+        raise ValueError(f"the rows for table {table} lack its columns {', '.join(missing)}; add them")
     return TABLES[table].validate(df.select(declared), cast=True)

@@ -1,10 +1,10 @@
-"""Files that no commit knows: a writer that was killed between writing a Parquet file and its commit leaves it behind.
+"""Orphaned files: a writer that is killed between writing a Parquet file and committing it leaves the file behind.
 
 DuckLake lists such files (`ducklake_delete_orphaned_files`) but cannot tell them from the files of another catalog that
 shares the data path, nor from Parquet files that a person has put there. So every lake *claims* its data path: when it
-is opened, it writes a small file into `<data_path>/.catalogs`. A file is deleted only if no other lake has a claim, the
-file has the name that DuckLake or `Lake.commit` gives, and it was written after our own claim and more than
-KEEP_SECONDS ago: no commit takes so long. What a writer had written before the first claim stays.
+is opened, it writes a small file into `<data_path>/.catalogs` (`claims`). A file is deleted only if no other lake has a
+claim, the file is named as DuckLake or `Lake.commit` name files, and it was written after our own claim and more than
+KEEP_SECONDS ago, which is longer than any commit takes. What was written before our claim stays.
 
 In an object store nothing is deleted.
 """
@@ -20,18 +20,19 @@ from nbg_core.lake.conflicts import retry_on_conflict
 from nbg_core.lake.lake import Lake
 
 KEEP_SECONDS = 24 * 3600.0
-"""Age at which a file without a commit is deleted: its writer has ended."""
+"""Age at which an orphaned file is deleted: its writer has ended by then."""
 
 _OURS = re.compile(
     r"(\w+/\w+/ducklake-[0-9a-f-]{36}\.parquet|registered/[\w.]+/[0-9a-f]{32}-[0-9a-f]{32}\.(parquet|tmp))"
 )
-"""Below the data path: what DuckLake writes for an insert or a delete, and what `Lake.commit` writes and registers."""
+"""Paths below the data path: of files that DuckLake writes for an insert or a delete, and of those that `Lake.commit`
+writes and registers."""
 
 
 def delete_uncommitted(lake: Lake) -> list[Path]:
-    """Delete the files of this lake that no commit knows and that are older than KEEP_SECONDS; safe beside writers.
+    """Delete the orphaned files of this lake that are older than KEEP_SECONDS. Safe while others write.
 
-    Returns what was deleted. Raises ValueError, naming it, when another catalog keeps its files in the same place."""
+    Returns what was deleted. Raises ValueError when another catalog keeps its files in the same place, and names it."""
     mine = claim_path(lake.catalog, lake.data_path)
     if mine is None or not mine.exists():
         return []
@@ -47,14 +48,14 @@ def delete_uncommitted(lake: Lake) -> list[Path]:
             if since < path.stat().st_mtime < until:
                 path.unlink()
                 deleted.append(path)
-        except FileNotFoundError:  # another `nbg compact` was quicker, or its writer put it in its place
+        except FileNotFoundError:  # another `nbg compact` deleted it, or its writer renamed it
             pass
     return deleted
 
 
 def _unknown(lake: Lake) -> list[Path]:
-    """Files below the data path that a writer of a lake made and that the catalog does not know."""
-    con = lake.connect(read_only=False)  # DuckLake lists them to writers alone
+    """Orphaned files below the data path whose names are those that writers of a lake give."""
+    con = lake.connect(read_only=False)  # DuckLake needs a writable lake to list them
     try:
         listed = con.execute("FROM ducklake_delete_orphaned_files('lake', dry_run => true, cleanup_all => true)")
         found = [Path(path) for (path,) in listed.fetchall()]

@@ -1,4 +1,5 @@
-"""Views of the lake, by name; `{lake}` is the name that it is attached under."""
+"""Views of the lake: name -> SQL, in which `{lake}` is the name that the lake is attached under and `{zero}` is
+GAP_ZERO."""
 
 from __future__ import annotations
 

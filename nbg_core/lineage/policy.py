@@ -11,7 +11,7 @@ from nbg_core.config.profile import Profile
 from nbg_core.lake.lake import Lake
 
 SFT = "sft"
-"""The value of `promotions.path` that stands for the profile's student."""
+"""Value of `promotions.path` that means the profile's student."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Policy:
 def checkpoint_folder(profile: Profile, name: str) -> Path:
     """The folder of a checkpoint, from column `path` of `checkpoints` and `promotions`.
 
-    Raises ValueError for what is not the name of a folder: the lake may have been written by others, and no row of it
-    may lead out of `paths.checkpoints`."""
+    Raises ValueError for a name that is not a plain folder name: rows may have been written by others, and none may
+    lead out of `paths.checkpoints`."""
     folder = profile.resolve(profile.paths.checkpoints)
     if problem := file_name_problem(name):
         raise ValueError(f"{name!r} cannot be a checkpoint's folder in {folder}: {problem}; promote another checkpoint")
@@ -45,7 +45,5 @@ def current_policy(lake: Lake, profile: Profile) -> Policy:
     row = rows.row(0, named=True)
     path = checkpoint_folder(profile, row["path"])
     if model_id(path) != row["model_id"]:
-        raise ValueError(
-            f"the promoted model at {path} is not {row['model_id']} any more; restore it or promote another"
-        )
+        raise ValueError(f"the promoted model at {path} is no longer {row['model_id']}; restore it or promote another")
     return Policy(row["model_id"], path, True)

@@ -19,7 +19,7 @@ from nbg_core.lineage.policy import Policy, current_policy
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a stage reports of the partition that it made. Stages add fields of their own in a subclass.
+    """What a stage reports about the partition that it made. A stage adds fields of its own in a subclass.
 
     Dagster shows every field under its name. A value without a declared field is a TypeError when the report is made.
     """
@@ -33,7 +33,7 @@ class Report:
     rows: int
     """Rows of the partition."""
     new_rows: int
-    """Rows that this run added; 0 when all were there already."""
+    """Rows that this run added; 0 if all were there already."""
 
     @classmethod
     def of(cls, commit: Commit, asset: str, slice_name: str | None, data_version: str, **values: Any):
@@ -43,7 +43,7 @@ class Report:
 
 @dataclass
 class Run:
-    """One run of a stage: what it reads from and writes to."""
+    """One run of a stage: its profile, lake and policy, and how it reads, commits and logs."""
 
     profile: Profile
     lake: Lake
@@ -57,7 +57,10 @@ class Run:
         self.policy = current_policy(self.lake, self.profile)
 
     def settings(self, asset: str, slice_name: str | None) -> dict:
-        """See `assets.settings_of`."""
+        """`assets.settings_of` for this run's profile and policy, both of which are fixed.
+
+        Settings that come from files can change during a run: the ids of model folders and of the query file. The stage
+        `queries` checks that its file did not change."""
         return settings_of(asset, self.profile, self.policy.model_id, slice_name)
 
     def read_upstream(self, asset: str, slice_name: str | None) -> tuple[int, list[Input]]:

@@ -1,6 +1,6 @@
 """Which partitions are fresh, stale or missing, and why.
 
-A partition is *fresh* when its newest complete materialisation was made with the present settings from the present
+A partition is *fresh* when its newest complete materialisation was made with the current settings from the current
 content of its upstream partitions. Content is compared by data version (a digest of ids), so an upstream partition that
 was materialised again without a change makes nothing stale.
 """
@@ -38,8 +38,8 @@ class Status:
 def status(lake: Lake, profile: Profile, which: Sequence[str] | None = None) -> list[Status]:
     """The state of every partition, in an order in which they can be materialised.
 
-    A partition whose upstream is stale is stale, too. `which` limits the slices that are returned; assets without
-    partitions are returned always, and compared with all slices. A query file that has become invalid shows as stale
+    A partition whose upstream is stale is stale, too. `which` limits the slices that are returned. Assets without
+    partitions are always returned, and compared with all slices. A query file that has become invalid shows as stale
     `queries`, and materialising it raises the error. Raises FileNotFoundError for a slice without a query file,
     ValueError for a name that cannot be that of a slice."""
     for name in which or ():
@@ -64,7 +64,8 @@ def _state(
     statuses: dict[Partition, Status],
     settings: dict,
 ) -> tuple[Literal["fresh", "stale", "missing"], str]:
-    """State and reason of a partition with the newest materialisation `row`, from those of its `inputs`."""
+    """State of a partition and the reason for it, given its newest materialisation `row` and the partitions `inputs`
+    that it reads. `newest` and `statuses` have the materialisation and the state of each input."""
     if row is None:
         return "missing", "never materialised"
     if row["code_version"] != identity.CODE_VERSION:

@@ -54,8 +54,8 @@ def whole_id(lake: Lake, start: str) -> str:
 
 
 def _ever(lake: Lake, table: str, condition: str, param: object, snapshot: int | None = None) -> pl.DataFrame:
-    """Rows of a table that meet `condition`, including deleted ones: the last version of each up to `snapshot`
-    (default: the newest), ordered by primary key. `param` is the parameter of the condition."""
+    """Rows that meet `condition` among all that a table ever had, deleted ones included: each in its last version up to
+    `snapshot` (default: the newest), ordered by primary key. `param` is the condition's parameter."""
     key, last = TABLES[table].primary_key()[0], lake.snapshot() if snapshot is None else snapshot
     return lake.sql(
         f"SELECT * FROM ducklake_table_insertions('lake', 'main', '{table}', 0, {last}) WHERE {condition} "

@@ -34,7 +34,7 @@ class Divergence:
     """Bucket estimator: (log p [T, K + 1], log q [T, K + 1], jsd_alpha) -> divergence [T]."""
     of_samples: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """Estimator `sampled_tail`: (weights [T, K], log p [T, K], log q [T, K]) -> unbiased estimate [T] of the
-    divergence, where the weights are an unbiased sample of p. None if there is no such estimate; the profile then needs
+    divergence, for weights whose expectation is p. None if there is no such estimate; the profile then needs
     `estimator: bucket`."""
 
 
@@ -72,6 +72,6 @@ DIVERGENCES: dict[str, Divergence] = {
     for d in (
         Divergence("forward", "KL(teacher || student)", forward_kl, sampled_forward_kl),
         Divergence("reverse", "KL(student || teacher)", reverse_kl),
-        Divergence("jsd", "generalised Jensen-Shannon divergence, `jsd_alpha` of it the teacher", generalised_jsd),
+        Divergence("jsd", "generalised Jensen-Shannon divergence; `jsd_alpha` weighs the teacher", generalised_jsd),
     )
 }

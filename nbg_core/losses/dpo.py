@@ -37,8 +37,8 @@ class DpoVariant:
     takes_label_smoothing: bool = False
     """Whether the loss uses label_smoothing; if not, a value above 0 is an error."""
     is_log_2_at_0: bool = False
-    """Whether the loss of a margin of 0 is log 2. Then the check `starts_at_reference` compares the first step with
-    it."""
+    """Whether the loss at margin 0 is log 2, whatever the label smoothing. If so, the check `starts_at_reference`
+    compares the first step with it."""
 
 
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -63,7 +63,7 @@ DPO_VARIANTS: dict[str, DpoVariant] = {
     for v in (
         DpoVariant("sigmoid", "DPO as published; cDPO with label_smoothing", sigmoid_loss,
                    takes_label_smoothing=True, is_log_2_at_0=True),
-        DpoVariant("sigmoid_norm", "the same with rewards per token", sigmoid_loss, per_token=True,
+        DpoVariant("sigmoid_norm", "sigmoid with rewards per token", sigmoid_loss, per_token=True,
                    takes_label_smoothing=True, is_log_2_at_0=True),
         DpoVariant("ipo", "squared distance of margin / beta from 1 / (2 beta)", ipo_loss),
         DpoVariant("hinge", "max(0, 1 - margin)", hinge_loss),
@@ -95,10 +95,10 @@ def sequence_dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
 ) -> DpoTerms:
-    """DPO loss [B], one per pair: not reduced.
+    """The DPO loss of each pair and the rewards that it compares; nothing is reduced over pairs.
 
     policy_* and reference_* [B] are log-probabilities in nats, summed (not averaged) over the response; lengths [B] are
-    in tokens. Computed in float32, or in float64 if they are. Raises ValueError for an unknown variant, beta <= 0,
+    in tokens. Computed in float32 (float64 for float64 inputs). Raises ValueError for an unknown variant, beta <= 0,
     label smoothing outside [0, 0.5) or with a variant that takes none, and a variant `per_token` without lengths."""
     dpo_variant = find(DPO_VARIANTS, variant, "DPO variant")
     check_label_smoothing(variant, label_smoothing)

@@ -1,15 +1,20 @@
-"""The joint loss of Dual Preference Distillation: L = w_dpo * L_DPO + w_pos * L_pos + w_neg * L_neg.
+"""The joint loss of Dual Preference Distillation: L = w_dpo L_DPO + w_pos L_pos + w_neg L_neg + nll_coef L_NLL.
 
-Pure functions from logits to losses. L_DPO compares whole responses (sums over tokens, mean over pairs). L_pos and
-L_neg are the divergence between teacher and student at each token of the chosen and of the rejected response (mean
-over tokens, each side its own count). Means are over the global batch: `joint_loss` divides by counts of the whole
-optimizer step, so the contributions of micro-batches and ranks add up to the loss of one big batch.
+L_DPO compares whole responses: log-probabilities are summed over tokens, the loss is the mean over pairs. L_pos and
+L_neg are the divergence between teacher and student at each token of the chosen and of the rejected responses, each a
+mean over its tokens. L_NLL is the chosen responses' negative log-likelihood per token. Means are over the global batch:
+the loss divides by counts of the whole optimizer step, so the shares of micro-batches and ranks add up to the loss of
+one big batch.
+
+`joint_loss`, from whole logits, is the definition; tests and benchmarks call it. Training calls
+`modeling.lm_head.lm_head_joint_loss`, which computes the same from hidden states and never holds all logits. Both end
+in `pair_loss`.
 
 Choices that the published method leaves open: forward KL(teacher || student), beta 0.1, temperature 1.
 
 Shapes: T response tokens of a micro-batch, all responses concatenated; V vocabulary; K stored teacher entries of the
 widest position; B pairs. Every [T, ...] array is already shifted: row t of the logits predicts token_ids[t], and there
-are no rows for the prompt or for padding. Half-precision logits are converted to float32; float64 stays float64.
+are no rows for the prompt or for padding. Losses are computed in float32, or in float64 for float64 logits.
 """
 
 from __future__ import annotations
@@ -68,7 +73,7 @@ def joint_loss(
     The sums are detached float64 scalars, to be added over micro-batches and ranks and then divided by a count: dpo,
     margin, accuracy (a tie is half), chosen_reward, rejected_reward, chosen_logp and rejected_logp (of whole responses)
     by pairs; kl_chosen and nll by chosen_tokens; kl_rejected by rejected_tokens. The three counts are among the sums.
-    KL sums include temperature^2 as the loss does. Terms of weight 0 are summed, but not part of loss and gradient.
+    KL sums include temperature^2 if the loss does. Terms of weight 0 are summed, but not part of loss and gradient.
     Raises ValueError when the arrays disagree on T."""
     check_rows("logits", logits, token_ids, pair_index, is_chosen, reference_logps, targets)
     z = upcast(logits)  # [T, V]
@@ -90,7 +95,7 @@ def joint_loss(
 
 
 def check_rows(name: str, first: Tensor, *arrays: Tensor | TeacherTargets) -> None:
-    """Raise ValueError unless all arrays of `joint_loss` have the same number of rows. `name` is that of the first."""
+    """Raise ValueError unless all arrays of `joint_loss` have the same number of rows. `name` names the first one."""
     rows = [len(a.tail_logmass if isinstance(a, TeacherTargets) else a) for a in (first, *arrays)]
     if len(set(rows)) > 1:
         names = f"{name}, token_ids, pair_index, is_chosen, reference_logps and targets"
@@ -113,11 +118,11 @@ def pair_loss(
     logps.
 
     With sequence parallelism a rank has only some rows of its pairs. It then passes totals [3, 2B] float64, the
-    `side_sums` over all rows of these pairs on all ranks: sums over pairs are then of whole pairs, sums over tokens of
-    this rank's rows."""
+    `side_sums` over all rows of these pairs on all ranks. Sums over pairs are then of whole pairs, while sums over
+    tokens are of this rank's rows."""
     s, kl = settings, kl.double()
     sides = side_sums(logps, reference_logps, pair_index, is_chosen, n_pairs)  # [3, 2B]
-    if totals is not None:  # the value of all ranks' rows, the derivative by this rank's
+    if totals is not None:  # the value is that of all ranks' rows; the gradient flows to this rank's rows
         sides = totals + (sides - sides.detach())
     policy, reference, lengths = sides.view(3, n_pairs, 2)  # [B, 2] each: chosen, rejected
     dpo = sequence_dpo_loss(
@@ -144,7 +149,7 @@ def side_sums(logps: Tensor, reference_logps: Tensor, pair_index: Tensor, is_cho
 
 
 def weighted(sums: dict[str, Tensor], settings: LossSettings, denominators: Denominators) -> Tensor:
-    """The joint loss, a float64 scalar: its sums, each times its weight over its count."""
+    """The joint loss, a float64 scalar: the sum of its terms, each times its weight and divided by its count."""
     s = settings
     coefficients = {
         "dpo": s.w_dpo / denominators.pairs, "kl_chosen": s.w_pos / denominators.chosen_tokens,
@@ -157,6 +162,7 @@ def weighted(sums: dict[str, Tensor], settings: LossSettings, denominators: Deno
 def share_of_group(sums: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     """A rank's share of `sums`, to be added over all ranks, in a sequence-parallel group of `size` ranks.
 
-    Sums over whole pairs are the same on all ranks of the group, so each counts 1 / size. Sums over rows are not."""
+    Sums over whole pairs are the same on all ranks of the group, so a rank's share is 1 / size. Sums over rows are of
+    the rank's own rows, and are its share as they are."""
     of_rows = {metric.name for metric in SUMMED if metric.of == "rows"}
     return {name: value if name in of_rows else value / size for name, value in sums.items()}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log p(token_ids) [T] under logits [T, V] at temperature 1. Row t of the logits predicts token t.
 
-    Not reduced; float32, or float64 for float64 logits. Training and scoring get the same numbers from
-    `modeling.lm_head`, which never holds all logits at once; this is the plain form that tests compare it with."""
+    Not reduced; float32, or float64 for float64 logits. Tests call it as the definition. Training and scoring get the
+    same numbers from `modeling.lm_head`, which never holds all logits at once."""
     z = upcast(logits)  # [T, V]
     return gather_logps(z, log_sum_exp(z), token_ids[:, None])[:, 0]
 
@@ -34,4 +34,5 @@ def upcast(x: Tensor) -> Tensor:
     """`x` in float32; float64 stays float64.
 
     Losses are not computed in half precision: rounding logits to bfloat16 alone costs 0.02 nats per token."""
+    # 8 bytes: float64, without importing torch
     return x if x.dtype.itemsize == 8 else x.float()

@@ -25,7 +25,7 @@ Count = Literal["pairs", "chosen_tokens", "rejected_tokens"]
 class Terms:
     """What the metrics of a micro-batch are computed from. Values are float64.
 
-    Tensors [B] and [B, 2] are of whole pairs. Tensors [T] are of the rows at hand, which with sequence parallelism are
+    Tensors [B] and [B, 2] are of whole pairs. Tensors [T] are of this rank's rows, which with sequence parallelism are
     only some of the rows of these pairs."""
 
     policy: Tensor
@@ -34,7 +34,7 @@ class Terms:
     margin: Tensor
     """[B]: implicit reward of the chosen minus that of the rejected, beta included."""
     kl: Tensor
-    """[T]: divergence between teacher and student, nats."""
+    """[T]: divergence between teacher and student, nats; times temperature^2 if the loss has that factor."""
     is_chosen: Tensor
     """[T] bool."""
 
@@ -64,9 +64,11 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("loss", "joint loss", plot="losses"),
     Metric("dpo", "sequence-level DPO loss, mean over pairs", lambda t: t.dpo.loss.sum(), "pairs", plot="losses"),
-    Metric("kl_chosen", "divergence to the teacher, mean over chosen tokens, nats; scaled as in the loss",
+    Metric("kl_chosen", "divergence to the teacher, mean over chosen tokens, nats; times temperature^2 if "
+           "training.loss.scale_by_temperature_squared",
            lambda t: t.kl.where(t.is_chosen, 0.0).sum(), "chosen_tokens", of="rows", plot="losses"),
-    Metric("kl_rejected", "divergence to the teacher, mean over rejected tokens, nats; scaled as in the loss",
+    Metric("kl_rejected", "divergence to the teacher, mean over rejected tokens, nats; times temperature^2 if "
+           "training.loss.scale_by_temperature_squared",
            lambda t: t.kl.where(~t.is_chosen, 0.0).sum(), "rejected_tokens", of="rows", plot="losses"),
     Metric("nll", "negative log-likelihood, mean over chosen tokens, nats",
            lambda t: -t.policy[:, 0].sum(), "chosen_tokens"),

@@ -1,4 +1,5 @@
-"""Settings of the joint loss. `LossConfig` is the section `training.loss` of a profile."""
+"""Settings of the joint loss: as a profile has them (`LossConfig`), and as the loss functions need them
+(`LossSettings`)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 class LossConfig(Section):
-    """What a profile says of the joint loss: L = w_dpo L_DPO + w_pos L_pos + w_neg L_neg + nll_coef L_NLL."""
+    """Section `training.loss`: the joint loss L = w_dpo L_DPO + w_pos L_pos + w_neg L_neg + nll_coef L_NLL.
+
+    The temperature is not here, because it is that of the stored teacher rows (`teacher.temperature`); see
+    LossSettings."""
 
     w_dpo: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the sequence-level DPO loss. A term of weight 0 is not trained on, but still reported."""
@@ -37,8 +41,9 @@ class LossConfig(Section):
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
     """Token-level divergence, by its name in DIVERGENCES."""
     estimator: Estimator = "sampled_tail"
-    """How the divergence is computed from stored entries. `sampled_tail`: unbiased but for teacher.epsilon and
-    rounding, forward KL only; `bucket`: all tokens outside the top entries count as one outcome, a lower bound."""
+    """How the divergence is computed from stored entries. `sampled_tail`: forward KL only; unbiased, apart from
+    rounding and from what teacher.epsilon leaves out. `bucket`: all tokens outside the top entries count as one
+    outcome, which gives a lower bound."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of divergence jsd."""
     scale_by_temperature_squared: bool = True
@@ -57,7 +62,7 @@ class LossConfig(Section):
 
 
 class LossSettings(LossConfig):
-    """Settings of the joint loss: those of a profile, and the temperature of the stored teacher rows.
+    """Everything that the loss functions need: the section `training.loss`, and the temperature of the teacher rows.
 
     Raises ValueError (pydantic's ValidationError), naming setting and value, for an invalid value."""
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's distribution at T response positions: its top entries exactly, and samples of the rest.
+    """The teacher's distribution at T response positions: its top entries exactly, and samples of the tail.
 
-    Row t is the distribution from which response token t was predicted: rows are already shifted."""
+    Rows are already shifted: row t is the teacher's prediction of response token t."""
 
     ids: Tensor
-    """[T, K] int64: vocabulary ids. Top entries of a row are distinct; a tail id that was drawn twice is there twice,
-    and its weights add up. Padding, which is neither top nor tail, may hold any valid id."""
+    """[T, K] int64: vocabulary ids. Top entries of a row are distinct. A tail id that was drawn twice appears twice,
+    each time with its weight. Padding, which is neither top nor tail, may hold any valid id."""
     logprobs: Tensor
     """[T, K] float32: the teacher's log p at `ids`, in nats, at the temperature of the stored rows. -inf is a
     probability of 0; padding may hold anything."""
@@ -32,7 +32,8 @@ class TeacherTargets:
     """[T] float32: exact log of the teacher's mass outside the top entries; -inf when there is none."""
 
     def weights(self) -> Tensor:
-        """q [T, K] in the dtype of `logprobs`: p of a top entry, an equal share of the tail mass for each tail sample.
+        """Weights [T, K] in the dtype of `logprobs`: the probability of a top entry, an equal share of the tail's mass
+        for each tail sample, 0 for padding.
 
         A row sums to 1, or to the mass of its top entries when it has no tail samples."""
         n_tail = self.is_tail.sum(-1, keepdim=True).clamp(min=1)  # [T, 1]

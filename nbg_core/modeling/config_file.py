@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "generator", "thinker_config")
-"""Sections that hold a language model's configuration: those of transformers' `get_text_config`, and of families that
-name theirs otherwise."""
+"""Sections that hold a language model's configuration: those that transformers' `get_text_config` knows,
+and other names that model families use."""
 
 
 def text_config(folder: Path, key: str) -> Any:
-    """`key` of the language model in a folder: of its own section if there is one, else of the top level.
+    """The value of `key` for the language model in a folder: in its own section, else at the top level of config.json.
 
     None when neither has it, or it is null. Raises FileNotFoundError without a config.json."""
     config = json.loads((folder / "config.json").read_text())

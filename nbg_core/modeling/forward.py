@@ -1,9 +1,9 @@
 """The one forward pass that scores responses: teacher, reference and trainer all take hidden states from here.
 
-Responses to the same prompt, when they are neighbours, share it (`packing`). An architecture whose packed attention is
-not tested goes the plain way: one right-padded sequence a response, the prompt computed again for each.
+Neighbouring responses with the same prompt share it (`packing`). For architectures whose packed attention is not
+tested, sequences are padded on the right instead (`padded`): one for each response, with its own copy of the prompt.
 
-Shapes: T response tokens of all responses, concatenated, H hidden, V rows of the output matrix.
+Shapes: T response tokens of all responses, concatenated; H hidden; V rows of the output matrix.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from nbg_core.modeling.packing import MODEL_TYPES, Pack, pack, packed_hidden
 from nbg_core.modeling.padded import Padded, pad, padded_hidden
 
-_LOGIT_SETTINGS = (  # what transformers' configurations call a scale or cap of the logits
+_LOGIT_SETTINGS = (  # names of a scale or cap of the logits in transformers' configurations
     "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
     "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier",
 )  # fmt: skip
 
 
 def collate(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -> Pack | Padded:
-    """The inputs of one forward pass; prompts[i] is before responses[i], token ids as lists or integer arrays.
+    """The inputs of one forward pass. prompts[i] precedes responses[i]; both are lists or integer arrays of token ids.
 
-    Packed, or padded with `pad_id` if one is given. [T] rows are in order of response, then position."""
+    They are packed, or padded with `pad_id` if one is given. The T rows are in order of response, then position."""
     if pad_id is not None:
         return pad(prompts, responses, pad_id)
     trees: list[tuple[Sequence, list]] = []
@@ -40,8 +40,9 @@ def collate(prompts: Sequence, responses: Sequence, pad_id: int | None = None) -
 
 
 def response_hidden(model: PreTrainedModel, inputs: Pack | Padded, group: ProcessGroup | None = None) -> Tensor:
-    """Hidden states [T, H] in the model's dtype; row t predicts response token t. With a group (packs only) those of
-    this rank's share of T."""
+    """Hidden states [T, H] in the model's dtype; row t predicts response token t.
+
+    With a group, only those of this rank's share of the T rows. Raises ValueError for a group and a padded batch."""
     if isinstance(inputs, Pack):
         return packed_hidden(model, inputs, group)
     if group is not None:
@@ -50,7 +51,7 @@ def response_hidden(model: PreTrainedModel, inputs: Pack | Padded, group: Proces
 
 
 def no_packing(config: PreTrainedConfig) -> str:
-    """What to tell a user whose model goes the plain way."""
+    """The message for a user whose model is not packed."""
     return (
         f"model type {config.model_type!r}: prompts are not shared and batches are padded, which is slower; packing is "
         f"tested for {', '.join(MODEL_TYPES)}"
@@ -69,6 +70,6 @@ def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     if not has_plain_lm_head(model):
         raise ValueError(
             f"model type {model.config.model_type!r} has an LM head with a bias, or scales or caps its logits; use a "
-            "model whose logits are hidden states times the output matrix"
+            "model whose logits are its hidden states times the LM head's weight"
         )
     return model.get_output_embeddings().weight

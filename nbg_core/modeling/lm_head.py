@@ -1,22 +1,23 @@
-"""The joint loss straight from hidden states: the output matrix and `losses.joint.joint_loss` in one.
+"""The joint loss directly from hidden states: the LM head fused with `losses.joint.joint_loss`.
 
-The logits [T, V] never exist at once. They live in one tile of a bounded number of rows (`lm_head_tiles`), which is
-turned into their gradient in place. The loss sees a row through a few numbers only (`logit_stats`): the log-probs of
-its token and of the stored ids, and the log mass outside the top entries. So the loss proper (`token_divergence`,
-`pair_loss`) runs on [T] and [T, K] vectors with plain autograd. Its derivatives by those numbers give the gradient of
-each logit in closed form:
+The logits [T, V] never exist at once. They are computed one tile of rows at a time (`lm_head_tiles`), and their
+gradient takes their place. The loss depends on a row of logits only through a few numbers (`logit_stats`): the
+log-probs of the row's token and of the stored ids, and the log mass outside the top entries. The loss itself
+(`token_divergence`, `pair_loss`) is ordinary autograd on these [T] and [T, K] tensors. Its derivatives with respect to
+them, g for the token, a for the stored ids and b for the mass outside, give the gradient dz_v of each logit z_v:
 
     dz_v = a_v + g [v = token] + b exp(z_v - log_out) [v outside the top entries] - (g + sum a + b) p_v
 
-(a by the entries' log-probs, b by the tail's, g by the token's; all but g at the divergence's temperature).
+Here p is the softmax of z, and log_out the log-sum-exp of the logits outside the top entries. For a divergence at
+another temperature than 1, the terms of a and b have z / temperature in place of z, and are divided by the temperature.
 
-DPO's g needs the sums of the whole pair. Rows are taken in chunks of whole pairs. A chunk that fits the tile is
-projected once (3 GEMMs with both gradients); a pair that does not fit is read tile by tile first and projected again
-for its gradient (4 GEMMs). Gradients are formed in the forward pass, where ZeRO-3 has the weight gathered. The backward
-pass multiplies them by the incoming gradient: it needs neither the weight nor a tile.
+The derivative g of the DPO loss needs sums over the whole pair, so rows are taken in chunks of whole pairs. A chunk
+that fits the tile is projected once (3 GEMMs with both gradients). A pair that does not fit is first read tile by tile
+and then projected again for its gradient (4 GEMMs). Gradients are formed in the forward pass, where ZeRO-3 has the
+weight gathered. The backward pass multiplies them by the incoming gradient and needs neither the weight nor a tile.
 
-Shapes: T response tokens, H hidden, V vocabulary, K stored entries, c rows of a tile. Tiles, reductions and the sum of
-the weight's gradient are float32, float64 for float64 hidden states.
+Shapes: T response tokens, H hidden, V vocabulary, K stored entries of the widest position, c rows of a tile. Tiles,
+reductions and the sum of the weight's gradient are float32, or float64 for float64 hidden states.
 """
 
 from __future__ import annotations
@@ -63,15 +64,18 @@ def lm_head_joint_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """`losses.joint_loss` of the logits hidden @ weight[:vocab].T: loss, sums, and the tokens' log-probs [T], detached.
 
-    hidden [T, H] (already shifted: row t predicts token_ids[t]) and weight [rows >= vocab, H], of one dtype; the rest
-    as for `joint_loss`. The loss can be differentiated once by hidden and weight, those that require a gradient; rows
-    of the weight from `vocab` on get 0. Without rows the loss is a zero that can be differentiated. A pair whose rows
-    lie together, in order of pair_index, and fit `tile_bytes` costs one GEMM less.
-    With a group, the rows of all its ranks together are those of whole pairs, and every rank of it calls this: loss and
-    sums are then its share, which add up over ranks, and rows are projected twice.
-    Memory besides inputs and gradients: the tile (at most `tile_bytes`, else TILE_BYTES, or 16 rows), a block of it
-    (8 MiB or 16 rows; on CUDA its gradient in the dtype of hidden, or without Triton the tile twice more), and O(T K).
-    Raises ValueError when shapes or dtypes do not fit each other."""
+    hidden [T, H] (already shifted: row t predicts token_ids[t]) and weight [at least vocab, H] have one dtype; the
+    other arguments are those of `joint_loss`. hidden and weight get gradients if they require them, in one backward
+    pass only; rows of the weight from `vocab` on get 0. Without rows the loss is 0 and can still be differentiated. If
+    all rows are in order of pair_index, a pair that fits the tile costs one GEMM less.
+
+    With a group (sequence parallelism), every rank of it must call this, each with its share of the rows of the same
+    pairs. Loss and sums are then this rank's shares, to be added over ranks, and rows are projected twice unless all of
+    them fit one tile.
+
+    Memory besides inputs and gradients is O(T K), the tile (at most `tile_bytes`, by default TILE_BYTES, or 16 rows),
+    and scratch space: on a CPU 8 MiB or 16 rows, on CUDA the tile's gradient in the dtype of hidden, or without Triton
+    twice the tile. Raises ValueError when shapes or dtypes do not fit each other."""
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     n, bucket = len(hidden), settings.estimator == "bucket"
     lm_head = LmHeadTiles(hidden.detach(), weight.detach(), vocab, tile_bytes)
@@ -80,13 +84,13 @@ def lm_head_joint_loss(
     dtype = lm_head.tile.dtype
     wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if wants_hidden else None
-    d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # its first product fills it
+    d_weight = torch.empty_like(weight, dtype=dtype) if wants_weight else None  # filled by the first product
     stats = LogitStats(n, targets, settings.temperature, bucket, lm_head.tile)
     totals = None
 
     def loss_of(rows: slice, logps: Tensor, entries: Tensor, tail: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         some = targets.take(rows)
-        tail = torch.where(some.is_top.sum(-1) == vocab, LOG_TINY, tail)  # nothing outside the top entries: a constant
+        tail = torch.where(some.is_top.sum(-1) == vocab, LOG_TINY, tail)  # nothing is outside: a constant
         kl = token_divergence(entries, tail, some, is_chosen[rows], settings)
         return pair_loss(
             logps, kl, pair_index[rows], is_chosen[rows], reference_logps[rows], n_pairs, settings=settings,
@@ -107,13 +111,13 @@ def lm_head_joint_loss(
             if not (wants_hidden or wants_weight):
                 continue
             g, a, b = _derivatives(loss_of, chunk, stats)
-            for tile in reversed(tiles):  # the last one is still there
+            for tile in reversed(tiles):  # the logits of the last one are still there
                 if tile is not tiles[-1]:
                     z = lm_head.logits(tile)
                 part = slice(tile.start - chunk.start, tile.stop - chunk.start)
                 dz = stats.write_gradient(z, tile, token_ids, g[part], a[part], b[part], lm_head.scratch, hidden.dtype)
                 lm_head.add_gradients(dz, tile, d_hidden, d_weight, first)
-                del dz  # the next one takes its place
+                del dz  # so that the next one can have its memory
                 first = False
         loss, sums = loss_of(slice(0, n), stats.logps, stats.entries(), stats.tail())
         if group is not None:  # sums over whole pairs are the same on all ranks
@@ -127,13 +131,13 @@ def lm_head_joint_loss(
 def lm_head_logps(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *, vocab: int, tile_bytes: int | None = None
 ) -> Tensor:
-    """log p(token_ids) [T] under hidden @ weight[:vocab].T, without gradient: the reduction of `lm_head_joint_loss`.
+    """log p(token_ids) [T] under hidden @ weight[:vocab].T, without gradient, by the reduction of `lm_head_joint_loss`.
 
-    float32, or float64 if hidden is. On a CPU equal float32 rows and weights give the very numbers that
-    `lm_head_joint_loss` has, whatever the other rows, their number and `tile_bytes`, with the same library and count of
-    threads (seen with oneDNN; no library promises it). On CUDA it takes the same tile boundaries too. Hidden states of
-    a batch of another shape are themselves other numbers. Raises ValueError when shapes or dtypes do not fit each
-    other."""
+    float32, or float64 if hidden is. On a CPU, float32 results are bitwise equal to those of `lm_head_joint_loss` for
+    the same hidden state and weight, whatever the other rows and `tile_bytes`, given the same library and number of
+    threads. (Observed with oneDNN; no library guarantees it. On CUDA the tile boundaries must be equal too.) A model
+    gives slightly different hidden states in a batch of another shape. Raises ValueError when shapes or dtypes do not
+    fit each other."""
     if len(hidden) != len(token_ids):
         raise ValueError(f"hidden and token_ids have {len(hidden)} and {len(token_ids)} rows; pass one row per token")
     with torch.no_grad():
@@ -149,8 +153,9 @@ def lm_head_logps(
 
 
 def logit_tiles(hidden: Tensor, weight: Tensor, *, vocab: int, tile_bytes: int | None = None) -> Iterator[Tensor]:
-    """The logits hidden @ weight[:vocab].T of all rows in order, a tile [c, vocab] at a time; float32, or
-    float64 if hidden is; without gradient. A tile may be overwritten; the next one is in its place."""
+    """The logits hidden @ weight[:vocab].T of all rows in order, a tile [c, vocab] at a time, without gradient.
+
+    float32, or float64 if hidden is. A tile may be overwritten; the next one overwrites it."""
     with torch.no_grad():
         lm_head = LmHeadTiles(hidden.detach(), weight.detach(), vocab, tile_bytes)
         (tiles,) = lm_head.allocate([slice(0, len(hidden))])
@@ -173,19 +178,20 @@ class _WithGradients(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("the gradients were used by an earlier backward; call lm_head_joint_loss again")
         d_weight, d_hidden = ctx.gradients.pop(), ctx.gradients.pop()
-        if incoming.is_cuda:  # rounded in the same pass
+        if incoming.is_cuda:  # multiplies and rounds in one pass
             out = [None if d is None else torch.empty_like(d, dtype=ctx.dtype) for d in (d_hidden, d_weight)]
             d_hidden, d_weight = (
                 None if d is None else torch.mul(d, incoming, out=o)
                 for d, o in zip((d_hidden, d_weight), out, strict=True)
             )
-        elif incoming != 1:  # a pass over the weight's gradient is worth a look
+        elif incoming != 1:  # saves a pass over the weight's gradient
             d_hidden, d_weight = (None if d is None else d.mul_(incoming) for d in (d_hidden, d_weight))
         return None, *(None if d is None else d.to(ctx.dtype) for d in (d_hidden, d_weight)), None
 
 
 def _derivatives(loss_of, rows: slice, stats: LogitStats) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the loss of whole pairs by the token's [c], the entries' [c, K] and the tail's [c] log-probs."""
+    """g, a and b of the module's docstring: derivatives of the loss of the whole pairs in `rows` by the log-probs of
+    the tokens, by those of the stored ids, and by the log mass outside the top entries."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (stats.logps[rows], stats.entries(rows), stats.tail(rows))]
         loss, _ = loss_of(rows, *leaves)
@@ -197,8 +203,8 @@ def _derivatives(loss_of, rows: slice, stats: LogitStats) -> tuple[Tensor, Tenso
 
 
 def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
-    """Consecutive rows that hold whole pairs: the fewest chunks of at most `rows`, or of one pair, that is longer, and
-    of these the most even ones; all rows when they are not in order of pair."""
+    """Consecutive rows that hold whole pairs: as few chunks as possible of at most `rows` rows each, and these as even
+    as possible. A longer pair is a chunk by itself. Rows that are not in order of pair are one chunk."""
     steps, n = pair_index.diff(), len(pair_index)
     ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
     pairs = [slice(*bounds) for bounds in pairwise([0, *ends, n])] if n else []

@@ -1,7 +1,9 @@
-"""Passes of `lm_head` over a tile of logits on a GPU, in Triton: each reads the tile once, where torch's operators take
-six passes for a log-sum-exp and seven for a gradient.
+"""Triton kernels for the passes of `lm_head` over a tile of logits on a GPU.
 
-A float32 tile z [c, V] is more than a GPU's cache holds: what a pass costs is its bytes.
+Each kernel reads the tile once; torch's operators need six passes for a log-sum-exp and seven for a gradient.
+A float32 tile does not fit a GPU's cache, so a pass takes as long as moving its bytes does.
+
+Shapes: c rows of a tile, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Entries of a row that are handled at once."""
+"""Logits of a row that a program handles at once."""
 
 
 def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log sum exp [c] of z [c, V] and of z / temperature, float32, in one pass. A row of -inf gives NaN."""
+    """Log-sum-exp [c] of z [c, V] and of z / temperature, float32, in one pass. A row of -inf gives NaN."""
     at_one, at_temperature = (z.new_empty(len(z)) for _ in range(2))
     _log_z[(len(z),)](
         z,
@@ -33,8 +35,10 @@ def log_z(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 def gradient(
     z: Tensor, base: Tensor, scale: Tensor, log_z: Tensor, at_one: Tensor, *, temperature: float, out: Tensor
 ) -> None:
-    """out [c, V] = scale exp(z / temperature - base) + at_one exp(z - log_z), with vectors [c]; in float32, then in
-    the dtype of `out`, which may be z. The second term is left out at temperature 1."""
+    """out [c, V] = scale exp(z / temperature - base) + at_one exp(z - log_z), where the other tensors are [c].
+
+    Computed in float32 and rounded to the dtype of `out`, which may be z. At temperature 1 the second term is left
+    out."""
     rows, vocab = z.shape
     _gradient[(rows, triton.cdiv(vocab, BLOCK))](
         z, out, base, scale, log_z, at_one, vocab, z.stride(0), out.stride(0), temperature,
@@ -42,6 +46,7 @@ def gradient(
     )  # fmt: skip
 
 
+# One program per row.
 @triton.jit
 def _log_z(
     z,
@@ -56,14 +61,15 @@ def _log_z(
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     z += row.to(tl.int64) * stride
-    # Every lane keeps the greatest logit that it met and its sums below that: one reduction, at the end.
+    # Each of the BLOCK lanes keeps the largest logit that it has met, and sums relative to that. They are reduced once,
+    # at the end.
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     sum_at_one = tl.zeros((BLOCK,), tl.float32)
     sum_at_temperature = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, VOCAB, BLOCK):
         x = tl.load(z + start + columns, mask=start + columns < VOCAB, other=float("-inf"))
         new = tl.maximum(top, x)
-        least = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is no number
+        least = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
         sum_at_one = sum_at_one * tl.exp(top - least) + tl.exp(x - least)
         if not TEMPERATURE_IS_ONE:
             sum_at_temperature = sum_at_temperature * tl.exp((top - least) / temperature) + tl.exp(
@@ -81,6 +87,7 @@ def _log_z(
     tl.store(at_temperature + row, log_at_temperature)
 
 
+# One program per row and BLOCK columns.
 @triton.jit
 def _gradient(z, out, base, scale, log_z, at_one, vocab, stride, out_stride, temperature, TEMPERATURE_IS_ONE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip  # noqa: E501
     row = tl.program_id(0)

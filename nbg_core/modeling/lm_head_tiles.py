@@ -1,7 +1,7 @@
-"""The output matrix applied to some rows of hidden states at a time: a tile of logits, and the way back.
+"""The LM head applied to some rows of hidden states at a time: a tile of logits, and the gradients from theirs.
 
-bf16 and fp16: on a CPU the weight is upcast block by block. On CUDA the GEMMs take low-precision operands (the logits'
-gradient is rounded to them) and sum in float32, and where Triton is, the passes over a tile are its kernels
+With bf16 and fp16, a CPU upcasts the weight block by block. On CUDA the GEMMs take operands of that dtype (the logits'
+gradient is rounded to it) and sum in float32. Where Triton is installed, its kernels make the other passes over a tile
 (`lm_head_kernels`).
 
 Shapes: T rows of hidden states, H hidden, V vocabulary, c rows of a tile.
@@ -22,23 +22,23 @@ except ImportError:  # builds of torch for CPUs come without Triton
     lm_head_kernels = None  # type: ignore[assignment]  # a module or nothing
 
 TILE_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
-"""Tiles are larger on a GPU: each reads and writes the whole gradient of the weight once, which must take less time
-than the tile's GEMM."""
+"""Default size of a tile of logits. It is larger on a GPU: for each tile the whole gradient of the weight is read and
+written once, which must take less time than the tile's GEMM."""
 
 MIN_ROWS, MIN_COLUMNS = 16, 64
-"""Rows of a GEMM and columns of its result, at least: oneDNN sums every entry in the same order whatever is beside it,
-but for a row or column alone."""
+"""Minimum number of rows of a GEMM and of columns of its result. oneDNN then computes each entry with the same order of
+summation, whatever the other rows and columns are; for a single row or column it does not."""
 
 CACHE_BYTES = 8 << 20
-"""Passes over a tile go by blocks of rows of about this size, but of 16 rows at least: torch reduces few long rows 20
-times slower than 8 or more."""
+"""On a CPU, passes over a tile handle rows of about this size at a time, but at least 16 of them: torch reduces a few
+long rows 20 times slower than 8 or more."""
 
 WEIGHT_BLOCK_BYTES = 8 << 20
-"""On a CPU the logits of a tile come by blocks of the weight: of about this size, as the block's logits are."""
+"""Size of the blocks in which a CPU takes the weight: neither a block nor its logits are much larger."""
 
 
 class LmHeadTiles:
-    """The projection of rows of `hidden` into one reused tile, and the way back."""
+    """Projects rows of `hidden` into one buffer, `tile`, and adds up the gradients of hidden states and weight."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocab: int, tile_bytes: int | None):
         if hidden.shape[1:] != weight.shape[1:] or not 0 < vocab <= len(weight) or hidden.dtype != weight.dtype:
@@ -55,7 +55,7 @@ class LmHeadTiles:
         self.rows = max(MIN_ROWS, tile_bytes // (vocab * self.dtype.itemsize))
 
     def allocate(self, chunks: list[slice]) -> list[list[slice]]:
-        """The tiles of each chunk; makes `tile` as long as the longest of them."""
+        """The tiles of each chunk, as slices of rows. Allocates `tile` for the longest of them, and `scratch`."""
         tiles = [equal_parts(chunk, self.rows) for chunk in chunks]
         longest = max((t.stop - t.start for some in tiles for t in some), default=0)
         vocab = len(self.weight)
@@ -68,7 +68,7 @@ class LmHeadTiles:
         return tiles
 
     def logits(self, rows: slice) -> Tensor:
-        """The tile [c, V] with the logits of `rows`; zero rows are added up to MIN_ROWS."""
+        """The logits [c, V] of `rows`, in the buffer. Fewer than MIN_ROWS rows are filled up with rows of zeros."""
         h, n = self._operand(rows), max(MIN_ROWS, rows.stop - rows.start)
         if len(h) < n:
             h = torch.cat([h, h.new_zeros(n - len(h), h.shape[1])])
@@ -83,7 +83,7 @@ class LmHeadTiles:
     def add_gradients(
         self, dz: Tensor, rows: slice, d_hidden: Tensor | None, d_weight: Tensor | None, first: bool
     ) -> None:
-        """Add dz W to rows of d_hidden and dz^T h to d_weight, or with `first` set it; dz [at least c, V]."""
+        """Add dz W to d_hidden[rows] and dz^T h to d_weight; `first` sets d_weight instead. dz is [at least c, V]."""
         h = self._operand(rows)
         dz = dz[: len(h)].to(h.dtype)
         if d_hidden is not None:
@@ -99,8 +99,10 @@ class LmHeadTiles:
         return self.hidden[rows].to(self.tile.dtype) if self.on_cpu else self.hidden[rows]
 
     def _weight_blocks(self, whole: bool = True) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as the GEMMs take it: whole if that is asked for, but on a CPU, which has no float32 sum of bf16,
-        upcast a block at a time."""
+        """(columns of the logits, rows of the weight) for each GEMM: the whole weight with `whole`, else blocks of it.
+
+        On a CPU, which cannot sum bf16 products in float32, a bf16 or fp16 weight always comes in blocks, upcast one at
+        a time."""
         as_it_is = not self.on_cpu or self.weight.dtype == self.tile.dtype
         if as_it_is and whole:
             yield slice(None), self.weight
@@ -114,7 +116,7 @@ class LmHeadTiles:
 
 
 def equal_parts(whole: slice, size: int) -> list[slice]:
-    """The whole in equal parts of at most `size`."""
+    """`whole` in parts of at most `size`, as equal as possible."""
     n = whole.stop - whole.start
     parts = -(-n // size)
     return [slice(whole.start + n * i // parts, whole.start + n * (i + 1) // parts) for i in range(parts)]
@@ -128,9 +130,9 @@ def _has_kernels(hidden: Tensor) -> bool:
 def _can_build(device: torch.device) -> bool:
     try:
         lm_head_kernels.log_z(torch.zeros(1, 1, device=device), 1.0)
-    except Exception as error:  # of Triton, the C compiler or the driver
+    except Exception as error:  # from Triton, the C compiler or the driver
         warnings.warn(
-            "Triton cannot build its kernels here, so torch's operators pass over the logits, which is slower; install "
+            "Triton cannot build its kernels here, so torch's operators are used, which are slower; install "
             f"a C compiler and Python's headers ({error})",
             stacklevel=2,
         )
@@ -139,10 +141,10 @@ def _can_build(device: torch.device) -> bool:
 
 
 def log_sum_exp_of(z: Tensor, scratch: Tensor | None, temperature: float = 1.0) -> Tensor:
-    """log sum exp [c] of z / temperature [c, V], by blocks of rows that fit `scratch`, or without one by kernels; z
-    stays as it is.
+    """Log-sum-exp [c] of z / temperature, z [c, V], which is left as it is: by the Triton kernel if `scratch` is None,
+    else in blocks of rows that fit `scratch`.
 
-    Blocks have several rows: torch sums a single one in another order."""
+    A block has several rows, because torch sums a single row in another order."""
     if scratch is None:
         return lm_head_kernels.log_z(z, temperature)[1]
     out = []
@@ -155,8 +157,8 @@ def log_sum_exp_of(z: Tensor, scratch: Tensor | None, temperature: float = 1.0) 
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T, float32 on a CPU. By oneDNN, which is as fast with few rows as with many; MKL reaches 0.6 of that with 150
-    rows of logits. torch has no public way to it: this is the operator that its compiler takes."""
+    """x w^T in float32 on a CPU, by oneDNN. It is as fast with few rows as with many; with 150 rows of logits MKL
+    reaches 0.6 of its speed. torch has no public function for it; this is the operator that torch.compile uses."""
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], None)
 
 

@@ -26,7 +26,7 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreT
         tokenizer = AutoTokenizer.from_pretrained(_folder(path), trust_remote_code=trust_remote_code)
     except FileNotFoundError:
         raise
-    except Exception as e:  # the reader's own errors name neither folder nor file
+    except Exception as e:  # transformers' own errors name neither folder nor file
         raise ValueError(
             f"the tokenizer in {path} cannot be read: {e}; restore its tokenizer.json and tokenizer_config.json"
         ) from e
@@ -53,27 +53,27 @@ def _folder(path: Path | str) -> Path:
 
 
 def generation_config(path: Path | str, *, trust_remote_code: bool = False) -> GenerationConfig:
-    """The generation config of a model folder, as its loaded model has it."""
+    """The generation config of a model folder: the same that the loaded model has."""
     if (_folder(path) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(path)
     return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def context_length(path: Path | str) -> int | None:
-    """Longest sequence the model in a folder takes, in tokens; None if its config does not say."""
+    """The longest sequence that the model in a folder takes, in tokens; None if its config does not say."""
     return text_config(_folder(path), "max_position_embeddings")
 
 
 def output_width(path: Path | str, *, trust_remote_code: bool = False) -> int:
-    """Columns of the output matrix of the model in a folder: the tokenizer's ids, and perhaps padding."""
+    """Width of the logits of the model in a folder: the tokenizer's ids, and possibly padding."""
     return AutoConfig.from_pretrained(_folder(path), trust_remote_code=trust_remote_code).get_text_config().vocab_size
 
 
 def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remote_code: bool = False) -> int:
-    """The number of token ids both models share.
+    """Check that two models have the same tokenizer, and return its number of token ids.
 
-    Compared by content (vocabulary and special ids), not by name: a teacher's distribution means nothing over
-    another vocabulary. Raises ValueError naming the first difference."""
+    Vocabularies and special ids are compared, not names: a teacher's distribution means nothing over another
+    vocabulary. Raises ValueError naming the first difference."""
     a = load_tokenizer(student, trust_remote_code=trust_remote_code)
     b = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     one, two = a.get_vocab(), b.get_vocab()
@@ -89,8 +89,8 @@ def check_same_tokenizer(student: Path | str, teacher: Path | str, *, trust_remo
     if special:
         tokens = ", ".join(repr(t) for t in a.convert_ids_to_tokens(sorted(special)))
         raise ValueError(
-            f"{tokens} special to only one of teacher {teacher} and student {student}; use models with the same "
-            "special tokens"
+            f"teacher {teacher} and student {student} have different special tokens: only one of them has {tokens}; "
+            "use models with the same special tokens"
         )
     if a.eos_token_id != b.eos_token_id:
         raise ValueError(

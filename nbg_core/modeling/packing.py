@@ -1,19 +1,20 @@
 """The packed forward pass: no padding is computed, and a prompt is computed once for all responses that share it.
 
 A *tree* is a prompt with one or more branches, its responses; a pair is a tree with two. Trees are concatenated
-into one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch sees its prompt and itself, and its
-positions go on from the prompt's. The last token of a branch is no input: its hidden state would predict nothing. The
-prompt's last hidden row predicts the first token of every branch.
+into one sequence, [prompt | branch 1 | branch 2 | prompt | branch 1 ...]. A branch attends to its prompt and itself,
+and its positions continue the prompt's. The last hidden state of a prompt predicts the first token of each branch. The
+last token of a branch is left out, since its hidden state would only predict a token after the response.
 
-No model is forked: all but attention works token by token and takes the pack as it is. Attention is one function in
-transformers' AttentionInterface. It gets the layout as a keyword argument of the model's forward, which is there again
-when gradient checkpointing computes a layer a second time. The queries of a pack fall into *segments*, [prompt |
-branch 1] and then each further branch alone; a segment attends to [prompt | its branch], causal, ends aligned. No mask
-over the whole sequence exists. On CPU a segment is a call of its own: padding segments of similar lengths into batched
-calls made forward and backward of a 384-wide model 2 to 11% slower (of a 64-wide one 12 to 38%).
+Models are used unchanged: everything but attention works on each token by itself. Attention is one function in
+transformers' AttentionInterface. It gets the layout of the pack as a keyword argument of the model's forward, which
+gradient checkpointing passes again when it recomputes a layer. The queries of a pack fall into *segments*, [prompt |
+branch 1] and then each further branch alone. A segment attends to [prompt | its branch], causally, with queries and
+keys aligned at their ends (bottom right, as in FlashAttention). A mask over the whole sequence is never built. On a CPU
+each segment is an attention call of its own: padding segments of similar lengths into batched calls made forward and
+backward of a 384-wide model 2 to 11% slower (of a 64-wide one 12 to 38%).
 
-Shapes: L input tokens of a pack, T response tokens of all its branches, K keys of all segments, concatenated, H
-hidden.
+Shapes: L input tokens of a pack; T response tokens of all its branches; M keys of all segments, concatenated; H hidden;
+D head dimension.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers.masking_utils import sdpa_mask
 from nbg_core.modeling.sequence_parallel import own_rows, share, to_heads, to_tokens
 
 MODEL_TYPES = ("gemma3_text", "llama", "qwen2", "qwen3")
-"""Architectures whose packed forward pass is tested against the plain one."""
+"""Architectures whose packed forward pass is tested against one pass per response."""
 
 ATTENTION = "packed_trees"
 """Name of the attention function in transformers. Without a pack it is `sdpa`."""
@@ -53,7 +54,7 @@ class Pack:
     rows: Tensor
     """[T] int64 into L: the hidden state of row t predicts response token t, in order of tree, branch, position."""
     keys: Tensor
-    """[K] int64 into L: the keys of all segments."""
+    """[M] int64 into L: the keys of all segments."""
     segments: tuple[tuple[int, int], ...]
     """Number of queries and of keys of each segment. The queries of all segments are the L inputs, in order."""
 
@@ -89,7 +90,7 @@ def pack(prompts: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[
     n_branches = np.array([len(b) for b in branches])  # per tree
     is_branch = np.ones(len(pieces), dtype=bool)
     is_branch[(n_branches + 1).cumsum() - (n_branches + 1)] = False
-    # Per branch of any tree: where its prompt and itself start, how many inputs both have.
+    # Per branch of any tree: where its prompt and the branch itself start, and how many inputs each of them has.
     prompt_start, branch_start = np.repeat(start[~is_branch], n_branches), start[is_branch]
     n_prompt, n_branch = np.repeat(n[~is_branch], n_branches), n[is_branch]
     offset = np.zeros_like(n)
@@ -119,16 +120,16 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:
-    """Whether `packed_hidden` is known to be right for models of this configuration."""
+    """Whether `packed_hidden` is tested for models of this configuration."""
     return config.model_type in MODEL_TYPES and not getattr(config, "use_bidirectional_attention", False)
 
 
 def packed_hidden(model: PreTrainedModel, pack: Pack, group: dist.ProcessGroup | None = None) -> Tensor:
     """Hidden states [T, H] that predict the response tokens of a pack, on the model's device and in its dtype.
 
-    With a group, whose ranks all have this pack, only the `sequence_parallel.share` of T that is this rank's.
-    Sets the model's attention to `ATTENTION`, which for any other forward pass is `sdpa`. Raises ValueError if the
-    model's architecture is not among `MODEL_TYPES`."""
+    With a group, whose ranks all have this pack, only those of this rank's share of T (`sequence_parallel.share`).
+    Sets the model's attention to `ATTENTION`, which in forward passes without a pack is `sdpa`. Raises ValueError if
+    the model's architecture is not among `MODEL_TYPES`."""
     if not supports_packing(model.config):
         raise ValueError(
             f"packing is not tested for model type {model.config.model_type!r} with these attention settings; "
@@ -143,7 +144,7 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, group: dist.ProcessGroup |
     hidden = model.base_model(
         input_ids=pack.ids[:, mine],
         position_ids=pack.position_ids[:, mine],
-        attention_mask=pack.ids.new_ones(1, 1, 1, 1),  # 4-D is "ready made": no mask is built, and ours is not read
+        attention_mask=pack.ids.new_ones(1, 1, 1, 1),  # a 4-D mask is taken as it is, and `_attention` does not read it
         use_cache=False,
         packed_layout=_Layout(pack, group),
     ).last_hidden_state
@@ -153,8 +154,8 @@ def packed_hidden(model: PreTrainedModel, pack: Pack, group: dist.ProcessGroup |
 
 
 def _with_inputs(pack: Pack, least: int) -> Pack:
-    """The pack, with tokens that nothing sees behind it if it has fewer than `least` inputs: transformers' models
-    cannot take none."""
+    """`pack`, with at least `least` inputs: the tokens that are appended are seen by no token of the pack. Each rank of
+    a group needs an input, since transformers' models cannot run on none."""
     n = pack.ids.shape[1]
     more = torch.arange(max(0, least - n), device=pack.ids.device)
     if not len(more):
@@ -172,7 +173,8 @@ class _Layout:
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def mask(self, n_queries: int, n_keys: int, window: int) -> Tensor:
-        """[n_queries, n_keys] bool: the last query is the last key; a query sees `window` keys, itself included."""
+        """Which keys a query sees, [n_queries, n_keys] bool: `window` of them, up to its own. The last query's own is
+        the last key."""
         shape = n_queries, n_keys, window
         if shape not in self._masks:
             behind = n_keys - n_queries
@@ -182,7 +184,7 @@ class _Layout:
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """Cumulative queries and keys [segments + 1] int32, and the most of each: the arguments of `varlen_attn`."""
+        """Cumulative queries and keys [segments + 1] int32, and the maximum of each in a segment, for `varlen_attn`."""
         n = torch.tensor(self.segments, dtype=torch.int32)
         q, k = pad(n.cumsum(0, dtype=torch.int32), (0, 0, 1, 0)).to(self.keys.device).unbind(1)
         return q.contiguous(), k.contiguous(), int(n[:, 0].max()), int(n[:, 1].max())
@@ -192,13 +194,13 @@ def _has_varlen(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)  # flash attention has no float32
 
 
-@torch.compiler.disable  # of a compiled layer, what is before and after is
+@torch.compiler.disable  # the rest of a compiled layer, before and after it, is still compiled
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, packed_layout: _Layout | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of transformers' interface: query [1, heads, L, D], key and value [1, key heads, L, D]."""
+    """Attention for transformers' AttentionInterface: query [1, heads, L, D], key and value [1, key heads, L, D]."""
     if packed_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
@@ -207,10 +209,10 @@ def _attention(
     if softcap is not None or dropout:
         raise ValueError(f"packed attention has no softcap ({softcap}) and no dropout ({dropout}); switch both off")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, heads, D]
-    if packed_layout.group is not None:  # from here on L is all tokens, and heads are this rank's
+    if packed_layout.group is not None:  # from here on L counts all tokens, and heads are this rank's
         q, k, v = to_heads((q, k, v), packed_layout.length, packed_layout.group)
     gqa = q.shape[1] != k.shape[1]
-    k, v = (x.index_select(0, packed_layout.keys) for x in (k, v))  # [K, key heads, D]
+    k, v = (x.index_select(0, packed_layout.keys) for x in (k, v))  # [M, key heads, D]
     out = _by_segment(q, k, v, packed_layout, scaling, sliding_window, gqa)  # [L, heads, D]
     return (out if packed_layout.group is None else to_tokens(out, packed_layout.group))[None], None
 
@@ -218,13 +220,13 @@ def _attention(
 def _by_segment(
     q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scaling: float | None, sliding_window: int | None, gqa: bool
 ) -> Tensor:
-    """[L, heads, D] of queries [L, heads, D], keys and values [K, key heads, D]."""
+    """The output [L, heads, D] of queries [L, heads, D], keys and values [M, key heads, D]."""
     if _has_varlen(q):
-        # Flash attention aligns the ends of queries and keys (pytorch PR 193630). Run on a GPU with torch 2.11, where
-        # grouped queries need no argument; with 2.13's the arguments alone are tested.
+        # Flash attention aligns the ends of queries and keys (pytorch PR 193630). This has run on a GPU with torch
+        # 2.11, where grouped queries need no argument; with torch 2.13 only the arguments are tested.
         seen = (-1 if sliding_window is None else sliding_window - 1, 0)
         out = varlen_attn(q, k, v, *layout.bounds, scale=scaling, window_size=seen, enable_gqa=gqa)
-        return cast(Tensor, out)  # a tuple only where more than the output is asked for
+        return cast(Tensor, out)  # a tuple only if more than the output is asked for
     n_queries, n_keys = zip(*layout.segments, strict=True)
     outputs = []
     for segment in zip(q.split(n_queries), k.split(n_keys), v.split(n_keys), strict=True):
@@ -232,8 +234,8 @@ def _by_segment(
         n, m = qs.shape[2], ks.shape[2]
         window = m if sliding_window is None else sliding_window
         if n < m <= min(2 * n, window):
-            # SDPA aligns starts, not ends: queries of zeros in the place of the prompt's make it causal. That half of
-            # m x m costs no more than the n x m of a mask, which autograd would keep.
+            # SDPA aligns starts, not ends. Queries of zeros in the place of the prompt's make the segment causal. Half
+            # of m x m then costs no more than n x m with a mask, and there is no mask for autograd to keep.
             qs = pad(qs, (0, 0, m - n, 0))
         is_causal = qs.shape[2] == m <= window
         mask = None if is_causal else layout.mask(n, m, window)

@@ -1,6 +1,6 @@
 """The padded forward pass, for any architecture.
 
-Shapes: N sequences, L padded length, T response positions of all sequences together, H hidden."""
+Shapes: N sequences, L padded length, T response tokens of all sequences, concatenated, H hidden."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Padded:
     ids: Tensor
     """[N, L] int64."""
     mask: Tensor
-    """[N, L] int64: 1 where there is a token."""
+    """[N, L] int64: 1 for a token, 0 for padding."""
     rows: Tensor
     """[T] int64 into N * L: row p - 1 + r of a sequence with p prompt tokens predicts its response token r; in order
     of sequence, then position."""
@@ -31,7 +31,7 @@ class Padded:
 
 
 def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Padded:
-    """One sequence per response, its prompt before it: every prompt is computed as often as it has responses.
+    """One sequence per response, its prompt first: a prompt is computed as often as it has responses.
 
     Without responses: one token, and no rows."""
     if len(responses) == 0:
@@ -49,6 +49,6 @@ def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pa
 
 
 def padded_hidden(model: PreTrainedModel, inputs: Padded) -> Tensor:
-    """Last hidden states [T, H] at `inputs.rows`: the plain forward pass, for any architecture."""
+    """Hidden states [T, H] that predict the response tokens: those at `inputs.rows`."""
     hidden = model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[inputs.rows]

@@ -36,11 +36,11 @@ REASONS: dict[str, Reason] = {
     ),
     "single_response": Reason("there are not two scored responses", "raise sampling.n_student or n_teacher"),
     "all_correct": Reason(
-        "every verifier score is at its upper end",
+        "every verifier score is at its upper end, and other scores give no pair",
         "use harder queries, or raise sampling.temperature or n_student",
     ),
     "all_wrong": Reason(
-        "every verifier score is at its lower end",
+        "every verifier score is at its lower end, and other scores give no pair",
         "use easier queries, take positives from the teacher (sampling.n_teacher), or check the verifier",
     ),
     "identical": Reason(

@@ -1,18 +1,19 @@
-"""Finds the queries to drop because another query says the same: duplicates, near duplicates and contamination.
+"""Finds the queries to drop because of another query's text: duplicates, near duplicates and contamination.
 
 *Exact duplicates* have the same text in all messages after NFKC normalisation, case folding and collapsing white space.
 *Near duplicates* share most word shingles (Jaccard similarity) of their user and assistant messages. System messages do
 not count, because whole slices share them. A training query is *contaminated* when it is a duplicate or near duplicate
 of a held-out query, or shares a run of words with one.
 
-Within a split, the first query in file order is kept. Between the splits of a file, the held-out query is kept. Between
-slices, the query that was ingested first is kept, whatever its split: so no held-out query was ever trained on, and
-ingesting a slice again gives the same rows.
+Within a split of a file, the first query in file order is kept. Between the splits of a file, the held-out query is
+kept. Between slices, the query that was ingested first is kept, whatever its split. So no held-out query was ever
+trained on, and ingesting a slice again gives the same rows. Near duplicates of the same split in two slices are both
+kept.
 
-A run of words that occurs in more than COMMON_ROWS held-out queries of a slice, or in more than half of them, is an
-instruction that they share ("put your final answer in a box ...") and does not count; GPT-3's decontamination had the
-same rule. Near duplicates are found exactly (with the prefix and position filters of PPJoin, rare shingles first),
-except that a row is compared with at most MAX_CANDIDATES others, the earliest in the file.
+A run of words that occurs in more than COMMON_ROWS held-out queries of a slice, or in more than half of them if there
+are at least three, is a shared instruction ("put your final answer in a box ...") and does not count; GPT-3's
+decontamination had the same rule. Near duplicates are found exactly (with the prefix and position filters of PPJoin,
+rare shingles first), except that a row is compared with at most MAX_CANDIDATES others, the earliest in the file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nbg_core.config.profile import QuerySettings
 COMMON_ROWS = 10
 """A run of words that occurs in more held-out queries of a slice than this does not count as contamination."""
 MAX_CANDIDATES = 1000
-"""Rows that a row is compared with, at most, in the search for a near duplicate."""
+"""Maximum number of rows that a row is compared with in the search for a near duplicate."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Item:
     place: str
     """What the query is called in the reason for a drop: its line, or its id and slice."""
     key: str
-    """Normalised text of all messages: exact duplicates have the same."""
+    """Normalised text of all messages; exact duplicates have the same."""
     body: str
-    """Normalised text of all messages but system messages: near duplicates have similar ones."""
+    """Normalised text of all messages except system messages; near duplicates have similar ones."""
 
 
 def item(slice_name: str, split: str, place: str, messages: Sequence[dict[str, str]]) -> Item:
@@ -108,7 +109,7 @@ def find_drops(own: Sequence[Item], others: Sequence[Item], settings: QuerySetti
 
 
 def _exact(own: Sequence[Item], others: Sequence[Item]) -> dict[int, tuple[str, str]]:
-    """The exact duplicates among `find_drops`'s drops; held-out queries come first, so that they are the ones kept."""
+    """The drops of `find_drops` that are exact duplicates. Held-out queries come first, so that they are kept."""
     first = {x.key: x for x in others}
     drops = {}
     for i in sorted(range(len(own)), key=lambda i: (own[i].split != "eval", i)):
@@ -126,7 +127,7 @@ def _exact(own: Sequence[Item], others: Sequence[Item]) -> dict[int, tuple[str, 
 class _Texts:
     """Shingles and runs of words of all rows.
 
-    Shapes: R rows (queries), W words of all rows concatenated, w windows (runs of n words within a row) of all rows."""
+    Shapes: R rows (queries), W words of all rows concatenated, G windows (runs of n words within a row) of all rows."""
 
     def __init__(self, items: Sequence[Item], settings: QuerySettings):
         self._items, self._settings = items, settings
@@ -151,9 +152,9 @@ class _Texts:
         """Row of `suspects` -> a row of `against` with which it shares a run that is not common in `held_out`."""
         if not suspects or not against:
             return {}
-        row, run = self._windows(self._settings.contamination_words)  # [w] each
+        row, run = self._windows(self._settings.contamination_words)  # [G] each
         common = self._common_runs(row, run, held_out)
-        in_against = np.isin(row, against)  # [w]
+        in_against = np.isin(row, against)  # [G]
         order = np.argsort(row[in_against], kind="stable")
         known, first = np.unique(run[in_against][order], return_index=True)  # sorted runs of `against`
         owner = row[in_against][order][first]  # the earliest row that has each
@@ -161,7 +162,7 @@ class _Texts:
         known, owner = known[keep], owner[keep]
         if not len(known):
             return {}
-        in_suspects = np.isin(row, suspects)  # [w]
+        in_suspects = np.isin(row, suspects)  # [G]
         at = np.minimum(np.searchsorted(known, run[in_suspects]), len(known) - 1)
         hit = known[at] == run[in_suspects]
         found: dict[int, int] = {}
@@ -170,13 +171,13 @@ class _Texts:
         return found
 
     def _common_runs(self, row: np.ndarray, run: np.ndarray, held_out: list[int]) -> np.ndarray:
-        """Runs that too many of the `held_out` rows of one slice have. row [w] and run [w] are of all windows."""
+        """Runs that are common in the `held_out` rows of a slice. row [G] and run [G] are of all windows."""
         by_slice: dict[str, list[int]] = {}
         for i in held_out:
             by_slice.setdefault(self._items[i].slice_name, []).append(i)
         common = [np.empty(0, dtype=run.dtype)]
         for rows in by_slice.values():
-            in_slice = np.isin(row, rows)  # [w]
+            in_slice = np.isin(row, rows)  # [G]
             windows = pl.DataFrame({"run": run[in_slice], "row": row[in_slice]})
             counts = windows.group_by("run").agg(pl.col("row").n_unique())
             limit = min(COMMON_ROWS, len(rows) / 2) if len(rows) >= 3 else COMMON_ROWS
@@ -184,16 +185,16 @@ class _Texts:
         return np.concatenate(common)
 
     def _windows(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row [w] and hash [w] of every run of `n` words, in order of rows."""
+        """Row [G] and hash [G] of every run of `n` words, in order of rows."""
         return self._hash_of(np.repeat(np.arange(len(self._lengths)), np.maximum(self._lengths - n + 1, 0)), n)
 
     def _hash_of(self, row: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes [w] of windows of `n` words, given the sorted row [w] of each: a row's windows start at its first
+        """Hashes [G] of windows of `n` words, given the sorted row [G] of each: a row's windows start at its first
         word, its second word, and so on. Returns (row, hashes)."""
         counts = np.bincount(row, minlength=len(self._lengths))  # [R]
-        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # [w], 0, 1, ... in each row
-        start = self._starts[row] + within  # [w]
-        value = np.zeros(len(row), dtype=np.uint64)  # [w]
+        within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # [G], 0, 1, ... in each row
+        start = self._starts[row] + within  # [G]
+        value = np.zeros(len(row), dtype=np.uint64)  # [G]
         with np.errstate(over="ignore"):
             for j in range(n):
                 value = value * np.uint64(0x9E3779B97F4A7C15) + self._word_hashes[start + j]
@@ -201,11 +202,11 @@ class _Texts:
         return row, value
 
     def _shingles(self, n: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(shingle sets of all rows, concatenated and each sorted; where each set starts [R + 1]; number of shingles
-        that only one row has).
+        """(shingle sets of all rows, each sorted, concatenated; where each set starts [R + 1]; number of shingles that
+        only one row has).
 
-        A shingle is named by its rank by frequency, rarest first: those that only one row has are the lowest. A text
-        shorter than `n` words is one shingle."""
+        A shingle is represented by its frequency rank, rarest first, so those of a single row have the lowest ranks. A
+        text shorter than `n` words is one shingle."""
         windows = [self._windows(n)]
         windows += [self._hash_of(np.flatnonzero(self._lengths == short), short) for short in range(1, n)]
         row = np.concatenate([rows for rows, _ in windows])
@@ -224,8 +225,9 @@ class _Texts:
 class _NearIndex:
     """Finds an indexed row whose shingle set has at least the Jaccard similarity `threshold` with a given row's.
 
-    Two such sets share one of their first `size - ceil(threshold * size) + 1` elements in any common order, so only
-    these (the prefix) are indexed. The number of elements after the first shared one bounds the overlap."""
+    When all sets are sorted by one order, two such sets share one of their first `size - ceil(threshold * size) + 1`
+    elements, so only these (the prefix) are indexed. The number of elements after the first shared one bounds the
+    overlap."""
 
     def __init__(self, sets: np.ndarray, starts: np.ndarray, n_unshared: int, threshold: float):
         self._sets, self._starts, self._n_unshared, self._threshold = sets, starts, n_unshared, threshold
@@ -235,9 +237,9 @@ class _NearIndex:
         return self._sets[self._starts[i] : self._starts[i + 1]]
 
     def _prefix(self, i: int) -> tuple[int, list[int]]:
-        """Of row `i`: position of the first prefix element that another row has too, and the prefix from there on.
+        """Position of the first element of row `i`'s prefix that another row has too, and the prefix from there on.
 
-        Elements that only this row has are the rarest, so they come first; they can match nothing."""
+        Elements that only this row has can match nothing. They are the rarest, so they come first."""
         own = self._set(i)
         end = len(own) - math.ceil(self._threshold * len(own) - 1e-9) + 1
         start = int(np.searchsorted(own[:end], self._n_unshared))

@@ -11,10 +11,10 @@ A file is `<slice>.jsonl` (one object per line, UTF-8, blank lines skipped) or `
 | verifier | how responses are checked: a name in `scorers.verifiers.VERIFIERS` (optional) |
 | verifier_args | the verifier's arguments, an object (optional) |
 | split | "train" or "eval"; without it the query's id decides |
-| id | an id of your own, which must be unique in the file and is not used otherwise (optional) |
+| id | an id of your own, which must be unique in the file and is otherwise not used (optional) |
 
-A key whose value is null counts as absent. In Parquet, `verifier_args` is a struct, whose null fields count as absent
-too, or JSON text. All problems of a file are reported at once.
+A key whose value is null counts as absent. In Parquet, `verifier_args` is JSON text or a struct, whose null fields
+count as absent too. All problems of a file are reported at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nbg_core.base.names import find, nearest
 from nbg_core.scorers.verifiers import SpecError, check_spec
 
 SHOWN = 20
-"""Most problems that an error describes; of the others it gives the number."""
+"""Maximum number of problems that an error describes; the others are only counted."""
 
 KEYS: dict[str, type | tuple[type, ...]] = {
     "prompt": str, "system": str, "messages": list, "answer": str, "verifier": str, "verifier_args": dict,
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[QueryRow]:
         if (row_id := value.get("id")) is not None and not isinstance(row_id, list | dict):
             if row_id in line_of_id:
                 other = f"{problems.unit} {line_of_id[row_id]}"
-                problems.add(line, "id", f"{row_id!r} is that of {other} too; ids must be unique")
+                problems.add(line, "id", f"{row_id!r} is also the id of {other}; ids must be unique")
             line_of_id.setdefault(row_id, line)
         if row:
             rows.append(row)
@@ -131,11 +131,11 @@ def _jsonl(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these (key, value). Raises ValueError for a key that is there twice."""
+    """The object with these (key, value) pairs. Raises ValueError for a key that appears twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice; keep one")
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice; keep one")
     return result
 
 
@@ -165,11 +165,11 @@ READERS: dict[str, Callable[[Path, Problems], Iterator[tuple[int, dict[str, Any]
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }
-"""What reads a file, by its suffix (`config.slices.SUFFIXES`): its rows with their lines."""
+"""Suffix of a file (`config.slices.SUFFIXES`) -> function that yields (line, row)."""
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without null fields: in a struct column each row has the fields of all rows, null where it has none."""
+    """`value` without null fields: in a struct column each row has the fields of all rows, most of them null."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
@@ -213,7 +213,7 @@ def _row(value: dict[str, Any], line: int, problems: Problems) -> QueryRow | Non
 
 
 def _messages(value: dict[str, Any], line: int, problems: Problems) -> list[dict[str, Any]]:
-    """The messages of a row, each with role and content only. When it adds to `problems`, the result is of no use."""
+    """The messages of a row, each with role and content only. If this adds to `problems`, ignore the result."""
     if "messages" not in value:
         if "prompt" not in value:
             problems.add(line, "prompt", "missing; give 'prompt', or 'messages'")
@@ -251,7 +251,7 @@ def _check_message(message: Any, where: str, line: int, problems: Problems) -> N
 
 
 def _json_name(value: Any) -> str:
-    """What an error calls a value; a type that JSON does not have (a date in Parquet, say) goes by its Python name."""
+    """What an error calls a value. A type that JSON does not have (a date in Parquet, say) goes by its Python name."""
     return JSON_NAMES.get(type(value), type(value).__name__)
 
 
@@ -260,7 +260,7 @@ def _bad_text(text: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        return f"holds half a surrogate pair at character {e.start + 1}, which is no text; escape both halves or none"
+        return f"contains an unpaired surrogate at character {e.start + 1}, which is not text; remove it"
     if "\0" in text:
-        return f"holds a null character (U+0000) at character {text.index(chr(0)) + 1}; remove it"
+        return f"contains a null character (U+0000) at character {text.index(chr(0)) + 1}; remove it"
     return None

@@ -5,9 +5,9 @@ the file. Dropped rows are `rejections` of stage 'queries' with the reason 'too_
 'contaminated'. Rows and rejections are replaced in one commit. If the file gives the same rows as before, only the
 record of the materialisation is added.
 
-Every slice is compared with those ingested before it, so a lock lets one slice at a time be ingested on a machine. A
-slice whose file is gone is not compared with. Its rows stay, except that a query which the new slice has too becomes
-the new slice's: so a query file can be renamed.
+Every slice is compared with those ingested before it, so a lock lets one slice at a time be ingested on a machine.
+Slices whose file is gone are ignored. Their rows stay, except that a query which the new slice has too becomes the new
+slice's, so that a query file can be renamed. A held-out query of a gone slice can thus become a training query.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from nbg_core.queries.readers import QueryFileError, QueryRow, read_rows
 ASSET = "queries"
 
 REMEDY = {
-    "too_long": "shorten the prompts; or raise the limit that `detail` names, as far as the student's context goes",
+    "too_long": "shorten the prompts, or raise the limit that `detail` names, as far as the student's context goes",
     "duplicate": "remove the copies, or the other slice that has them",
     "near_duplicate": "raise queries.near_duplicate_jaccard",
-    "contaminated": "remove the row or the held-out one; or, if `detail` says words in a row, raise "
-    "queries.contamination_words, and if it says similar, queries.near_duplicate_jaccard",
+    "contaminated": "remove one of the two rows; or, if `detail` says words in a row, raise "
+    "queries.contamination_words; if it says similar, raise queries.near_duplicate_jaccard",
 }
 """Reason of a rejection of stage 'queries' -> what to change."""
 
@@ -207,7 +207,8 @@ def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
 
 
 def _nothing_left(path: Path, rows: list[QueryRow], kept: list, drops: dict) -> str:
-    """The error message for a file without a training query: how many rows went where, and what to change."""
+    """The error message for a file without a training query: how many rows were held out or dropped for which reason,
+    and what to change."""
     counts = Counter(reason for reason, _ in drops.values())
     held_out = f"{len(kept)} held out (lower queries.eval_fraction, or set 'split' in the rows)" if kept else ""
     dropped = [f"{n} {reason} ({REMEDY[reason]})" for reason, n in counts.most_common()]

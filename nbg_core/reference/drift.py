@@ -1,7 +1,7 @@
-"""Sampler drift: how much the sampler's and the reference's log-probabilities of the same tokens under the same weights
-differ.
+"""Sampler drift: the difference between the sampler's and the reference's log-probability of the same token, both with
+the same weights.
 
-Sampler and trainer use different kernels, so they never agree exactly. When they disagree much, training works on
+Sampler and trainer use different kernels, so they never agree exactly. When they differ much, training works on
 another distribution than the one that was sampled from. Both log-probabilities are of the model's own distribution
 (temperature 1, no top-p), so sampling settings do not matter. Only responses that the reference itself drew are
 compared, because those of the teacher or of an earlier policy come from other weights.
@@ -26,15 +26,15 @@ MAX_SHARE = 0.01
 """The check `sampler_agrees` warns when a larger share of tokens drifts by more than BOUND."""
 
 STEP_0_NATS = {"fp32": 1e-4, "bf16": 0.1}
-"""Training precision -> nats by which a response of one token may differ before the first update."""
+"""Training precision -> nats by which a response of one token may differ before the first update (`step_0_bound`)."""
 
 
 def step_0_bound(precision: str, beta: float, n_tokens: np.ndarray) -> np.ndarray:
-    """Largest |implicit reward| that counts as 0 before the first update, for responses of `n_tokens` tokens each.
+    """Largest |implicit reward| that counts as 0 before the first update, for each response of `n_tokens` tokens.
 
-    Rounding errors of tokens have random signs, so their sum grows with the square root of the length. float32 differs
-    only by the order of sums (1.5e-6 nats per token on CPUs, more between kernels), bfloat16 by about 0.1 nats per
-    token. Raises ValueError for an unknown precision."""
+    `n_tokens` has any shape, and the result has the same. Rounding errors of tokens have random signs, so their sum
+    grows with the square root of the length. float32 differs only by the order of sums (1.5e-6 nats per token on CPUs,
+    more between kernels), bfloat16 by about 0.1 nats per token. Raises ValueError for an unknown precision."""
     return beta * find(STEP_0_NATS, precision, "training.precision") * np.sqrt(n_tokens)
 
 
@@ -48,7 +48,7 @@ scoring_id."""
 
 
 def by_response(lake: Lake, slice_name: str) -> pl.DataFrame:
-    """Drift of each compared response of a slice's pairs, largest first.
+    """Drift of each compared response in the pairs of a slice, largest first.
 
     Columns: sample_id; tokens, their number; mean and max, nats per token; past_bound, tokens that drift by more than
     BOUND."""
@@ -76,7 +76,7 @@ def summary(lake: Lake, slice_name: str) -> dict[str, Any]:
 
 
 def histogram(lake: Lake, slice_name: str) -> pl.DataFrame:
-    """Compared tokens by drift: log10 (lower edge of a quarter decade; all below 1e-8 is in the first), tokens."""
+    """Compared tokens by drift: log10 (lower edge of a quarter of a decade; the first has all below 1e-8), tokens."""
     return _sql(
         lake,
         f"SELECT floor(4 * log10(greatest(drift, 1e-8))) / 4 AS log10, count(*) AS tokens FROM ({_DRIFTS}) "

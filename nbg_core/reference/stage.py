@@ -36,7 +36,7 @@ class ReferenceReport(Report):
 
 
 def materialise(run: Run, slice_name: str) -> ReferenceReport:
-    """Score the responses that have no row for this reference and dtype yet; a chunk per commit."""
+    """Score the responses that have no row for this reference and dtype yet, with a commit after each chunk."""
     snapshot, inputs = run.read_upstream(ASSET, slice_name)
     wanted = samples_of_pairs(run.lake, slice_name, snapshot)
     reference_id, scoring_id = run.policy.model_id, identity.scoring_id(run.profile)

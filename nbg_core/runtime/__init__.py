@@ -1,1 +1,1 @@
-"""The processes in which stages run: the worker, and the supervisor, which makes sure that none of them is left."""
+"""The processes in which stages run: the worker, and the supervisor that ends it and all that it started."""

@@ -1,8 +1,8 @@
 """The process that a stage runs in: `python -m nbg_core.runtime.worker ASSET [--slice S] [--run-id R] [--report FILE]`.
 
 It prints progress, writes one JSON report (the stage's report, or the error in one sentence) and exits with 0 or 1.
-SIGTERM ends it as an error would: finished work is committed first. A lock keeps a second worker off the same
-partition; the operating system releases it when the process ends, however that happens.
+SIGTERM ends it as an error would: finished work is committed first. A lock keeps a second worker from the same
+partition. The operating system releases it when the process ends, however that happens.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def materialise(asset: str, slice_name: str | None, run_id: str = "local", profi
 
 
 def _terminate(number: int, _frame) -> None:
+    """Handler of SIGTERM: end as by an exception, so that finished work is committed."""
     signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the commit of finished work
     raise SystemExit(128 + number)
 

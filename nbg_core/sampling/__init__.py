@@ -1,1 +1,2 @@
-"""Asset `student_samples`, table `samples`: responses of the current policy and, as a setting, the teacher."""
+"""Asset `student_samples`, table `samples`: responses of the current policy and, if the profile asks for them, of the
+teacher."""

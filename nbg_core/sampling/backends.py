@@ -16,8 +16,8 @@ from nbg_core.sampling.sampler import Sampler
 def open_sampler(run: Run, path: Path, batch_size: int) -> Iterator[Sampler]:
     """The sampler of `sampling.backend` for the model at `path`.
 
-    `batch_size` responses are drawn at the same time by backend `transformers`; vLLM schedules requests itself.
-    Raises ValueError for an unknown backend."""
+    Backend `transformers` draws `batch_size` responses at a time; vLLM schedules requests itself. Raises ValueError for
+    an unknown backend."""
     profile = run.profile
     match profile.sampling.backend:
         case "vllm":

@@ -38,9 +38,9 @@ class Decoding:
     temperature: float
     """0 is greedy."""
     top_p: float
-    """Mass of nucleus sampling; 1 draws from all tokens."""
+    """Nucleus sampling: the mass of the tokens that are drawn from; 1 draws from all tokens."""
     max_tokens: int
-    """Longest response, in tokens."""
+    """Maximum response length, in tokens."""
 
 
 Drawn = tuple[int, int, Response]
@@ -48,7 +48,7 @@ Drawn = tuple[int, int, Response]
 
 
 class Sampler(ABC):
-    """Draws responses of the model at `path`, and has its tokenizer."""
+    """Draws responses from the model at `path`, and holds its tokenizer."""
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False):
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -56,12 +56,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
-        """Draw one response per seed of each request, and give them as they finish.
+        """Draw one response per seed of each request, and yield each as it finishes.
 
-        A response depends on its prompt and its seed, and not on the other requests."""
+        A response depends on its prompt and its seed, not on the other requests."""
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's turn begins."""
+        """Token ids of a chat by this model's chat template, ending where the assistant's turn begins."""
         return encode_prompt(self.tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -1,9 +1,11 @@
-"""Asset `student_samples`, table `samples`: responses of the policy and, as a setting, the teacher to training queries.
+"""Asset `student_samples`, table `samples`: responses of the policy to training queries, and of the teacher if
+`sampling.n_teacher` says so.
 
 Only responses whose id is not in the lake are drawn, in the order of query ids. They are committed whenever a chunk of
 queries is done, and every COMMIT_SECONDS.
 
-Teacher and student get the same prompt tokens: the policy's chat template encodes the prompt for both.
+The policy's chat template encodes the prompt for both, because the two responses of a pair must have the same prompt
+tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class SamplesReport(Report):
 def materialise(run: Run, slice_name: str) -> SamplesReport:
     """Draw the responses of a slice that are missing.
 
-    Raises ValueError when prompt and response do not fit the model's context, or the tokenizers differ."""
+    Raises ValueError if a prompt with its response does not fit the model's context, or if the tokenizers differ."""
     sampling, models = run.profile.sampling, run.profile.models
     snapshot, inputs = run.read_upstream(ASSET, slice_name)
     queries = run.lake.sql(
@@ -48,7 +50,7 @@ def materialise(run: Run, slice_name: str) -> SamplesReport:
         snapshot=snapshot,
     )
     teacher_path = run.profile.resolve(models.teacher)
-    # Checked before any sampling: the teacher could not score the responses of a student with another tokenizer.
+    # Checked before any sampling, since a teacher with another tokenizer could not score the student's responses.
     check_same_tokenizer(run.policy.path, teacher_path, trust_remote_code=models.trust_remote_code)
     sources = [("student", run.policy.path, run.policy.model_id, sampling.n_student)]
     if sampling.n_teacher:
@@ -80,7 +82,7 @@ def _draw_missing(
     model_id: str,
     inputs: Sequence[Input],
 ) -> int:
-    """Draw and commit those responses of a model that the lake does not have, and return their number.
+    """Draw and commit the responses of a model that the lake does not have yet, and return their number.
 
     `wanted` is query id -> sample ids by index; `source` is 'student' or 'teacher', `path` the model's folder."""
     sampling_id = identity.sampling_id(run.profile)
@@ -110,7 +112,7 @@ def _draw_missing(
 
 
 def _longest(run: Run, path: Path) -> int | None:
-    """Most tokens that prompt and response may have together; None is without limit."""
+    """Maximum length of prompt and response together, in tokens; None without a limit."""
     vllm = run.profile.vllm
     of_server = vllm.max_model_len if run.profile.sampling.backend == "vllm" and not vllm.addresses else None
     return min(filter(None, (context_length(path), of_server)), default=None)
@@ -133,7 +135,7 @@ def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], buffer: Com
             if limit and len(prompt) + s.max_tokens > limit:
                 raise ValueError(
                     f"query {query_id} has {len(prompt)} prompt tokens; with sampling.max_tokens "
-                    f"{s.max_tokens} that passes the {limit} tokens that {path} takes; shorten the query, or lower "
+                    f"{s.max_tokens} that exceeds the {limit} tokens that {path} takes; shorten the query, or lower "
                     "sampling.max_tokens"
                 )
             requests.append(Request(prompt, [ids.seed_from(s.seed, sample_id) for _, sample_id in missing]))

@@ -1,11 +1,11 @@
 """The sampler of backend `transformers`: a model in this process, batched, with a key-value cache.
 
-Tokens are drawn here and not by `generate`: each response has its own stream of uniform numbers, derived from its seed,
-so that it does not depend on batch size, order or the other requests. A prompt's forward pass is shared by all its
-responses.
+Tokens are drawn here and not by transformers' `generate`: each response has its own stream of uniform numbers, derived
+from its seed, so that it does not depend on batch size, order or the other requests. A prompt's forward pass is shared
+by all its responses.
 
 Shapes: R requests (prompts), N responses of all requests, L prompt tokens of the longest request plus tokens drawn so
-far, T response tokens of the longest response, V vocabulary.
+far, S tokens of the longest response, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class TransformersSampler(Sampler):
         self.batch_size = batch_size
 
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
-        """See Sampler.stream. A batch has as many requests as have `batch_size` responses together, one at least."""
+        """See Sampler.stream. A batch has consecutive requests with at most `batch_size` responses in all, but at least
+        one request."""
         start = 0
         for end in range(1, len(requests) + 1):
             batch = requests[start : end + 1]
@@ -62,7 +63,7 @@ class TransformersSampler(Sampler):
         request_of = torch.tensor([i for i, r in enumerate(requests) for _ in r.seeds], device=device)  # [N]
         cache = out.past_key_values
         cache.batch_select_indices(request_of)  # from one row per request to one per response
-        logits, mask = out.logits[request_of, -1], mask[request_of]  # [N, columns of the output matrix], [N, L]
+        logits, mask = out.logits[request_of, -1], mask[request_of]  # [N, columns of the logits], [N, L]
         position = positions[request_of, -1:]  # [N, 1]
         seeds = [seed for r in requests for seed in r.seeds]
         uniforms = torch.from_numpy(_uniforms(seeds, decoding.max_tokens)).to(device)  # [N, max_tokens]
@@ -84,8 +85,8 @@ class TransformersSampler(Sampler):
         return self._responses(requests, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
     def _responses(self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
-        """The responses to each request, from tokens [N, T] and logprobs [N, T]; each ends at its first stop token."""
-        ends = torch.isin(tokens, self.stop)  # [N, T]
+        """The responses to each request, from tokens [N, S] and logprobs [N, S]; each ends at its first stop token."""
+        ends = torch.isin(tokens, self.stop)  # [N, S]
         stopped = ends.any(1)  # [N]
         lengths = torch.where(stopped, ends.int().argmax(1) + 1, tokens.shape[1])  # [N]
         columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
@@ -113,6 +114,6 @@ def _draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor,
             before = ordered.values.cumsum(-1) - ordered.values  # [N, V], mass of all more probable tokens
             p = p.scatter(-1, ordered.indices, ordered.values.masked_fill(before >= decoding.top_p, 0))
         cdf = p.cumsum(-1)  # [N, V]
-        last = (p > 0).int().cumsum(-1).argmax(-1, keepdim=True)  # [N, 1], the last possible id: rounding may pass it
+        last = (p > 0).int().cumsum(-1).argmax(-1, keepdim=True)  # [N, 1], last id with p > 0: rounding may pass it
         token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).minimum(last)[:, 0]  # [N]
     return token, logp.gather(-1, token[:, None])[:, 0]

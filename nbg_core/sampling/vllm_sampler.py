@@ -5,8 +5,8 @@ alone. The server caches keys and values, so a prompt is computed once for all i
 
 A seed decides its response up to rounding: vLLM's results are rounded differently in different batches, so a draw at
 the boundary between two tokens can fall either way. Log-probabilities are of the model's own distribution (vLLM's
-logprobs_mode raw_logprobs, which the client checks). Unlike those of the transformers sampler, they include the columns
-of a padded output matrix, which have practically no mass and are never drawn.
+logprobs_mode raw_logprobs, which the client checks). Unlike those of the transformers sampler, they are normalised over
+padding columns of the logits too; these have practically no mass, and their ids are never drawn.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class VllmSampler(Sampler):
     def _body(self, request: Request, seed: int, decoding: Decoding) -> dict:
         """The body of the HTTP request for one response.
 
-        It names every sampling parameter, because a server may take one that is missing from the model's generation
-        config."""
+        It sets every sampling parameter, because for a missing one a server may use the model's generation config."""
         return {
             "prompt": request.prompt_token_ids, "seed": seed, "max_tokens": decoding.max_tokens, "logprobs": 0,
             "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0, "min_p": 0.0,

@@ -60,8 +60,8 @@ class Scorer:
 
 
 def one_id(*parts: object) -> Callable[[Context, pl.DataFrame], pl.DataFrame]:
-    """Make the `ids` of a scorer that applies to every response and has one scorer_id: the hash of `parts`, its name,
-    its version and the values that it depends on."""
+    """Make the `ids` of a scorer that applies to every response and has a single scorer_id. The id is the hash of
+    `parts`: the scorer's name, its version and the values that it depends on."""
     return lambda context, samples: samples.select("sample_id", scorer_id=pl.lit(digest(*parts)))
 
 
@@ -101,7 +101,8 @@ def _verify(row: dict) -> float:
 
 
 LEAST_LOGLIK = -1e4
-"""Score, in nats per token, of a response with a token that the teacher rules out: the table holds no infinities."""
+"""Lowest score, in nats per token: that of a response with a token that the teacher rules out, since the table takes no
+infinities."""
 LOGLIK_DEPENDS_ON = ("teacher", "scoring_id", "loglik_engine")
 
 
@@ -119,9 +120,9 @@ def _loglik(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
 SCORERS: dict[str, Scorer] = {
     s.name: s
     for s in (
-        Scorer("verifier", "share right, 0 to 1", "the query's own verifier; none for a query without one",
+        Scorer("verifier", "share right, 0 to 1", "score by the query's verifier; a query without one has none",
                _verifier_ids, by_response(_verify)),
-        Scorer("teacher_loglik", "nats a token", "mean teacher log-probability of the response's tokens",
+        Scorer("teacher_loglik", "nats per token", "mean teacher log-probability of the response's tokens",
                _loglik_ids, _loglik, depends_on=LOGLIK_DEPENDS_ON),
     )
 }  # fmt: skip

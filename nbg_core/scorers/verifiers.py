@@ -3,7 +3,7 @@
 A response on which a verifier fails, or takes longer than TIME_LIMIT seconds, scores 0. A specification that no
 response could satisfy (unknown name, bad arguments, a verifier that fails on the reference answer) is a SpecError; when
 queries are ingested, `check_spec` raises it. The time limit is an alarm signal, so `verify` must be called in the main
-thread of a process; workers do that.
+thread of a process, as workers do.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nbg_core.base.ids import digest
 from nbg_core.base.names import nearest
 
 VERSION = "1"
-"""Part of every scorer_id. Increment it when a verifier scores otherwise than before: all responses are then verified
-again."""
+"""Part of the scorer_id of every verifier. Increment it when a verifier changes its scores: all responses are then
+verified again."""
 
 TIME_LIMIT = 5.0
-"""Seconds a verifier may take over one response."""
+"""Seconds that a verifier may take for one response."""
 
 
 class SpecError(ValueError):
@@ -37,7 +37,7 @@ class SpecError(ValueError):
 
 
 class _TimedOut(BaseException):
-    """A verifier reached its time limit. No Exception, so that a library's `except Exception` does not catch it."""
+    """A verifier reached its time limit. It is not an Exception, so that `except Exception` in a library misses it."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _check(verifier: Verifier, answer: str | None, args: dict[str, Any], prompt:
 
 @contextmanager
 def _time_limit():
-    """Raise _TimedOut in the body of the `with` after TIME_LIMIT seconds, and then every second until it ends."""
+    """Raise _TimedOut in the body of the `with` after TIME_LIMIT seconds, and then every second until the body ends."""
 
     def stop(signum, frame):
         raise _TimedOut(f"no verdict within {TIME_LIMIT:g} s")
@@ -221,15 +221,15 @@ def _dataset_scorer(dataset: str) -> Callable[[str | None, dict], float]:
 VERIFIERS: dict[str, Verifier] = {
     v.name: v
     for v in (
-        Verifier("exact", "the stripped response is the stripped answer; `case_sensitive` (default true)",
+        Verifier("exact", "the stripped response equals the stripped answer; `case_sensitive` (default true)",
                  _exact, {"case_sensitive": bool}, needs_answer=True),
         Verifier("regex", "the stripped response matches all of `pattern` (default: the answer)",
                  _regex, {"pattern": str}, check=lambda answer, args, prompt: _pattern(answer, args)),
-        Verifier("math_verify", "it is mathematically the answer, read as LaTeX (`$` around it is optional)",
+        Verifier("math_verify", "it equals the answer mathematically, read as LaTeX (`$` around it is optional)",
                  _math_verify, needs_answer=True, check=lambda answer, args, prompt: _gold(answer),
                  load=_load_math_verify),
-        Verifier("reasoning_gym", "the scorer of that reasoning-gym `dataset` says so, partial credit included; "
-                 "`metadata` is the entry's own", _reasoning_gym, {"dataset": str, "metadata": dict},
+        Verifier("reasoning_gym", "the scorer of the reasoning-gym dataset `dataset` accepts it; partial credit is "
+                 "kept; `metadata` is the entry's own", _reasoning_gym, {"dataset": str, "metadata": dict},
                  required=("dataset",), check=lambda answer, args, prompt: _reasoning_gym(answer, answer, args, prompt),
                  load=lambda args: _dataset_scorer(args["dataset"]),
                  remedy="give the entry's own answer and its whole metadata"),

@@ -22,7 +22,8 @@ from nbg_core.teacher.store import compress
 
 @contextmanager
 def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
-    """The profile's engine with the teacher at `path`: what makes frames of teacher_logits columns of `samples`.
+    """Open the profile's engine for the teacher at `path`: a function from `samples` to frames of teacher_logits
+    columns.
 
     Raises ValueError for an unknown engine."""
     s = run.profile.teacher
@@ -64,12 +65,13 @@ def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator
 
 
 PIECES = 4
-"""Pieces of a chunk per process, so that none waits long for the last one."""
+"""Pieces per process that a chunk is cut into, so that no process waits long for the last piece."""
 
 
 @contextmanager
 def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
-    """Processes with a copy of the teacher each. Raises RuntimeError when one of them dies."""
+    """`open_engine` with `teacher.n_processes` processes, each with its own copy of the teacher. The function raises
+    RuntimeError when one of them dies."""
     n, context = run.profile.teacher.n_processes, multiprocessing.get_context("spawn")
     arguments = (run.profile, path, context.Value("i", 0))
     with ProcessPoolExecutor(n, mp_context=context, initializer=_start, initargs=arguments) as pool:
@@ -83,7 +85,7 @@ def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl
                     yield from done.result()
             except BrokenProcessPool as e:
                 raise RuntimeError(
-                    "a scoring process died, perhaps for want of memory; what was finished is kept: lower "
+                    "a scoring process died, perhaps for lack of memory; what was finished is kept: lower "
                     "teacher.n_processes or teacher.batch_tokens, and run again"
                 ) from e
 
@@ -93,11 +95,11 @@ def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl
             pool.shutdown(cancel_futures=True)
 
 
-_scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # of a scoring process
+_scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # set in a scoring process
 
 
 def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
-    """In a scoring process: take a turn, with it a GPU, and load the teacher."""
+    """Initialise a scoring process: choose its GPU, in turn, and load the teacher."""
     global _scorer
     with turn.get_lock():
         number, turn.value = turn.value, turn.value + 1
@@ -105,7 +107,7 @@ def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
     try:
         _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
-    except Exception as e:  # raised with the first piece: raised here, it would only be a process that died
+    except Exception as e:  # `_score_piece` raises it; raised here, it would only break the pool
         _scorer = e
 
 

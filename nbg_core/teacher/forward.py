@@ -1,4 +1,7 @@
-"""Teacher-forced scoring of stored responses: token ids in, hidden states at every response position out."""
+"""Teacher-forced scoring of stored responses: token ids in, hidden states at every response position out.
+
+Shapes: T response tokens of a forward pass, concatenated; H hidden; V vocabulary; c rows of a tile.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,11 @@ class Scored:
 
 
 class Scorer:
-    """A model that scores `samples` (columns sample_id, prompt_token_ids, token_ids)."""
+    """A model, teacher or reference, that gives the log-probs of `samples` (columns sample_id, prompt_token_ids,
+    token_ids). The scorers of `preference.weights` are another thing (`scorers.scorers`)."""
 
     def __init__(self, profile: Profile, path: Path, log: Callable[[str], None] = print, n_beside: int = 1):
-        """`n_beside`: scorers that share this machine's threads.
+        """`n_beside`: number of processes with such a model that share this machine's threads.
 
         Raises FileNotFoundError or ValueError for a model that is not there or cannot be scored."""
         if profile.threads:
@@ -53,7 +57,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, samples: pl.DataFrame) -> Iterator[Scored]:
-        """Forward passes over `samples`, at most `batch_tokens` tokens each (one response may be longer)."""
+        """Forward passes over `samples`, of at most `batch_tokens` tokens; a longer response gets one of its own."""
         for batch in self._batches(samples):
             prompts, responses = batch["prompt_token_ids"].to_list(), batch["token_ids"].to_list()
             inputs = collate(prompts, responses, None if self.packed else self.pad_id).to(self.model.device)
@@ -62,7 +66,7 @@ class Scorer:
 
     @torch.inference_mode()
     def logps(self, scored: Scored) -> Tensor:
-        """log p [T] of the responses' own tokens, by the reduction that the trainer uses; float32."""
+        """Log p [T] of the responses' own tokens, float32, by the reduction that the trainer uses."""
         return lm_head_logps(scored.hidden, self.weight, scored.token_ids, vocab=self.vocab)
 
     def logits(self, scored: Scored) -> Iterator[Tensor]:
@@ -70,10 +74,10 @@ class Scorer:
         return logit_tiles(scored.hidden, self.weight, vocab=self.vocab)
 
     def _batches(self, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """Without padding: responses that share a prompt side by side, longest first. With: longest first."""
+        """Batches of `samples`, longest first; for packing, responses with the same prompt are kept together."""
         n_prompt, n_response = pl.col("prompt_token_ids").list.len(), pl.col("token_ids").list.len()
         if self.packed:
-            key = pl.struct("prompt_token_ids").hash()  # neighbours only: what is shared is compared in full
+            key = pl.struct("prompt_token_ids").hash()  # puts equal prompts together; `collate` compares them in full
             samples = samples.with_columns(n_prompt.alias("_n"), key.alias("_key")).sort(
                 ["_n", "_key", "sample_id"], descending=[True, False, False]
             )
@@ -86,7 +90,7 @@ class Scorer:
             cost = samples["_n"].to_numpy()
         samples = samples.drop("_n", "_key")
         start = total = 0
-        for i, alone in enumerate(cost.tolist()):  # tokens of a response in a batch without another of its prompt
+        for i, alone in enumerate(cost.tolist()):  # tokens of a response that shares no prompt
             total = total + alone - int(shared[i]) if self.packed else (i - start + 1) * int(cost[start])
             if total > self.batch_tokens and i > start:
                 yield samples[start:i]

@@ -22,11 +22,12 @@ ASSET = "teacher_logits"
 class TeacherReport(Report):
     teacher_model_id: str
     storage_id: str
-    """The settings that the rows are stored with."""
+    """Id of the settings that the rows are stored with."""
 
 
 def materialise(run: Run, slice_name: str) -> TeacherReport:
-    """Score the responses that have no row for this teacher and these settings yet; a chunk per commit.
+    """Score the responses that have no row for this teacher and these settings yet. Rows are committed after each
+    chunk, and within a chunk every 30 seconds.
 
     Raises ValueError when the teacher has another tokenizer than the student."""
     path = run.profile.resolve(run.profile.models.teacher)

@@ -2,30 +2,30 @@
 
 The top entries are the smallest set of most probable tokens that leaves at most `epsilon` outside, up to `k_head` of
 them. If more than `epsilon` is left, up to `m_tail` ids are drawn from it by systematic sampling (one uniform number
-per position, seeded by sample and position). Each stands for an equal share of the tail mass, so the cross-entropy
-against these weights is an unbiased estimate of that against the whole distribution (random-sampling distillation,
-arXiv 2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is outside, never
-1 - sum.
+per position, seeded by sample and position). Each stands for an equal share of the tail mass. Apart from rounding, the
+cross-entropy against these weights is then an unbiased estimate of that against the whole distribution (random-sampling
+distillation, arXiv 2503.16870, stratified here). The mass outside the top entries is exact: a logsumexp over what is
+outside, never 1 - sum.
 
-`min_weight` spends entries where they count. A less probable token is not kept exactly but may be sampled. The tail
-gets mass / min_weight samples, rounded up and at most m_tail. A position then has about 1 / min_weight entries at most,
-and one at which the teacher is nearly certain has two. For the error of a mean over positions this is the best use of a
-number of entries (sampling proportional to size). With 0 every position whose k_head entries leave more than epsilon
-has k_head + m_tail.
+`min_weight` bounds the number of entries. A less probable token is not a top entry, but may be sampled. The tail gets
+mass / min_weight samples, rounded up and at most m_tail. A position then has about 1 / min_weight entries at most, and
+one at which the teacher is nearly certain has one or two. For a mean over positions this is the best use of a given
+number of entries (sampling proportional to size). With 0, every position whose k_head most probable tokens leave more
+than epsilon has k_head + m_tail entries.
 
-In a file every value is plain, so that SQL reads it, and shaped for Parquet's BYTE_STREAM_SPLIT encoding with zstd
-(`base.files.write_parquet`), which stores bytes that are mostly equal in next to nothing:
+The stored values are ordinary SQL numbers, prepared for Parquet's BYTE_STREAM_SPLIT encoding with zstd
+(`base.files.write_parquet`), which takes almost no space for bytes that are mostly equal:
 
-* Ids are sorted, among the top entries and in the tail, and stored as differences to the one before (`entry_gaps`; the
-  first is the id itself). DuckDB reads the encoding of floats alone, so they are float32 with 2^23 added: the last
-  three bytes of such a float are those of a whole number.
-* Log-probs are float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. Each top entry takes over
-  what rounding took from the one before, and the largest has more bits, so that top entries and tail sum to 1.
+* Ids are sorted, among the top entries and in the tail, and stored as the difference to the previous one (`entry_gaps`;
+  the first is the id itself). DuckDB reads the encoding of floats only, so they are float32 with 2^23 added: the last
+  three bytes of such a float are those of a small integer.
+* Log-probs are float32 with `logprob_bits` bits of mantissa, those of the tail with 2 fewer. The mass that rounding
+  takes from a top entry is added to the next more probable one. The last has more bits, so that the total stays 1.
 
 The columns are declared in `lake.teacher_columns`; there the top entries are called the head.
 
-Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions, c rows of a
-block.
+Shapes: T response positions, V vocabulary, K entries of the widest position, E entries of all positions; in a block, c
+rows, the k most probable tokens of each row, and m tail samples of the row with the most.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from nbg_core.lake.teacher_columns import GAP_ZERO, TRAINED_ON
 from nbg_core.losses.targets import TeacherTargets
 
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-"""Logits handled at once, so that memory does not grow with T x V; on a CPU such that they stay in the cache."""
+"""Size of the logits handled at once, so that memory does not grow with T x V. A CPU keeps them in its cache."""
 MIN_ROWS = 16
-"""Rows handled at once, at least: torch reduces few long rows 20 times slower than 8 or more."""
+"""Minimum number of rows handled at once: torch reduces a few long rows 20 times slower than 8 or more."""
 GROUP, UNGROUPED = 128, 2048
-"""Neighbouring ids whose mass is summed before the tail is drawn, in a vocabulary larger than so many."""
+"""Of more than UNGROUPED ids, a tail sample is drawn in two steps: GROUP neighbouring ids, then one of these."""
 LOG_THIN = math.log(1e-30)
 """A tail whose log mass is this far below the best entry's is computed relative to its own maximum: float32 underflows
 at 1e-38."""
 LOG_ALONE = -16.0
 """Top entries with a log-prob below this do not pass their rounding error on: they have hardly any mass."""
 FINE_BITS = 13
-"""Bits of mantissa of the log-probs that a position has one of (token, tail, most probable entry): 0.0001 of the
-value."""
+"""Bits of mantissa of the log-probs of which a position has only one (token, tail, most probable entry): rounding
+changes them by less than 0.0001 of their value."""
 
 
 def compress(
@@ -71,7 +71,7 @@ def compress(
     parts, at, space = [], 0, None
     for tile in logits:
         vocab = tile.shape[1]
-        drawing = 8 * (vocab if vocab <= UNGROUPED else GROUP * s.m_tail)  # float64 sums of what is drawn from
+        drawing = 8 * (vocab if vocab <= UNGROUPED else GROUP * s.m_tail)  # float64 sums that tails are drawn from
         row_bytes = max(4 * vocab, drawing)
         step = max(MIN_ROWS, BLOCK_BYTES[tile.device.type] // row_bytes)
         if space is None:
@@ -105,7 +105,7 @@ def frame(
     """The teacher_logits columns, a row per sample, of concatenated positions.
 
     `token`: log-probs [T] of the responses' tokens. `tail`: log mass [T] outside the top entries. `n_top`, `n_tail`:
-    counts [T] of the `ids` and `logprobs` [E]; the top entries of a position are sorted by id, and so is its tail. All
+    how many [T] of the `ids` and `logprobs` [E] are a position's top entries and tail, each of them sorted by id. All
     but counts and ids are float32."""
     ends = np.cumsum(lengths)
     entry_ends = np.cumsum(n_top + n_tail)[ends - 1]
@@ -135,7 +135,7 @@ def decode(responses: Sequence[Mapping[str, np.ndarray]]) -> TeacherTargets:
     gaps, logp = column["entry_gaps"], column["entry_logprobs"]
     starts, n = _lists_within(head_counts, tail_counts)
     gaps = gaps.astype(np.int64) - GAP_ZERO
-    entry_ids = gaps.cumsum()  # over all lists: what the lists before add up to is taken off again
+    entry_ids = gaps.cumsum()  # over all lists; the sum of the lists before is taken off again
     entry_ids -= np.repeat(entry_ids[starts] - gaps[starts], n)
     count = head_counts + tail_counts
     columns = np.arange(count.max(initial=1), dtype=np.int32)
@@ -158,15 +158,15 @@ def round_mantissa(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _rounded(logprobs: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray, bits: int) -> np.ndarray:
-    """Log-probs [E] of positions [T], rounded such that the top entries of each position keep their mass.
+    """Log-probs [E] of the entries of T positions, rounded so that the top entries of a position keep their total mass.
 
-    Entries are rounded from the least probable up. Each takes over the mass that rounding took from the one before; the
-    last has the bits to keep what is left."""
+    Top entries are rounded from the least probable up. The mass that rounding takes from one is added to the next; the
+    last one has the bits to keep what is left."""
     result = round_mantissa(logprobs, max(1, bits - 2))
     at, owner = np.flatnonzero(_is_top(n_top, n_tail)), np.repeat(np.arange(len(n_top)), n_top)
     order = at[np.lexsort((logprobs[at], owner))]
     width = n_top.max(initial=0)
-    column = np.arange(len(at)) - np.repeat(n_top.cumsum(), n_top) + width  # the most probable in the last one
+    column = np.arange(len(at)) - np.repeat(n_top.cumsum(), n_top) + width  # the most probable one is in the last
     top = np.full((len(n_top), width), -np.inf, dtype=np.float32)
     top[owner, column] = logprobs[order]
     carry = np.zeros(len(top))
@@ -186,12 +186,12 @@ def _rounded(logprobs: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray, bits: 
 
 
 def _is_top(n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
-    """[E] bool."""
+    """Which entries [E] are top entries."""
     return np.repeat(np.tile([True, False], len(n_top)), np.stack([n_top, n_tail], 1).ravel())
 
 
 def _gaps(ids: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
-    """Differences [E] of ids to the one before among the top entries or in the tail; the first is the id itself."""
+    """Difference [E] of each id to the one before in its list (see `_lists_within`), or to 0, plus GAP_ZERO."""
     gaps = np.diff(ids, prepend=np.int32(0))
     starts, _ = _lists_within(n_top, n_tail)
     gaps[starts] = ids[starts]
@@ -199,7 +199,7 @@ def _gaps(ids: np.ndarray, n_top: np.ndarray, n_tail: np.ndarray) -> np.ndarray:
 
 
 def _lists_within(n_top: np.ndarray, n_tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the top entries and the tail of each position begin in [E] and how many they are, empty ones left out."""
+    """Start in [E], and length, of the lists: each position's top entries, and its tail, unless they are empty."""
     n = np.stack([n_top, n_tail], 1).ravel()
     starts = np.cumsum(n) - n
     return starts[n > 0], n[n > 0]
@@ -216,9 +216,9 @@ def _uniforms(sample: str, n: int, seed: int) -> np.ndarray:
 
 
 def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: TeacherSettings, space: Tensor):
-    """Of logits z [c, V], which may be overwritten: the token's log-prob, the log mass outside the top entries, counts
-    of top entries and of tail samples [c], ids and log-probs of all entries. `space` [at least c, V or more]: zeros
-    from V on."""
+    """The arguments of `frame` from `token` on, for logits z [c, V], which may be overwritten.
+
+    `space` is memory [at least c, V rounded up to whole GROUPs], with zeros from column V on."""
     if s.temperature != 1:
         z.div_(s.temperature)
     vocab = z.shape[1]
@@ -226,7 +226,7 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     top_z, top_ids = z.topk(k, dim=-1)  # [c, k]
     best = top_z[:, :1]
     space = space[: len(z)]
-    p = torch.sub(z, best, out=space[:, :vocab]).exp_()  # over that of the best
+    p = torch.sub(z, best, out=space[:, :vocab]).exp_()  # relative to the best
     log_z = p.sum(-1, keepdim=True).log() + best  # [c, 1]
     token = (z.gather(1, token_ids[:, None]) - log_z)[:, 0].where(log_z[:, 0].isfinite(), torch.nan)
     top = top_z - log_z
@@ -235,7 +235,7 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     thin = (beyond < top[:, :1] + LOG_THIN)[:, 0]
     if thin.any():
         beyond[thin] = z[thin].scatter(1, top_ids[thin], -torch.inf).logsumexp(-1, keepdim=True) - log_z[thin]
-    # [c, k]: log mass that the first j + 1 entries leave; a sum of what is left, never 1 - sum of what is taken.
+    # [c, k]: log mass outside the first j + 1 tokens: a sum over those outside, never 1 - sum over those inside.
     left = torch.cat([top[:, 1:], beyond], 1).double().flip(-1).logcumsumexp(-1).flip(-1)
     enough = left <= (math.log(s.epsilon) if s.epsilon else -torch.inf)
     n_enough = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, vocab)  # [c]
@@ -249,7 +249,7 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
     drawn = torch.arange(m, device=z.device) < n_tail[:, None]  # [c, m]
     tail_ids = torch.zeros((len(z), m), dtype=torch.long, device=z.device)
     if m:
-        p.scatter_(1, top_ids, (top_z - best).exp().masked_fill(kept, 0.0))  # from here on p is what is outside
+        p.scatter_(1, top_ids, (top_z - best).exp().masked_fill(kept, 0.0))  # from here on p is only the tail
         thin = draw & (tail_logmass < top[:, 0] + LOG_THIN)
         if thin.any():
             rest = z[thin].scatter(1, top_ids[thin], top_z[thin].masked_fill(kept[thin], -torch.inf))
@@ -267,10 +267,10 @@ def _compress_block(z: Tensor, token_ids: Tensor, uniforms: np.ndarray, s: Teach
 
 
 def _at_places(p: Tensor, places: Tensor) -> Tensor:
-    """Columns [c, m] of p [c, multiple of GROUP] at which its running sum passes `places` [c, m] (of the whole sum, 0
-    to 1), none of them 0. A row of zeros gives any.
+    """Columns [c, m] at which the cumulative sum of p [c, multiple of GROUP] first exceeds `places` [c, m], which are
+    fractions of the row's total. A column with p = 0 is never chosen, unless the whole row is 0.
 
-    In two steps, group and column in it: a running sum over all of V is many times slower than sums by groups."""
+    In two steps, group and column in it: a cumulative sum over all of V is many times slower than sums by groups."""
     if p.shape[1] <= UNGROUPED:
         return _pass(p.double(), places)[0]
     grouped = p.view(len(p), -1, GROUP)
@@ -282,11 +282,11 @@ def _at_places(p: Tensor, places: Tensor) -> Tensor:
 
 
 def _pass(mass: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Index [..., m] at which the running sum of mass [..., n] passes `places` (of the sum), and what is left to pass
-    there."""
+    """Index [..., m] at which the cumulative sum of mass [..., n] first exceeds `places` [..., m] (fractions of the
+    total), and how much of the mass at that index lies below the place."""
     total = mass.cumsum(-1)
     whole = total[..., -1:]
-    # Below the last sum, whatever rounding does: the first sum above a point belongs to a mass that is not 0.
+    # Below the total, whatever rounding does: then some sum is above, and the first that is belongs to a mass above 0.
     points = (places * whole).minimum(torch.nextafter(whole, torch.zeros_like(whole)))
     index = torch.searchsorted(total, points, right=True).clamp_(max=mass.shape[-1] - 1)
     return index, (points - total.gather(-1, index) + mass.gather(-1, index)).clamp_(min=0)

@@ -1,16 +1,16 @@
 """Teacher rows from vLLM's `prompt_logprobs`, for a teacher that needs a whole node to itself.
 
-A server gives the `k_head` most probable entries of a position and the token that is there, nothing else: the rows are
-top-k with a bucket. The top entries kept are the fewest that leave at most `epsilon` outside, as with the transformers
-engine. There is no sampled tail. The mass outside is 1 minus that of the top entries, in float64 but of float32
-log-probs: exact to 1e-6 or so. The bucket estimator (training.loss.estimator) is the one that reads such rows. In
-float32 both engines have the same entries but for ties, with log-probs within 0.001 (tests/test_real_vllm.py).
+A server returns the `k_head` most probable tokens of a position and the token of the response, nothing else. So rows
+have top entries and the mass outside them, but no tail samples, and training.loss.estimator must be `bucket`. As with
+the transformers engine, the top entries are the fewest that leave at most `epsilon` outside. The mass outside is 1
+minus that of the top entries, computed in float64 from float32 log-probs: accurate to about 1e-6. In float32 both
+engines have the same entries, except for ties, with log-probs within 0.001 (tests/test_real_vllm.py).
 
-Columns past the tokenizer's vocabulary (a padded output matrix) are never entries; their mass is in the bucket.
+Logits past the tokenizer's vocabulary (a padded output matrix) are never entries; their mass counts as outside.
 
-Prefix caching. Log-probs of prompt tokens found in the cache were stale values of earlier requests in some versions
-(vllm PR 42245), and are computed again in others, so a cache could only do harm: our server runs without one, and
-every attempt at a request has a `cache_salt` of its own, so that a given server finds nothing in its.
+Prefix caching. In some versions the log-probs of cached prompt tokens are stale values of earlier requests (vllm PR
+42245); in others they are computed again. So a cache never helps: a server that a stage starts runs without one, and
+each attempt at a request has its own `cache_salt`, so that servers of `vllm.addresses` do not use theirs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from nbg_core.vllm.client import BadAnswer, Client
 from nbg_core.vllm.server import served
 
 IMPOSSIBLE = -9999.0
-"""What a server says for a log-prob of -inf, which JSON cannot."""
+"""What a server writes for a log-prob of -inf, which JSON does not have."""
 MASS_TOLERANCE = 1e-3
-"""Mass past 1 that rounding explains."""
+"""The entries' mass may exceed 1, and a log-prob 0, by this much: that is rounding."""
 
 
 @contextmanager
 def open_vllm(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
-    """What makes frames of teacher_logits columns, a response each, of `samples`, as answers come."""
+    """Open the teacher on vLLM servers: a function from `samples` to frames of teacher_logits columns.
+
+    A frame has one response, and frames come in the order in which answers arrive."""
     trust = run.profile.models.trust_remote_code
     vocab = len(load_tokenizer(path, trust_remote_code=trust))
     k = min(run.profile.teacher.k_head, output_width(path, trust_remote_code=trust))
@@ -47,7 +49,7 @@ def open_vllm(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterato
 
 
 def score(client: Client, samples: pl.DataFrame, vocab: int, k: int, s: TeacherSettings) -> Iterator[pl.DataFrame]:
-    """See open_vllm. Longest first; raises ServerFailed after what had finished was handed back."""
+    """The function of `open_vllm`. Longest responses first; ServerFailed is raised after finished ones were yielded."""
     n = pl.col("prompt_token_ids").list.len() + pl.col("token_ids").list.len()
     rows = samples.sort(n, "sample_id", descending=[True, False]).to_dicts()
     bodies = (
@@ -60,7 +62,7 @@ def score(client: Client, samples: pl.DataFrame, vocab: int, k: int, s: TeacherS
 
 
 def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> pl.DataFrame:
-    """One response's row. Raises BadAnswer for what cannot be the log-probs of its tokens."""
+    """The row of one response. Raises BadAnswer for an answer that cannot be the log-probs of its tokens."""
     prompt, response = sample["prompt_token_ids"], sample["token_ids"]
     if choice.get("prompt_token_ids") != prompt + response:
         raise BadAnswer("its prompt_token_ids are not those that were sent")
@@ -79,14 +81,14 @@ def _row(choice: dict, sample: dict, vocab: int, k: int, s: TeacherSettings) -> 
 def _entries(position: dict, token: int, vocab: int, k: int, s: TeacherSettings):
     """The token's log-prob, the log mass outside the top entries, and its ids and log-probs, sorted by id."""
     if not isinstance(position, dict) or str(token) not in position or not k <= len(position) <= k + 1:
-        raise BadAnswer(f"a position without its token's log-prob, or not with {k} entries")
+        raise BadAnswer(f"a position has no log-prob of its token, or not {k} entries")
     ids = np.array([int(i) for i in position])
     logp = np.array([entry["logprob"] for entry in position.values()], dtype=np.float64)
     logp[logp <= IMPOSSIBLE] = -np.inf
     if np.isnan(logp).any() or logp.max() > MASS_TOLERANCE:
         raise BadAnswer("log-probs that are not numbers, or above 0")
     own = float(logp[ids == token][0])
-    if len(ids) == k + 1:  # the token is there because it was asked about: not one of the k most probable
+    if len(ids) == k + 1:  # the response's token is not one of the k most probable
         ids, logp = ids[ids != token], logp[ids != token]
     ids, logp = ids[(ids < vocab) & (logp > -np.inf)], logp[(ids < vocab) & (logp > -np.inf)]
     order = np.lexsort((ids, -logp))  # most probable first

@@ -1,7 +1,7 @@
 """Batches of pairs: from the training set's files to the tensors of one forward pass, made ahead of their use.
 
-A batch is read when its turn is near, by a thread that is a few batches ahead of the training step (`prefetch`): in
-memory there are three numbers a pair (its tokens, its place in two epochs' orders), whatever its length.
+A thread that stays a few batches ahead of the training step reads the batches (`prefetch`). Of every other pair, memory
+holds three numbers: how many tokens it has, and its place in the orders of two epochs.
 
 Shapes: B pairs of a micro-batch, T response tokens of all its responses, concatenated.
 """
@@ -28,7 +28,7 @@ from nbg_core.teacher.store import decode
 from nbg_core.training.pair_files import PairFiles
 
 AHEAD = 2
-"""Batches that are ready before their turn."""
+"""Number of batches that are ready before their turn."""
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class PairBatch:
     """One micro-batch; [T] arrays are already shifted: row t of the hidden states predicts token t."""
 
     inputs: Pack | Padded
-    """What goes through the model; without pairs one token, so that the rank still takes part."""
+    """The input of the model; without pairs one token, so that the rank still takes part."""
     token_ids: Tensor
     """[T] int64: chosen of the first pair, rejected of the first pair, chosen of the second, ..."""
     pair_index: Tensor
@@ -48,14 +48,14 @@ class PairBatch:
     reference_logps: Tensor
     """[T] float32."""
     targets: TeacherTargets
-    """T rows of stored teacher distribution."""
+    """The stored teacher distributions, T rows."""
     n_pairs: int
 
     def to(self, device: torch.device | str) -> PairBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> PairBatch:
-        """In page-locked memory, from which a copy to a GPU need not be waited for; as it is where there is no GPU."""
+        """The batch in pinned memory, for asynchronous copies to a GPU; the batch itself on a machine without one."""
         return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
@@ -67,7 +67,7 @@ class PairBatch:
         return replace(self, inputs=inputs, targets=targets, **changed(self))
 
     def take(self, rows: slice) -> PairBatch:
-        """Some of the [T] rows; inputs and pairs stay."""
+        """The batch with some of its T rows only; inputs and n_pairs stay."""
         taken: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, targets=self.targets.take(rows), **taken)
 
@@ -86,8 +86,8 @@ class TrainingSet:
             self.n_inputs = self.files.n_prompt[:, 0] + self.n_tokens.sum(1, dtype=np.int32) - 2
         else:
             self.n_inputs = 2 * (self.files.n_prompt[:, 0] + self.n_tokens.max(1))
-        """[pairs] int32: tokens that a pair puts through the student: its prompt once, all but the last token of each
-        response; padded, two sequences of the longer one."""
+        """[pairs] int32: tokens of a pair that go through the student. Packed, its prompt once and all but the last
+        token of each response; padded, two sequences as long as the longer one."""
 
     def __len__(self) -> int:
         return self.files.n_pairs
@@ -103,7 +103,7 @@ class TrainingSet:
     def batch(self, pairs: Sequence[int] | np.ndarray) -> PairBatch:
         """The tensors of `pairs`."""
         pairs = np.asarray(pairs, dtype=np.int64)
-        found = [self.files.read(number) for number in self.files.numbers[pairs].ravel()]  # 2B
+        found = [self.files.read(number) for number in self.files.numbers[pairs].ravel()]  # 2B responses
         token_ids, reference = (
             torch.from_numpy(np.concatenate([np.zeros(0, dtype), *(r[name] for r in found)]))
             for name, dtype in (("token_ids", np.int64), ("token_logprobs", np.float32))
@@ -121,9 +121,9 @@ class TrainingSet:
 
 
 def prefetch(tasks: Iterable[Callable[[], T]], ahead: int = AHEAD) -> Generator[T, None, None]:
-    """The results of `tasks` in order, made by a thread that is at most `ahead` of the reader.
+    """The results of `tasks` in order, made by a thread that is at most `ahead` results ahead of the reader.
 
-    What a task raises is raised here, in its turn. The thread ends with the iterator."""
+    The exception of a task is raised here, in its turn. The thread ends with the iterator."""
     ready: queue.Queue = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 

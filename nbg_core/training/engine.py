@@ -1,13 +1,15 @@
 """The DeepSpeed engine: policy, joint loss, AdamW, learning-rate schedule, ZeRO, offload, adapters.
 
-The whole step from token ids to loss is one module's forward, so that ZeRO-3 gathers the output matrix there. Losses
-are divided by counts of the optimizer step before the backward pass. DeepSpeed averages gradients over ranks, so
-`backward` multiplies the loss by the number of ranks; it is told not to divide by accumulation steps. Steps differ in
-their number of micro-batches, so DeepSpeed does not count them: `take_step` ends a step
+Everything from token ids to the loss is one module's forward, so that ZeRO-3 gathers the output matrix for it. The loss
+is divided by the counts of the whole optimizer step before the backward pass. DeepSpeed averages gradients over ranks,
+so `backward` multiplies the loss by the number of ranks; and it tells DeepSpeed not to divide by accumulation steps.
+Steps differ in their number of micro-batches, so DeepSpeed does not count these: `take_step` ends a step
 (`managed_gradient_accumulation` is off).
 
 bf16 keeps float32 master weights and gradients, which are also reduced over ranks in float32. DeepSpeed has no such
 mode without ZeRO, so bf16 with `zero_stage` 0 runs as stage 1: the same arithmetic.
+
+Shapes: B pairs of a micro-batch.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ DTYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 
 
 BUCKET = 50_000_000
-"""Elements of DeepSpeed's buffers, at most."""
+"""Maximum number of elements of a DeepSpeed communication buffer."""
 
 
 class PairModel(nn.Module):
@@ -56,16 +58,17 @@ class PairModel(nn.Module):
     def __init__(
         self, policy: PreTrainedModel, vocab: int, settings: LossSettings, group: dist.ProcessGroup | None = None
     ):
-        """`group`: ranks that get the same batches and share their tokens out."""
+        """`group`: ranks that get the same batches and divide their tokens among themselves."""
         super().__init__()
         self.policy, self.lm_head_loss, self.group = policy, _LmHeadLoss(output_matrix(policy), vocab, settings), group
 
     def forward(
         self, batch: PairBatch, denominators: Denominators, with_drift: bool = False
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """This micro-batch's share of the loss and its sums (see `joint_loss`).
+        """This micro-batch's share of the loss, and its sums (see `joint_loss`).
 
-        With `with_drift` also log p_policy - log p_reference [2B] of the whole responses, chosen first, float64."""
+        With `with_drift` also log p_policy - log p_reference [2B], float64, of whole responses, in the order chosen and
+        rejected of pair 0, of pair 1, ..."""
         hidden = response_hidden(self.policy, batch.inputs, self.group)
         if self.group is not None:
             batch = batch.take(share(len(batch.token_ids), self.group))
@@ -82,8 +85,8 @@ class PairModel(nn.Module):
 
 
 class _LmHeadLoss(nn.Module):
-    """The output matrix and the loss. A module that has the matrix as its own parameter, so that ZeRO-3 gathers it for
-    the forward pass; the backward pass does not need it."""
+    """The LM head and the loss. The output matrix is a parameter of this module, so that ZeRO-3 gathers it for this
+    forward pass; the backward pass does not need it."""
 
     def __init__(self, weight: nn.Parameter, vocab: int, settings: LossSettings):
         super().__init__()
@@ -103,7 +106,7 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
     Raises ValueError for adapters on layers that cannot have them, and for a model that cannot be compiled."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     switch_off_dropout(config)
-    # While this lives, transformers puts each weight into its ZeRO-3 slices as it reads it.
+    # While this object exists, transformers partitions each weight for ZeRO-3 as it reads it.
     in_slices = HfDeepSpeedConfig(_config(settings, BUCKET)) if zero_stage(settings) == 3 else None
     dtype = getattr(torch, find(DTYPES, settings.precision, "training.precision"))
     model = AutoModelForCausalLM.from_pretrained(
@@ -120,7 +123,7 @@ def load_policy(path: Path, settings: TrainingSettings, *, trust_remote_code: bo
 
 
 def switch_off_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout rate to 0, in place, that of a composite configuration's language model too."""
+    """Set every dropout rate to 0, in place, also those of the language model in a composite configuration."""
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
             if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
@@ -128,10 +131,10 @@ def switch_off_dropout(config: PreTrainedConfig) -> None:
 
 
 def compile_layers(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Compile every layer of its own, in place: they share one program for all lengths, made at the first batches.
+    """Compile each layer separately, in place. Equal layers share one program for all lengths, made at first use.
 
-    Recomputation is around what is compiled; transformers' own would be inside, and leave all of a layer uncompiled.
-    Raises ValueError for a model that does not say what its layers are, and where nothing can be compiled."""
+    Gradient checkpointing wraps the compiled layer. transformers' own would be inside the layer and keep all of it from
+    being compiled. Raises ValueError for a model that does not name its layers, and where nothing can be compiled."""
     try:
         torch.compile(torch.exp)(torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:
@@ -155,12 +158,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
 }
-"""Schedules by name: share of the steps after warm-up that are done -> share of the way to the lowest learning rate."""
+"""Schedules by name: share of the steps after warm-up that are done -> where the learning rate is between its peak (0)
+and its minimum (1)."""
 
 
 def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], float]:
-    """Learning rate at a 0-based step: linear warm-up, then the schedule down to its minimum. A function of the step
-    alone, so that a state need not hold it. Raises ValueError for an unknown schedule."""
+    """The learning rate as a function of the 0-based step: linear warm-up, then the schedule down to its minimum.
+
+    It depends on the step alone, so saved states do not hold it. Raises ValueError for an unknown schedule."""
     decay = find(SCHEDULES, settings.schedule, "training.schedule")
     warmup = math.ceil(settings.warmup_fraction * n_steps)
 
@@ -174,14 +179,15 @@ def learning_rate(settings: TrainingSettings, n_steps: int) -> Callable[[int], f
 
 
 def zero_stage(settings: TrainingSettings) -> int:
+    """The ZeRO stage that DeepSpeed runs: bf16 needs at least 1."""
     return max(settings.zero_stage, 1) if settings.precision == "bf16" else settings.zero_stage
 
 
 def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | None]:
     """The engine, and the token id that batches are padded with, or None for a policy that is packed.
 
-    Every rank of the process group calls it; `torch.distributed` is up. Raises ValueError for a policy whose logits
-    are not simply hidden states times the output matrix."""
+    Every rank of the process group calls it, after `init_distributed`. Raises ValueError for a policy whose logits are
+    not simply hidden states times the output matrix."""
     s = request.training
     tokenizer = load_tokenizer(request.policy_path, trust_remote_code=request.trust_remote_code)
     policy = load_policy(request.policy_path, s, trust_remote_code=request.trust_remote_code)
@@ -197,8 +203,8 @@ def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | Non
 
 
 def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.ProcessGroup | None:
-    """The ranks that share this one's batches; neighbours, so on one machine. Raises ValueError for a model that
-    cannot be shared out."""
+    """The ranks that share the tokens of this one's batches; None without sequence parallelism. They are neighbours, so
+    on one machine. Raises ValueError for a model whose tokens or heads cannot be divided among them."""
     if s.sequence_parallel == 1:
         return None
     if not supports_packing(config):
@@ -209,17 +215,17 @@ def _sequence_group(s: TrainingSettings, config: PreTrainedConfig) -> dist.Proce
 
 
 def _config(s: TrainingSettings, n_parameters: int) -> dict:
-    """DeepSpeed's configuration. Buckets are no larger than the model: each is a buffer of its own."""
+    """DeepSpeed's configuration. Its buckets are allocated whole, so they are no larger than the model."""
     bucket = min(n_parameters, BUCKET)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it and only counts with it
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires it, and only counts with it
         "managed_gradient_accumulation": False,
         "gradient_clipping": s.max_grad_norm if zero_stage(s) else 0.0,  # stage 0: `take_step` clips
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at the first start, for minutes
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam takes minutes to compile at the first start
         "zero_optimization": {
             "stage": zero_stage(s), "reduce_bucket_size": bucket,
-            "overlap_comm": False,  # a matter of speed on GPUs, where it has not been tried
+            "overlap_comm": False,  # it could only be faster, on GPUs, and has not been tried there
             "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
         },
         "steps_per_print": 1 << 62,
@@ -233,14 +239,15 @@ def _config(s: TrainingSettings, n_parameters: int) -> dict:
 
 
 def backward(engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
-    """Add the gradient of a share of the step's loss. DeepSpeed averages over ranks, the loss is a sum over them."""
+    """Add the gradient of a share of the step's loss. DeepSpeed averages over ranks, but the loss is their sum."""
     engine.backward(loss * engine.world_size, scale_wrt_gas=False)
 
 
 def take_step(engine: deepspeed.DeepSpeedEngine, settings: TrainingSettings, rate: float) -> float:
-    """Reduce what `backward` added up, clip, update with learning rate `rate`; the gradient norm before clipping.
+    """Reduce the gradients of all `backward` calls over ranks, clip them, and update the weights with the learning rate
+    `rate`.
 
-    A norm that is not finite is returned as NaN; the weights are then not to be used."""
+    Returns the gradient norm before clipping, NaN if it is not finite; the weights must not be used then."""
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = rate
     if zero_stage(settings) == 0:
@@ -252,7 +259,7 @@ def take_step(engine: deepspeed.DeepSpeedEngine, settings: TrainingSettings, rat
 
 
 def _step_and_clip(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
-    """A step without ZeRO: DeepSpeed would clip, too, but not tell the norm. It must be after its reduction."""
+    """A step without ZeRO. DeepSpeed could clip too, but does not report the norm; this clips after its reduction."""
     norms = []
 
     def clip(*_) -> None:
@@ -268,7 +275,7 @@ def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     """The policy's parameters and buffers by name, whole, float32 where there is a master copy, on the CPU of rank 0;
     adapters merged.
 
-    Collective: all ranks call it; the others get empty tensors, so that only one copy of a large model is made."""
+    All ranks call it; the others get empty tensors, so that only one copy of a large model is made."""
     policy, here = engine.module.policy, dist.get_rank() == 0
     weights = {}
     for name, parameter in policy.named_parameters():  # a tied parameter comes once

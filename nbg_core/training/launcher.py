@@ -16,13 +16,14 @@ from nbg_core.lineage.run import Run
 from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
 
 LOG_TAIL = 20
+"""Lines from the end of the log that an error shows."""
 
 REMOTE_GRACE_SECONDS = 5.0
-"""What a launcher with ranks on other machines gets to end them."""
+"""Seconds that a launcher with ranks on other machines has to end them, before it is killed."""
 
 
 def launch(run: Run, request: Request) -> None:
-    """Run the launcher to its end. Its output goes to `train.log`; our own lines go to the run's log, too."""
+    """Run the launcher to its end. Its output goes to `train.log`; the lines of `train` also go to the run's log."""
     work = request.work
     work.mkdir(parents=True, exist_ok=True)
     request.error_file.unlink(missing_ok=True)
@@ -30,7 +31,7 @@ def launch(run: Run, request: Request) -> None:
     file.touch(mode=0o600)  # a catalog's connection string may hold a password
     file.write_text(request.model_dump_json(indent=2))
     run.log(
-        f"{ASSET}: starting {request.training.n_processes} rank(s); full log, until it succeeds: {work / 'train.log'}"
+        f"{ASSET}: starting {request.training.n_processes} rank(s); log (deleted with the commit): {work / 'train.log'}"
     )
     process = subprocess.Popen(
         _command(request, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -52,13 +53,13 @@ def launch(run: Run, request: Request) -> None:
     if not request.final.is_dir():  # the launcher also exits with 0 when it was killed
         tail = "".join((work / "train.log").read_text(errors="replace").splitlines(keepends=True)[-LOG_TAIL:])
         raise TrainingError(
-            f"training ended with exit code {process.returncode} and no model; the last state is kept, so run again "
-            f"after mending the cause. End of {work / 'train.log'}:\n{tail}"
+            f"training ended with exit code {process.returncode} and no model; the last state is kept, so correct the "
+            f"cause and run again. End of {work / 'train.log'}:\n{tail}"
         )
 
 
 def _command(request: Request, file: Path) -> list[str]:
-    with socket.socket() as s:  # a free port; taken by another process in between, the rendezvous fails and says so
+    with socket.socket() as s:  # a free port; if another process takes it first, training fails and says so
         s.bind(("", 0))
         port = s.getsockname()[1]
     hostfile = request.training.hostfile
@@ -79,9 +80,9 @@ def _environment(request: Request) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
-    """No rank outlives this: on the normal way there is nothing left to end.
+    """End the launcher and its ranks; after a training that ended by itself there are none left.
 
-    Ranks on other machines are the launcher's to end, so it has `grace` seconds for it before it is killed."""
+    Only the launcher can end ranks on other machines: it has `grace` seconds for that before it is killed."""
     family: list[subprocess.Popen | psutil.Process]
     family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     assert process.stdin is not None  # a pipe

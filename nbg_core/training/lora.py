@@ -21,7 +21,7 @@ ADAPTER = "default"
 def add_adapters(policy: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
     """Give the policy's target layers adapters, the same on every rank; all other weights are frozen.
 
-    Raises ValueError when no layer, or an embedding or the output matrix, is a target."""
+    Raises ValueError when no layer is a target, or an embedding or the LM head is."""
     config = LoraConfig(
         r=settings.rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides it by r: it need not be whole
@@ -32,11 +32,11 @@ def add_adapters(policy: PreTrainedModel, settings: LoraSettings, seed: int) -> 
         torch.manual_seed(seed_from("lora", seed))
         inject_adapter_in_model(config, policy)
     for name, module in policy.named_modules():
-        # The loss takes the output matrix by itself, past its layer; a merged tied matrix would be two matrices.
+        # The loss reads the output matrix directly and would miss an adapter; merging one would untie tied weights.
         if isinstance(module, LoraLayer) and module in (policy.get_input_embeddings(), policy.get_output_embeddings()):
             raise ValueError(
-                f"training.lora.target_modules {settings.target_modules} contains {name}, an embedding or the "
-                "output matrix, which cannot have an adapter; leave it out"
+                f"training.lora.target_modules {settings.target_modules} contains {name}, an embedding or the LM "
+                "head, which cannot have an adapter; leave it out"
             )
 
 

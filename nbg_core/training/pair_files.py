@@ -2,14 +2,14 @@
 
 `write_pair_files` streams pairs, token ids, teacher rows and reference log-probs at the request's snapshot into the
 training's work folder. There is one file per column, with the responses concatenated in the order in which the lake
-gives them, and an index of where each response begins. Writing holds a hash table of the responses in memory; all else
-that is noted on the way is in files, too.
+gives them, and an index of where each response begins. While it writes, it holds a hash table of the responses in
+memory, and everything else in files.
 
-`PairFiles` reads a pair by position with a few preads, in any order. What was read before is in the system's page
-cache, which is given back when memory is short.
+`PairFiles` reads pairs by position, in any order, with a few preads each. What was read before is in the system's page
+cache, which shrinks when memory is short.
 
-The files belong to one machine: little-endian, no header. They are whole if and only if `complete.json` is there and
-right about their sizes.
+The files are for this machine: little-endian, without a header. They are whole if and only if `complete.json` exists
+and has their sizes.
 """
 
 from __future__ import annotations
@@ -38,27 +38,29 @@ TABLES: dict[str, dict[str, type[np.generic]]] = {
     "teacher_logits": {column.name: column.dtype for column in TRAINED_ON.values()},
     "reference_logprobs": {"token_logprobs": np.float32},
 }
-"""Columns that training reads, with the dtype of their files."""
+"""Columns that training reads, by table of the lake, with the dtype of their files."""
 
 COLUMNS: dict[str, type[np.generic]] = {name: dtype for columns in TABLES.values() for name, dtype in columns.items()}
 
-# Columns of one kind (per position, per entry) have the same offsets: only the first of each kind is in the index.
+# Teacher columns per position have the same offsets, and so have those per entry: the first of each kind is indexed.
 _FIRST = {per: next(c.name for c in TRAINED_ON.values() if c.per == per) for per in ("position", "entry")}
 _LIKE = {c.name: _FIRST[c.per] for c in TRAINED_ON.values() if c.name != _FIRST[c.per]}
 INDEXED = [c for c in COLUMNS if c not in _LIKE]
+"""Columns that the index has an entry of."""
 INDEX_BYTES = 16 * len(INDEXED)
-"""An index entry is where each indexed column's values begin and how many there are, as int64."""
+"""Size of a response in the index: of each indexed column where its values begin and how many they are, as int64."""
 FORMAT = 2
-"""Of the files; those of another one are written again."""
+"""Version of the files' layout. Files of another version are written again."""
 BATCH_ROWS, BATCH_BYTES, TOKEN_BYTES = 256, 32 << 20, 144
-"""Limits of a batch that a join returns, in responses and in bytes; TOKEN_BYTES are those of a position with 16
-entries."""
+"""Maximum number and size of the responses that are read from a join at once. The size is an estimate: TOKEN_BYTES per
+position, which is that of a teacher row with 16 entries per position."""
 JOINED_BYTES = 64
-"""Bytes per response of a join's hash table. With less memory, DuckDB would put all rows that it reads on disk."""
+"""Size of a response in a join's hash table. With a lower memory limit, DuckDB would first spill all rows of the other
+table to disk."""
 RELEASED = 64
-"""Batches after which the pages of files that are written in any order are given back to the system."""
+"""Batches between two calls of `_File.release`."""
 PAIR_COLUMNS = 6
-"""Of `pairs.bin`, int32: response numbers, prompt tokens and response tokens, of chosen and rejected each."""
+"""int32 columns of `pairs.bin`: response numbers, prompt tokens and response tokens, of chosen and rejected each."""
 
 
 def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
@@ -91,7 +93,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
             n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // (TOKEN_BYTES * max(1, longest))))
 
             def write(table=table, query=query, params=params, n_rows=n_rows) -> int:
-                if (folder / f"{next(iter(TABLES[table]))}.bin").exists():  # a try that had too little memory
+                if (folder / f"{next(iter(TABLES[table]))}.bin").exists():  # an earlier attempt ran out of memory
                     check.forget(table)
                 batches = con.execute(query, params).to_arrow_reader(n_rows)
                 return _write_columns(batches, folder, table, index, notes, check)
@@ -102,7 +104,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
         try:
             check.end(con, request)
         except TrainingError:
-            shutil.rmtree(folder)  # what mends it makes another training
+            shutil.rmtree(folder)  # with corrected rows it is another training
             raise
     index.values.flush()
     pairs.values.flush()
@@ -117,17 +119,17 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _complete(folder: Path) -> dict | None:
-    """What `complete.json` says of a whole training set; None without one, or when files are not as it says."""
+    """The content of `complete.json`; None if it is missing, of another format, or the files have other sizes."""
     file = folder / "complete.json"
     written = json.loads(file.read_text()) if file.exists() else {}
     return written if written.get("format") == FORMAT and written["bytes"] == _sizes(folder) else None
 
 
 class _File:
-    """An array in a file, of which little is in memory, whatever the order in which it is written or read."""
+    """A memory-mapped array for random access. After `release` its pages do not count as this process's memory."""
 
     def __init__(self, path: Path, dtype: np.dtype | type, shape: tuple[int, ...]):
-        with open(path, "wb") as file:  # a disk that is full says so here; later it would be a bus error
+        with open(path, "wb") as file:  # a full disk is an error here; later it would be a bus error
             os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         self.values = np.memmap(path, dtype, "r+", shape=shape)
         """Zeros at first."""
@@ -138,10 +140,12 @@ class _File:
 
 
 def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]) -> _File:
-    """Ids, slices and response numbers of the pairs, in order of pair_id, and `order.bin`: their order in the lake.
+    """Write `pair_ids.bin`, `slices.bin` and `pairs.bin`, in order of pair_id, and `order.bin`, the pairs' order in the
+    lake. Returns `pairs.bin`, whose lengths `_add_lengths` fills in.
 
-    `pairs.bin`, returned, is without lengths yet. Leaves the table `responses`: hashes of their ids, and numbers in the
-    order in which the pairs lie in the lake. Their rows lie in about the same, so the index is filled in order."""
+    Leaves the temporary table `responses`: a 128-bit hash of the sample id, and a number. Responses are numbered in the
+    order in which their pairs lie in the lake. Their other rows lie in about the same order, so that the index is
+    written almost from front to back."""
     # Ids are joined as 128-bit hashes: a third of the memory of their text.
     con.execute(
         "CREATE OR REPLACE TEMP TABLE members AS SELECT (row_number() OVER (ORDER BY pair_id) - 1)::INTEGER AS "
@@ -209,10 +213,10 @@ def _write_columns(
 
 
 def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
-    """Look at every pair, and note how long its prompts and responses are."""
+    """Check every pair, and write the lengths of its prompts and responses into `pairs`."""
     columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": _FIRST["position"],
                "reference": "token_logprobs"}  # fmt: skip
-    order = np.memmap(folder / "order.bin", np.int32, "r")  # in which neighbours' rows are neighbours in the index
+    order = np.memmap(folder / "order.bin", np.int32, "r")  # in this order, neighbours are neighbours in the index, too
     pair_ids = _pair_ids(folder, len(order))
     for start in range(0, len(order), PAIRS_AT_ONCE):
         for file in (pairs, index, notes):
@@ -229,7 +233,7 @@ def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: 
 
 
 def _pair_ids(folder: Path, n_pairs: int) -> np.ndarray:
-    """UTF-8 [n_pairs], as wide as the longest."""
+    """The pair ids [n_pairs] in UTF-8, each as wide as the longest."""
     file = folder / "pair_ids.bin"
     return np.memmap(file, f"S{file.stat().st_size // n_pairs}", "r")
 

@@ -1,4 +1,4 @@
-"""The pairs to train on, and what their rows must be; if they are not, nothing is trained on them.
+"""The pairs to train on, and the checks that their rows must pass before training starts.
 
 Every response has its samples row, its teacher row (this teacher, these storage settings) and its reference row (this
 policy and dtype), once each, and all of them have one entry per response token. Both responses of a pair answer one
@@ -24,22 +24,24 @@ NOTES = {
     "teacher_logits": ROW_IS_WHOLE,
     "reference_logprobs": "token_logprobs IS NOT NULL",
 }
-"""SQL of the number that is noted of a row besides the lengths of its lists: of its prompt, or whether it is whole."""
+"""SQL, by table, of a number that is kept of each row: a 32-bit hash of its prompt, or whether the row is whole. If two
+prompts share a hash, the check misses that they differ; nothing else depends on it."""
 IN_SLICES = "slice IN (SELECT unnest(?::VARCHAR[]))"
 PAIRS_AT_ONCE = 16_384
-"""Pairs in memory at once while all of them are looked at."""
+"""Pairs that are read at once."""
 DELETING = "docs/operations.md, Making one partition again"
+"""Where a user finds how to delete rows."""
 
 
 def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill: Path) -> tuple[int, str]:
-    """How many pairs the slices have, and the content version of their ids. What does not fit into memory goes to the
-    folder `spill`, which is removed at the end. Raises TrainingError for a pair that is there twice."""
+    """The number of pairs in the slices, and the content version of their ids. What does not fit into memory goes to
+    the folder `spill`, which is removed at the end. Raises TrainingError for a pair that appears twice."""
     with bounded_joins(lake, snapshot, spill) as con:
         n, version, n_twice, twice = with_room(con, lambda: _count_and_hash(con, slices))
     if twice:
         pair, one, other = twice
         raise TrainingError(
-            f"pair {pair} is there twice at snapshot {snapshot}, in slices {one!r} and {other!r} ({n_twice} such "
+            f"pair {pair} appears twice at snapshot {snapshot}, in slices {one!r} and {other!r} ({n_twice} such "
             "pairs); a query that has moved from one slice to another is still in both: materialise filtered_pairs of "
             "both again"
         )
@@ -47,11 +49,11 @@ def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill
 
 
 RECORD = np.dtype([("n_rows", np.uint16), ("note", np.uint32)])
-"""What is kept of a response in a table: its rows there, and the note of one of them."""
+"""What is kept of a response for each table: the number of its rows, and the note of the one that was read last."""
 
 
 def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tuple[int, str, int, tuple]:
-    """Pairs, content version, pairs that are there twice, and the first of these with its slices."""
+    """Number of pairs, content version, number of pairs that appear twice, and the first of these with its slices."""
     n, n_twice = 0, 0
     twice: tuple = ()
     last: tuple = (None, None)
@@ -72,10 +74,11 @@ def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tu
 
 
 class Check:
-    """Sees the rows of all responses, which are numbered from 0, then the pairs."""
+    """Checks a training set while it is written: first the rows of all responses (`rows`), then the pairs (`pairs`).
+    `end` raises the error of the first response that does not fit. Responses are numbered from 0."""
 
     def __init__(self, records: np.ndarray):
-        """records [responses, tables of NOTES] of RECORD, zeros: what it has counted and noted."""
+        """`records`: [responses, tables of NOTES] of dtype RECORD, zeros at first; it is filled by `rows`."""
         self.n_rows, self.notes = (
             {table: records[:, i][name] for i, table in enumerate(NOTES)} for name in ("n_rows", "note")
         )
@@ -83,17 +86,18 @@ class Check:
         self.first: dict[str, dict] = {}  # what is known of the first repeated response, and of the first unfit one
 
     def forget(self, table: str) -> None:
-        """The rows of a table come again from the first."""
+        """Reset the counts of a table whose rows are about to be read again."""
         self.n_rows[table][:] = 0
 
     def rows(self, table: str, numbers: np.ndarray, notes: np.ndarray) -> None:
-        """Rows of the responses `numbers`, in any order, with what NOTES says of them."""
+        """Count rows of a table: `numbers` [n] of their responses, in any order, and their `notes` [n] (NOTES)."""
         np.add.at(self.n_rows[table], numbers, 1)
         self.notes[table][numbers] = notes
 
     def pairs(self, id_of: Callable[[int], str], both: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
-        """The next pairs: the id of the i-th of them, response numbers [n, 2] of chosen and rejected, and as many list
-        lengths of their prompt, response, teacher and reference."""
+        """Check the next n pairs. `id_of(i)` is the id of the i-th, `both` [n, 2] the response numbers of chosen and
+        rejected, and `lengths` has, as [n, 2] each, their prompt tokens, response tokens, teacher positions and
+        reference log-probs."""
         n_rows = {table: s[both] for table, s in self.n_rows.items()}
         missing = {table: s == 0 for table, s in n_rows.items()}
         prompts, n = self.notes["samples"][both], lengths
@@ -122,8 +126,8 @@ class Check:
         return self.first.get("repeated") or self.first.get("unfit")
 
     def end(self, con: duckdb.DuckDBPyConnection, request: Request) -> None:
-        """Raises TrainingError naming the first pair with a row that is missing, there twice, or of another length, or
-        with two prompts."""
+        """Raise TrainingError for the first response with a repeated row, else the first with a row that is missing,
+        damaged or of another length, or with another prompt than the other response of its pair."""
         r = self.worst()
         if r is None:
             return

@@ -28,8 +28,7 @@ class Step:
 class Plan:
     """The optimizer steps of a training. Each epoch is a new order of all pairs; its last batch may be smaller.
 
-    It holds the order of two epochs at most, whichever were asked for last: 16 bytes a pair. Safe to ask from several
-    threads."""
+    It holds the orders of at most two epochs, those that were used last: 16 bytes per pair. Threads may share it."""
 
     def __init__(self, n_pairs: int, settings: TrainingSettings):
         """Raises ValueError without pairs."""
@@ -59,15 +58,17 @@ def micro_batches(
     pairs: np.ndarray, n_inputs: np.ndarray, settings: TrainingSettings, rank: int, world_size: int, *,
     padded: bool = False,
 ) -> list[np.ndarray]:  # fmt: skip
-    """A rank's micro-batches of a step that uses `pairs`, `n_inputs[pair]` tokens each: arrays of pairs.
+    """A rank's micro-batches of a step that uses `pairs`, as arrays of pairs; `n_inputs[pair]` is a pair's tokens.
+
+    Pairs go, longest first, to the rank with the fewest tokens so far, so that the tokens of two ranks differ by no
+    more than the longest pair. Each rank fills micro-batches of `micro_batch_tokens`: each pair, longest first, goes
+    into the first one with room (first-fit decreasing: at most 11/9 of the fewest possible, plus one). With `padded`,
+    every pair takes as many tokens as the longest of its micro-batch, so each micro-batch is filled with the pairs that
+    come next in that order.
 
     With `sequence_parallel` = P, P neighbouring ranks count as one: they get the same micro-batches, of P times the
-    tokens. Pairs go, longest first, to the rank with the fewest tokens so far: the tokens of two ranks differ by no
-    more than the longest pair. Each rank fills micro-batches of `micro_batch_tokens`, longest first, into the first
-    with room (first-fit decreasing: at most 11/9 of the fewest possible, plus one). `padded`: every pair of a
-    micro-batch takes as many tokens as its longest, so it is filled with the pairs that come next. All ranks return the
-    same number of micro-batches, some of them empty: a rank with fewer would leave the others waiting in a
-    collective."""
+    tokens. All ranks return the same number of micro-batches, some of them empty: a rank with fewer would leave the
+    others waiting in a collective."""
     together = settings.sequence_parallel
     rank, world_size = rank // together, world_size // together
     longest_first = sorted(pairs.tolist(), key=lambda pair: (-n_inputs[pair], pair))

@@ -1,4 +1,4 @@
-"""What the launched training needs to know, as one JSON file: written by `launch`, read by every rank."""
+"""What the ranks of a training need to know, as one JSON file: `launcher.launch` writes it, and `train` reads it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from nbg_core.config.training import TrainingSettings
 
 ASSET = "student_checkpoint"
 TIED_TO_STDIN = "NBG_TRAINING_TIED_TO_STDIN"
-"""Environment variable: the ranks' stdin is a pipe from the worker; when it closes the worker is gone, and they end."""
+"""Environment variable. If it is set, stdin of the ranks is a pipe from the worker, and they end when it closes: the
+worker is gone then."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: names the place, the value and the remedy."""
+    """Training cannot go on. The message names the place, the value and the remedy."""
 
 
 class Request(Section):
@@ -28,17 +29,17 @@ class Request(Section):
     snapshot: int
     """Lake snapshot that the training set is read at."""
     slices: list[str]
-    """Partitions whose pairs are trained on."""
+    """Slices whose pairs are trained on."""
     policy_id: str
-    """Model to start from, and reference of the DPO term."""
+    """Model id of the policy: training starts from it, and it is the reference of the DPO term."""
     policy_path: Path
-    """Its folder."""
+    """Folder of that model."""
     teacher_id: str
-    """Teacher whose stored distributions are used."""
+    """Model id of the teacher whose stored distributions are used."""
     storage_id: str
-    """Settings that the distributions were stored with."""
+    """`identity.storage_id` of these distributions."""
     scoring_id: str
-    """Settings that the reference log-probs were made with."""
+    """`identity.scoring_id` of the reference log-probs that are used."""
     temperature: float
     """Temperature of the stored teacher distributions (teacher.temperature)."""
     training: TrainingSettings
@@ -48,11 +49,11 @@ class Request(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
     threads: int | None = None
-    """CPU threads of all ranks of a machine together; none leaves it to torch."""
+    """CPU threads of all ranks of a machine together; None leaves it to torch."""
 
     @property
     def steps_file(self) -> Path:
-        """Metrics of finished steps, a JSON object a line."""
+        """Metrics of finished steps, one JSON object per line."""
         return self.work / "steps.jsonl"
 
     @property
@@ -67,10 +68,10 @@ class Request(Section):
 
     @property
     def final(self) -> Path:
-        """The trained model; there only when it is complete."""
+        """Folder of the trained model; it exists only when it is complete."""
         return self.work / "final"
 
     @property
     def error_file(self) -> Path:
-        """The first rank's error, if training failed."""
+        """The error of the rank that failed first, if training failed."""
         return self.work / "error.json"

@@ -1,8 +1,8 @@
 """`student_checkpoint`: train the policy on the pairs of all slices with the joint loss.
 
-The worker reads what the training set is, starts the deepspeed launcher on `nbg_core.training.train`, and commits the
-result: checkpoint, which pair at which step, and metrics, in one transaction. Everything on the way lies in
-`<paths.work>/training/<training id>`, so a run that was killed continues there; the folder goes with the commit.
+The worker writes the training set to files, starts the deepspeed launcher on `nbg_core.training.train`, and commits the
+result in one transaction: the checkpoint, the pairs of each step, and the metrics. Until then everything is in
+`<paths.work>/training/<training id>`, where a run that was killed continues. The folder is removed after the commit.
 
 The launcher stays in the worker's process group, and its ranks end when the worker does (`TIED_TO_STDIN`).
 """
@@ -43,7 +43,7 @@ class CheckpointReport(Report):
     checkpoint_id: str
     n_pairs: int
     n_steps: int
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     path: str
     """Folder of the weights."""
     first: dict
@@ -51,9 +51,9 @@ class CheckpointReport(Report):
     last: dict
     """Metrics of the last step."""
     tokens_per_second: float
-    """Median over the steps."""
+    """Median over the optimizer steps."""
     seconds: float | None
-    """What training took, without the commit; None when it was done before."""
+    """Duration of training, without the commit; None if an earlier run has trained."""
 
 
 def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
@@ -75,9 +75,9 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
     checkpoints = profile.resolve(profile.paths.checkpoints)
     work = trainings / training_id
     if (made := _made_before(run, training_id, checkpoints)) is not None:
-        run.log(f"{ASSET}: checkpoint {made} is of exactly this training; nothing to do")
+        run.log(f"{ASSET}: checkpoint {made} was made by exactly this training; nothing to do")
         commit = run.commit(ASSET, None, inputs=inputs, data_version=made)
-        shutil.rmtree(work, ignore_errors=True)  # what a kill right after the first commit left
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the first commit
         return _report(run, commit, training_id, made, n_pairs, new_rows=0, seconds=None)
     hostfile = profile.training.hostfile
     request = Request(

@@ -1,14 +1,15 @@
-"""Resumable training states that do not know how many ranks wrote them.
+"""Resumable training states, independent of the number of ranks that wrote them.
 
-A state is a folder `step-00000020/` of safetensors files, each trainable parameter whole and by name: its float32
-weight and Adam's two moments. `step-00000020.json`, written last, holds the step and the sizes and hashes of the files.
-The learning rate and the batches follow from the step. So a state goes on with another number of ranks, ZeRO stage or
-offload, and with the same ones bit for bit.
+A state is a folder `step-00000020/` of safetensors files. They hold each trainable parameter whole and by name: its
+float32 weight and Adam's two moments. The manifest `step-00000020.json`, written last, holds the step and the sizes and
+hashes of the files. The learning rate and the batches follow from the step. So training continues with any number of
+ranks, ZeRO stage and offload, and with the same ones bit for bit.
 
-Without a manifest, or when a file does not match it, a state does not count: a crash while saving, or a damaged disk,
-falls back to the one before. The two newest are kept.
+A state counts only if its manifest is there and all files match it. After a crash while saving, or a disk error,
+training continues from the state before. The two newest are kept.
 
-Tensors go through one parameter at a time: a rank holds one whole parameter more than it trains, and its open file.
+Parameters are gathered one at a time. Besides its part of the training, a rank holds one whole parameter and the
+tensors of the file that it is filling (FILE_BYTES).
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from torch import Tensor, nn
 from nbg_core.base.files import write_json
 
 KEPT = 2
+"""Number of states that are kept."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments, by their names in torch."""
 FILE_BYTES = 1 << 30
-"""A file is written when it has this many bytes."""
+"""A file is written as soon as its tensors have this many bytes."""
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
@@ -59,7 +62,8 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
-    """Load the newest whole state, if there is one, and return the optimizer steps it has behind it; collective."""
+    """Load the newest intact state and return the number of optimizer steps it was saved after; 0 if there is none.
+    Collective."""
     for tag in _tags(folder):
         manifest = json.loads((folder / f"{tag}.json").read_text())
         if manifest["files"] == _hashes(folder / tag):
@@ -77,7 +81,7 @@ def _parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, nn.Par
 
 
 def _write(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """All ranks gather each parameter; they take turns in keeping one, so that all of them write."""
+    """All ranks gather each parameter, and take turns in keeping one, so that all of them write files."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kept: dict[str, Tensor] = {}
     n_files = 0
@@ -114,13 +118,13 @@ def _read(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> None:
     for name, p in _parameters(engine):
         whole = {}
         for key in ("weight", *MOMENTS):
-            with safe_open(where[f"{name}/{key}"], "pt") as file:  # mapped, not read: opening it again costs nothing
+            with safe_open(where[f"{name}/{key}"], "pt") as file:  # mapped, not read, so opening it again costs nothing
                 whole[key] = file.get_tensor(f"{name}/{key}")
         _put(engine, p, whole)
 
 
 def _make_moments(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Adam's state as after `step` updates, moments still 0: AdamW makes it at its first update only."""
+    """Create Adam's state as after `step` updates, with moments of 0: AdamW itself only does at its first update."""
     optimizer = engine.basic_optimizer
     if engine.zero_optimization_stage() == 3:
         trained = engine.optimizer.fp32_partitioned_groups_flat

@@ -3,10 +3,10 @@
     deepspeed --num_accelerators N --no_local_rank --module nbg_core.training.train --request FILE
 
 Rank 0 appends a line of metrics per optimizer step to `steps.jsonl`, states are saved every `save_every` steps, and
-the model is written to `final`. Run again after a crash, it continues at the last whole state, on as many ranks as
-there are now, and ends with the same weights: bit for bit on as many ranks and threads as before, else up to rounding.
-Before the first update the policy must be the reference (margin 0, sigmoid loss log 2): that catches stale or foreign
-reference log-probs on the first batch, at no cost.
+the model is written to `final`. Run again after a crash, it continues from the last intact state, with any number of
+ranks, and ends with the same weights: bit for bit with the same number of ranks and threads, else up to rounding.
+Before the first update the policy must equal the reference (margin 0, sigmoid loss log 2). Checking that on the first
+batch costs nothing, and finds reference log-probs of another model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large CPU tensors on huge pages: a step faults in fewer
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large CPU tensors on huge pages: fewer page faults
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on GPUs
 
 import deepspeed  # noqa: E402
@@ -57,7 +57,7 @@ def init_distributed() -> None:
 
 
 def be_deterministic() -> None:
-    """Same numbers for the same work; on GPUs as far as torch can."""
+    """Make the same work give the same numbers; on GPUs as far as torch can."""
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at import
 
@@ -66,7 +66,7 @@ def train(request: Request) -> None:
     """Train to the end and write `request.final`; every rank of the process group calls it.
 
     Raises TrainingError for data that does not fit, a policy that is not the reference, or a loss that is not finite;
-    states saved before stay."""
+    the states saved before are kept."""
     be_deterministic()
     if request.threads:
         torch.set_num_threads(max(1, request.threads // request.training.n_processes))
@@ -118,9 +118,9 @@ def train_step(
     engine: deepspeed.DeepSpeedEngine, data: TrainingSet, step: Step, settings: TrainingSettings, rate: float,
     batches: Iterator[PairBatch],
 ) -> dict[str, float]:  # fmt: skip
-    """One optimizer step with learning rate `rate` on the next of `batches`, which are this rank's micro-batches.
+    """One optimizer step with learning rate `rate`. Its micro-batches on this rank are the next ones of `batches`.
 
-    The metrics are those before its update, over the global batch."""
+    Returns the step's metrics: those before its update, over the global batch."""
     began, waited = time.monotonic(), 0.0
     denominators = data.denominators(step.pairs)
     shares = _share(data, step, settings)
@@ -165,7 +165,7 @@ def _check_drift(
 ) -> None:
     """Raise on all ranks when a response of the first batch has another log-prob than its reference row."""
     pairs = np.concatenate(shares)
-    reward = settings.loss.beta * torch.cat(drifts).abs().cpu().numpy()  # [2B]
+    reward = settings.loss.beta * torch.cat(drifts).abs().cpu().numpy()  # [2B] of this rank's B pairs
     bound = step_0_bound(settings.precision, settings.loss.beta, data.n_tokens[pairs].ravel())
     worst = (0.0, 0.0, 0.0, "")
     if len(reward):
@@ -201,7 +201,7 @@ def _names(data: TrainingSet, pairs) -> str:
 
 
 def _truncate(steps_file: Path, start: int) -> None:
-    """Keep the metrics of the steps before `start`; a crash may have left later ones, or half a line."""
+    """Keep only the metrics of the steps before `start`: a crash may have left later ones, or half a line."""
     lines = steps_file.read_text().splitlines()[:start] if steps_file.exists() else []
     temporary = steps_file.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
-"""Suffixes of what a model folder holds besides weights and cards."""
+"""Suffixes of the parent's files that are copied: all but weights and model cards."""
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_model(policy: PreTrainedModel, weights: dict[str, Tensor], parent: Path, folder: Path, card: dict) -> None:
-    """Write `weights` (float32, by parameter name) and the parent's files, and `card` as training.json.
+    """Write a model folder: `weights` (float32, by parameter name), the parent's other files, and `card` as
+    training.json.
 
     The folder appears whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
@@ -38,7 +39,7 @@ def write_model(policy: PreTrainedModel, weights: dict[str, Tensor], parent: Pat
     for file in sorted(parent.iterdir()):
         if file.suffix in COPIED and not file.name.endswith(".index.json") and file.name != "training.json":
             shutil.copyfile(file, temporary / file.name)
-    for file in temporary.glob("*.safetensors"):  # safetensors writes for its owner alone; a server may be another user
+    for file in temporary.glob("*.safetensors"):  # only their owner can read them; a server may be another user
         file.chmod((temporary / "config.json").stat().st_mode)
     (temporary / "training.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -46,7 +47,7 @@ def write_model(policy: PreTrainedModel, weights: dict[str, Tensor], parent: Pat
 
 
 def weight_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Dtype of every floating-point tensor in a model folder, from the headers."""
+    """Dtype of every floating-point tensor in a model folder, from the headers of its files."""
     dtypes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as f:

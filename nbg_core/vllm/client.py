@@ -9,8 +9,8 @@ growing pauses and at the next server:
 - A wrong answer: NaN, too few tokens. The caller's `parse` detects it and raises. MAX_WRONG_ANSWERS of them are
   allowed per request.
 
-Any other failure, and one that retrying did not cure, ends the whole call. Answers that arrived before it are still
-returned. Servers that require an API key get the one in the environment variable VLLM_API_KEY.
+Any other failure, and one that persists after all attempts, ends the call; answers that arrived before it are still
+yielded. Servers that require an API key get the one in the environment variable VLLM_API_KEY.
 """
 
 from __future__ import annotations
@@ -105,10 +105,8 @@ class Client:
         self._log(f"vLLM: {self.model} is served at {', '.join(good)}")
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Compare every server with what its answers are taken for, before the first of them is used.
-
-        Raises ServerFailed when its vLLM version is not the profile's, when its model id or tokenizer is another, and
-        when its log-probs depend on the sampling temperature."""
+        """Raise ServerFailed unless every server has the profile's vLLM version, this model and tokenizer, and
+        log-probs that do not depend on the sampling temperature."""
         for address in self.addresses:
             version = str(self._request(address, "/version").get("version")).split("+")[0]
             if version != self.settings.version:
@@ -165,7 +163,7 @@ class Client:
     async def _answer(
         self, http: httpx.AsyncClient, number: int, body: dict, parse: Callable, cached: bool
     ) -> tuple[int, Any]:
-        """`number`, and what `parse` makes of the answer to one request, retried as the module's docstring says."""
+        """`number`, and what `parse` makes of the answer to one request. Retries as the module's docstring says."""
         retrying = AsyncRetrying(
             stop=_has_waited_enough, wait=PAUSE, retry=retry_if_exception_type((_Unavailable, BadAnswer)),
             before_sleep=self._log_retry, reraise=True,
@@ -199,7 +197,7 @@ class Client:
         return ready[turn % len(ready)]
 
     async def _choice(self, http: httpx.AsyncClient, address: str, body: dict) -> dict:
-        """`_post`; a server that does not answer rests from then on."""
+        """`_post`, after which a server that did not answer rests."""
         try:
             return await self._post(http, address, body)
         except _Unavailable:
@@ -221,14 +219,17 @@ class Client:
         if response.status_code >= 500 or response.status_code == 429:
             raise _Unavailable(f"status {response.status_code}: {response.text[:300]}")
         if response.status_code != 200:
-            raise ServerFailed(f"{address} refuses a request with status {response.status_code}: {response.text[:500]}")
+            raise ServerFailed(
+                f"{address} refuses a request with status {response.status_code}: {response.text[:500]} (if it is "
+                "about log-probs, start the server with --max-logprobs of at least teacher.k_head)"
+            )
         try:
             answer = response.json()
             choices, model = answer["choices"], answer["model"]
         except (ValueError, KeyError, TypeError) as e:
             raise BadAnswer(f"not the answer to a completion request: {response.text[:200]!r}") from e
         if model != self.model:
-            raise ServerFailed(f"{address} answered as the model {model}, not {self.model}; serve the one model there")
+            raise ServerFailed(f"{address} answered as the model {model}, not {self.model}; serve only that one there")
         if len(choices) != 1:
             raise BadAnswer(f"{len(choices)} choices for one request")
         return choices[0]
@@ -268,8 +269,7 @@ class Client:
             )
 
     def _request(self, address: str, path: str, body: dict | None = None) -> dict:
-        """The answer to a GET, or to a POST of `body`. Raises ServerFailed without a valid one."""
-        # A POST has to wait for the model, a GET has not.
+        """The answer to a GET, or to a POST of `body`, which waits for the model. Raises ServerFailed without one."""
         timeout = min(self.settings.timeout_s, 30.0) if body is None else self.settings.timeout_s
         try:
             with httpx.Client(timeout=httpx.Timeout(timeout, connect=10), **self._http) as http:

@@ -2,7 +2,7 @@
 
 vLLM pins its own torch, so it runs in an environment of its own (`make vllm`) and is reached over HTTP. A model is
 served under its model id, so that no server can answer for other weights by accident. Before a server is used, its
-version, model id and tokenizer are compared with what the profile expects (`Client.check`).
+version, model id, tokenizer and log-probs are checked (`Client.check`).
 
 A server that is started here belongs to the worker's process tree, which the supervisor ends as a whole
 (`runtime.supervisor`). On Linux the kernel also kills it when the worker is killed. It writes its log to a file, and
@@ -33,9 +33,9 @@ from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
 
 GRACE_SECONDS = 10.0
-"""How long a server may take to stop by itself before it is killed."""
+"""How long a server has to stop by itself before it is killed."""
 CPU_BATCH_TOKENS = 4096
-"""Prompt tokens per forward pass of a server on a CPU; a longer prompt makes a pass of its own."""
+"""Tokens per forward pass of a server on a CPU, or the longest sequence that it takes, if that is more."""
 TAIL_LINES = 25
 """Lines from the end of a server's log that errors about it show."""
 _ERROR = re.compile(r"( ERROR .*|^)\b[A-Z]\w*(Error|Exception): ")
@@ -45,8 +45,8 @@ _NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)|resource_tracker|warnings\.wa
 
 @contextmanager
 def served(run: Run, path: Path, *, prompt_logprobs: int = 0) -> Iterator[Client]:
-    """A client for the model at `path`. It uses those of `vllm.addresses` that serve the model, or, when the profile
-    gives no addresses, a server that runs as long as the `with` block.
+    """A client for the model at `path`: of the servers in `vllm.addresses` that serve it or, if there are no addresses,
+    of a server that is started here and stopped at the end of the `with` block.
 
     `prompt_logprobs`: most probable tokens per prompt position that requests will ask for; 0 when sampling. Raises
     ServerFailed when a server does not start, or has another version, model or tokenizer than the profile says."""
@@ -183,7 +183,7 @@ def server_arguments(profile: Profile, path: Path, model: str, prompt_logprobs: 
         arguments.append("--trust-remote-code")
     if prompt_logprobs:
         # In some versions the log-probs of cached prompt tokens are stale (vllm PR 42245), in others they are computed
-        # again: the prefix cache never helps here.
+        # again: a prefix cache never helps here.
         arguments += [f"--max-logprobs={prompt_logprobs}", "--no-enable-prefix-caching"]
         # vLLM always generates one token. It does not compute a position for it, so the model's length is not exceeded.
         length = length and length + 1
@@ -198,7 +198,7 @@ def server_arguments(profile: Profile, path: Path, model: str, prompt_logprobs: 
 
 
 def server_environment(profile: Profile) -> dict[str, str]:
-    """The environment variables of a server process. Those of this process win over the defaults set here."""
+    """The environment of a server process: this process's variables, defaults for a few, and fixed values for some."""
     not_passed_on = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}  # they name this environment, not vLLM's
     defaults = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_KVCACHE_SPACE": "1"}
     if profile.threads:
