@@ -361,7 +361,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
     from nbg_core.config.training import TrainingSettings
     from nbg_core.training.data import PairBatch
     from nbg_core.training.engine import backward, build_engine, take_step
-    from nbg_core.training.request import Request
+    from nbg_core.training.request import TrainingRequest
     from nbg_core.training.train import be_deterministic, init_distributed
 
     os.environ |= {
@@ -382,7 +382,7 @@ def trainer(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
         shape = small(SHAPES[case.student]) if quick else SHAPES[case.student]
         with SavedModel(shape, device) as folder:
             settings = TrainingSettings(precision="bf16", zero_stage=1, learning_rate=1e-6, compile=compiled)
-            engine, _ = build_engine(Request(
+            engine, _ = build_engine(TrainingRequest(
                 training_id="", catalog="", data_path="", snapshot=0, slices=[], policy_id="", policy_path=folder,
                 teacher_id="", storage_id="", scoring_id="", temperature=1.0, training=settings, work=folder,
             ))  # fmt: skip
@@ -448,7 +448,7 @@ class SavedModel:
 
 def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> list[dict]:
     from nbg_core.config.profile import Profile
-    from nbg_core.teacher.forward import Scorer
+    from nbg_core.modeling.scoring import LogprobModel
     from nbg_core.teacher.store import compress
 
     config = small(SHAPES["7B"]) if quick else SHAPES["7B"]
@@ -458,7 +458,7 @@ def scoring(device: str, quick: bool, repeats: int, cases: list[str] | None) -> 
         paths = {"work": folder, "queries": folder, "checkpoints": folder}
         profile = Profile(name="bench", models={"student": folder, "teacher": folder, "dtype": "bfloat16"}, paths=paths,
                           training={"precision": "bf16"})  # fmt: skip
-        scorer = Scorer(profile, folder)
+        scorer = LogprobModel(profile, folder)
     for prompt, response, n_prompts in ((256, 512, 16), (2048, 512, 8), (256, 4096, 2)):
         rng = np.random.default_rng(0)
         prompts = rng.integers(2, config.vocab_size, (n_prompts, prompt // shrink)).tolist()

@@ -76,10 +76,10 @@ def write(folder: Path) -> dict:
     from nbg_core.config.training import TrainingSettings
     from nbg_core.training.pair_files import write_pair_files
     from nbg_core.training.pairs import count_and_hash_pairs
-    from nbg_core.training.request import Request
+    from nbg_core.training.request import TrainingRequest
 
     lake = lake_at(folder)
-    request = Request(
+    request = TrainingRequest(
         training_id="bench", catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(), slices=["bench"],
         policy_id="reference", policy_path=folder, teacher_id="teacher", storage_id="storage", scoring_id="scoring",
         temperature=1.0, training=TrainingSettings(), work=folder,

@@ -44,7 +44,7 @@ from nbg_core.lineage.run import Run
 from nbg_core.modeling.loading import load_model, load_tokenizer
 from nbg_core.modeling.padded import pad
 from nbg_core.sampling.backends import open_sampler
-from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.sampler import Decoding, SamplingRequest
 from nbg_core.teacher.engine import open_engine
 
 N, MAX_TOKENS, LONG, TOP = 4, 64, 1024, 64
@@ -77,7 +77,7 @@ def sample(folder: Path, backend: str) -> dict:
         started = time.perf_counter() - began
         prompts = [sampler.encode([{"role": "user", "content": p}]) for p in PROMPTS]
         for repeat in range(2):
-            asked = [Request(p, [100 * repeat + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
+            asked = [SamplingRequest(p, [100 * repeat + 10 * i + j for j in range(N)]) for i, p in enumerate(prompts)]
             began = time.perf_counter()
             drawn = sampler.sample(asked, Decoding(1.0, 1.0, MAX_TOKENS))
             seconds = time.perf_counter() - began

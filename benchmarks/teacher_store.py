@@ -106,13 +106,13 @@ def responses(path: Path, temperature: float, seed: int, n_tokens: int) -> Token
     """Responses of a model to PROMPTS, and both models' distributions at their tokens."""
     from nbg_core.modeling.forward import collate, output_matrix, response_hidden
     from nbg_core.modeling.loading import load_model
-    from nbg_core.sampling.sampler import Decoding, Request
+    from nbg_core.sampling.sampler import Decoding, SamplingRequest
     from nbg_core.sampling.transformers_sampler import TransformersSampler
 
     profile = Profile(name="bench", models={"student": path, "teacher": path})
     sampler = TransformersSampler(profile, path, batch_size=16)
     prompts = [sampler.encode([{"role": "user", "content": p}]) for p in PROMPTS]
-    requests = [Request(p, [seed * 1000 + i]) for i, p in enumerate(prompts)]
+    requests = [SamplingRequest(p, [seed * 1000 + i]) for i, p in enumerate(prompts)]
     drawn = [r.token_ids for (r,) in sampler.sample(requests, Decoding(temperature, 1.0, n_tokens))]
     teacher, student = sampler.model, load_model(path, dtype="float32")
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ from nbg_assets.definitions import build
 from nbg_assets.partitions import sync_partitions
 from nbg_assets.stale import stale_slices, stale_student
 from nbg_core.base.files import hold
-from nbg_core.base.processes import process_is_there, process_mark
+from nbg_core.base.processes import process_is_running, process_key
 from nbg_core.config.profile import PROJECT_ROOT, Profile
 from nbg_core.config.slices import find_slices
 from nbg_core.lake.lake import Lake
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from dagster._utils.error import SerializableErrorInfo  # has no public name
 
 PROCESS_TAG = "nbg/process"
-"""Host and process (`base.processes.process_mark`) of the command that holds a run, so that the next one can tell a run
+"""Host and process (`base.processes.process_key`) of the command that holds a run, so that the next one can tell a run
 that was killed."""
-UNFINISHED = [
+LEFT_BY_A_KILL = [
     DagsterRunStatus.NOT_STARTED,
     DagsterRunStatus.STARTING,
     DagsterRunStatus.STARTED,
@@ -176,7 +176,7 @@ def _run(
             partition_key=slice_name,
             asset_selection=[dg.AssetKey(a) for a in assets],
             run_config=QUIET,
-            tags={PROCESS_TAG: f"{socket.gethostname()}:{process_mark()}"},
+            tags={PROCESS_TAG: f"{socket.gethostname()}:{process_key()}"},
             raise_on_error=False,
         )
     except DagsterExecutionInterruptedError:
@@ -292,8 +292,8 @@ def worker_lines_to(on_line: Callable[[str], None], interrupted: Callable[[], bo
 
 def _end_killed_runs(instance: dg.DagsterInstance) -> None:
     """Fail runs whose command was killed on this machine, and free their slots in the pool; there may be no daemon."""
-    for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
+    for run in instance.get_runs(RunsFilter(statuses=LEFT_BY_A_KILL)):
         host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
-        if host == socket.gethostname() and not process_is_there(process):
+        if host == socket.gethostname() and not process_is_running(process):
             instance.report_run_failed(run, "the command that ran this was killed")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

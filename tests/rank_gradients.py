@@ -15,14 +15,14 @@ from torch.optim import SGD
 from nbg_core.training import engine as engines
 from nbg_core.training.data import TrainingSet
 from nbg_core.training.plan import Plan, micro_batches
-from nbg_core.training.request import Request
+from nbg_core.training.request import TrainingRequest
 from nbg_core.training.train import init_distributed, train_step
 
 STEP = 1
 """Step 0 would ask that the policy is the reference."""
 
 
-def gradients(request: Request) -> dict[str, torch.Tensor]:
+def gradients(request: TrainingRequest) -> dict[str, torch.Tensor]:
     """Of optimizer step STEP, taken first, by parameter; on rank 0."""
     engine, pad_id = engines.build_engine(request)
     data = TrainingSet(request.rows_path, pad_id)
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     init_distributed()
     engines.AdamW = lambda parameters, **_: SGD(parameters, lr=1.0)
     for file in sys.argv[1:]:
-        request = Request.model_validate_json(Path(file).read_text())
+        request = TrainingRequest.model_validate_json(Path(file).read_text())
         found = gradients(request)
         if dist.get_rank() == 0:
             save_file({n: g.contiguous() for n, g in found.items()}, request.work / "gradients.safetensors")

@@ -9,7 +9,7 @@ import pytest
 
 from nbg_core.evaluation.accuracy import summarise
 from nbg_core.evaluation.intervals import mcnemar_p_value, paired_difference, wilson
-from nbg_core.evaluation.promotion import gate, promotion_blocker
+from nbg_core.evaluation.promotion import gate_refusal, promotion_blocker
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Input, Record, Write
 from nbg_core.scorers.verifiers import scorer_ids
@@ -141,31 +141,31 @@ def summary(*rows: tuple[str, int, int, int]) -> pl.DataFrame:
 
 def test_the_gate():
     good = ("overall", 200, 30, 5)
-    assert gate(summary(("a", 100, 5, 5), good), 20) is None
-    assert "not better overall: difference +0.050 (20 of 200 queries fixed, 10 broken, p = 0.099)" in gate(
+    assert gate_refusal(summary(("a", 100, 5, 5), good), 20) is None
+    assert "not better overall: difference +0.050 (20 of 200 queries fixed, 10 broken, p = 0.099)" in gate_refusal(
         summary(("a", 100, 20, 5), ("overall", 200, 20, 10)), 20
     )
-    assert "not better overall" in gate(summary(("a", 100, 0, 20), ("overall", 200, 5, 30)), 20)
-    assert "slice a is worse: difference -0.150" in gate(summary(("a", 100, 0, 15), good), 20)
+    assert "not better overall" in gate_refusal(summary(("a", 100, 0, 20), ("overall", 200, 5, 30)), 20)
+    assert "slice a is worse: difference -0.150" in gate_refusal(summary(("a", 100, 0, 15), good), 20)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_a_few_queries_that_all_flip_prove_nothing(n):
-    assert "not better overall" in gate(summary(("a", n, n, 0), ("overall", n, n, 0)), 1)
-    assert f"only {n} held-out queries were answered" in gate(summary(("a", n, n, 0), ("overall", n, n, 0)), 20)
+    assert "not better overall" in gate_refusal(summary(("a", n, n, 0), ("overall", n, n, 0)), 1)
+    assert f"only {n} held-out queries were answered" in gate_refusal(summary(("a", n, n, 0), ("overall", n, n, 0)), 20)
     fifty_fixed = ("overall", 100, 50, n)
-    assert gate(summary(("a", 90, 50, 0), ("b", n, 0, n), fifty_fixed), 20) is None, "one bad slice that is noise"
+    assert gate_refusal(summary(("a", 90, 50, 0), ("b", n, 0, n), fifty_fixed), 20) is None, "b is noise"
 
 
 def test_six_flips_of_six_are_the_fewest_that_pass():
-    assert gate(summary(("a", 6, 6, 0), ("overall", 6, 6, 0)), 6) is None
+    assert gate_refusal(summary(("a", 6, 6, 0), ("overall", 6, 6, 0)), 6) is None
 
 
 def test_with_many_slices_one_that_looks_worse_by_chance_does_not_count():
     worse, good = ("x", 20, 0, 6), ("overall", 500, 100, 6)  # p = 0.031: below 0.05, but not below 0.05 / 10
-    assert "slice x is worse" in gate(summary(worse, good), 20)
+    assert "slice x is worse" in gate_refusal(summary(worse, good), 20)
     others = [(f"s{i}", 50, 10, 0) for i in range(9)]
-    assert gate(summary(worse, *others, good), 20) is None
+    assert gate_refusal(summary(worse, *others, good), 20) is None
 
 
 def test_a_slice_called_overall_is_a_slice(lake):
@@ -175,7 +175,7 @@ def test_a_slice_called_overall_is_a_slice(lake):
     table = summarise(lake, "s", ROLES)
     assert table.select("slice", "is_overall", "n").rows() == [
         ("overall", False, 30), ("z", False, 120), ("overall (all slices)", True, 150)]  # fmt: skip
-    assert "slice overall is worse" in gate(table, 20)
+    assert "slice overall is worse" in gate_refusal(table, 20)
 
 
 def test_a_checkpoint_whose_evaluation_says_no_is_objected_to_also_after_another_was_evaluated(lake):

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from typer.testing import CliRunner
 
 from nbg_assets import assets, driver
-from nbg_assets.cli import sql, upkeep
+from nbg_assets.cli import maintenance, sql
 from nbg_assets.cli.main import app
 from nbg_core.base.files import hold
 from nbg_core.config.profile import PROJECT_ROOT
@@ -95,7 +95,7 @@ def test_compact_says_what_became_fewer(profile, capsys):
         row = {"slice": "a", "scorer": "verifier", "scorer_id": "v", "score": 1.0}
         rows = pl.DataFrame([row | {"sample_id": f"{i}-{j}"} for j in range(20)])
         Lake.of(profile).commit(Record("filtered_pairs", "a", "r", "t"), [Write("scores", rows)])
-    upkeep.compact_files()
+    maintenance.compact_files()
     assert capsys.readouterr().out.startswith("scores: 2 files are now 1\n")
 
 

@@ -11,7 +11,7 @@ from transformers import Gemma3Config
 from nbg_core.checks.checks import checks_of
 from nbg_core.checks.violations import Subject
 from nbg_core.config.load import load_profile
-from nbg_core.modeling.config_file import text_config
+from nbg_core.modeling.config_file import text_config_value
 from nbg_core.modeling.loading import context_length, output_width
 from nbg_core.training.engine import switch_off_dropout
 
@@ -36,7 +36,7 @@ def write(folder, config: dict):
     ],
 )
 def test_the_language_models_own_value_counts(tmp_path, config, size):
-    assert text_config(write(tmp_path, config), "vocab_size") == size
+    assert text_config_value(write(tmp_path, config), "vocab_size") == size
 
 
 def test_the_context_of_a_composite_model_is_its_language_models(tmp_path):
@@ -49,7 +49,7 @@ def test_it_agrees_with_transformers_on_a_composite_model(tmp_path):
     config = Gemma3Config(text_config=text)
     config.save_pretrained(tmp_path)
     for key in text:
-        assert text_config(tmp_path, key) == getattr(config.get_text_config(), key)
+        assert text_config_value(tmp_path, key) == getattr(config.get_text_config(), key)
     assert output_width(tmp_path) == 99 and context_length(tmp_path) == 77
 
 

@@ -14,7 +14,7 @@ from fake_worker import write_profile
 from nbg_assets import driver
 from nbg_assets.definitions import build
 from nbg_core.base import processes
-from nbg_core.base.processes import process_is_there, process_mark
+from nbg_core.base.processes import process_is_running, process_key
 from nbg_core.config.load import load_profile
 
 
@@ -23,37 +23,37 @@ def mark_in(code: str) -> subprocess.Popen:
 
 
 def test_a_mark_is_of_one_process_as_long_as_it_runs():
-    other = mark_in("from nbg_core.base.processes import process_mark; print(process_mark(), flush=True); input()")
+    other = mark_in("from nbg_core.base.processes import process_key; print(process_key(), flush=True); input()")
     mark = other.stdout.readline().strip()
     assert mark.partition(":")[0] == str(other.pid)
-    assert process_is_there(mark)
+    assert process_is_running(mark)
     other.kill()
     time.sleep(0.2)
-    assert not process_is_there(mark), "it waits to be collected, and does not run"
+    assert not process_is_running(mark), "it waits to be collected, and does not run"
     other.wait()
-    assert not process_is_there(mark)
+    assert not process_is_running(mark)
 
 
 def test_a_later_process_with_the_same_pid_is_another(monkeypatch):
-    mark = process_mark()
+    mark = process_key()
     pid, _, seconds = mark.partition(":")
-    assert process_is_there(mark)
-    assert not process_is_there(f"{pid}:{float(seconds) - 60:.2f}"), "the pid came again a minute later"
-    assert process_is_there(pid), "an older mark is of the pid alone"
+    assert process_is_running(mark)
+    assert not process_is_running(f"{pid}:{float(seconds) - 60:.2f}"), "the pid came again a minute later"
+    assert process_is_running(pid), "an older mark is of the pid alone"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the two move apart with the clock")
 def test_a_clock_that_is_set_makes_no_process_another(monkeypatch):
-    mark, real, boot = process_mark(), psutil.Process.create_time, psutil.boot_time
+    mark, real, boot = process_key(), psutil.Process.create_time, psutil.boot_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 7200)
     monkeypatch.setattr(processes.psutil, "boot_time", lambda: boot() + 7200)
-    assert process_is_there(mark)
+    assert process_is_running(mark)
 
 
 def test_runs_of_a_killed_command_are_ended_though_its_pid_is_in_use(tmp_path, monkeypatch):
     monkeypatch.setenv("NBG_PROFILE", str(write_profile(tmp_path / "p")))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-    job, host, mine = build().resolve_job_def("train"), driver.socket.gethostname(), process_mark()
+    job, host, mine = build().resolve_job_def("train"), driver.socket.gethostname(), process_key()
     pid, _, seconds = mine.partition(":")
     killed, gone = dg.DagsterRunStatus.FAILURE, f"{pid}:{float(seconds) - 3600:.2f}"
     cases = {

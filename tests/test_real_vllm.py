@@ -26,11 +26,11 @@ from nbg_core.config.profile import PROJECT_ROOT, Profile
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Record, Write
 from nbg_core.lineage.run import Run
+from nbg_core.modeling.scoring import response_logprobs
 from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.backends import open_sampler
-from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.sampler import Decoding, SamplingRequest
 from nbg_core.sampling.transformers_sampler import TransformersSampler
-from nbg_core.teacher.forward import response_logprobs
 from nbg_core.teacher.stage import materialise
 from nbg_core.teacher.store import targets
 from nbg_core.vllm.client import ServerFailed
@@ -90,8 +90,8 @@ def served(python, tmp_path_factory):
     assert living(processes) == []
 
 
-def ask(sampler, text: str, seeds) -> Request:
-    return Request(sampler.encode([{"role": "user", "content": text}]), list(seeds))
+def ask(sampler, text: str, seeds) -> SamplingRequest:
+    return SamplingRequest(sampler.encode([{"role": "user", "content": text}]), list(seeds))
 
 
 def test_greedy_responses_are_those_of_the_transformers_sampler(served):

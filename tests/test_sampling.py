@@ -15,7 +15,7 @@ from nbg_core.lineage.run import Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import load_model, load_tokenizer
 from nbg_core.sampling import stage as sampling_stage
-from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.sampler import Decoding, SamplingRequest
 from nbg_core.sampling.transformers_sampler import TransformersSampler
 
 PROMPTS = ["Add: 1 + 2", "Sort: 3 1 2", "x"]
@@ -26,8 +26,8 @@ def sampler(make_profile, tiny_models):
     return TransformersSampler(make_profile(), tiny_models.student, batch_size=64)
 
 
-def ask(sampler, text: str, seeds) -> Request:
-    return Request(sampler.encode([{"role": "user", "content": text}]), list(seeds))
+def ask(sampler, text: str, seeds) -> SamplingRequest:
+    return SamplingRequest(sampler.encode([{"role": "user", "content": text}]), list(seeds))
 
 
 def test_greedy_is_what_transformers_generates(sampler, tiny_models):

@@ -21,16 +21,16 @@ from nbg_core.lineage.run import Run
 from nbg_core.modeling import lm_head_tiles
 from nbg_core.modeling.forward import collate
 from nbg_core.modeling.loading import check_same_tokenizer, load_model
+from nbg_core.modeling.scoring import LogprobModel
 from nbg_core.preference.scoring import score_samples
 from nbg_core.reference import stage as reference_stage
 from nbg_core.sampling import stage as sampling_stage
 from nbg_core.teacher import stage as teacher_stage
 from nbg_core.teacher import store
 from nbg_core.teacher.engine import open_engine
-from nbg_core.teacher.forward import Scorer
 from nbg_core.teacher.store import targets
 from nbg_core.training.pair_files import PairFiles, write_pair_files
-from nbg_core.training.request import Request
+from nbg_core.training.request import TrainingRequest
 
 PAIRS = [("p1", "s1", "s2"), ("p2", "s3", "s2")]
 TOKENS = {"s1": [65, 66, 259], "s2": [67, 259], "s3": [70, 71, 72, 73, 74, 259], "s4": [80, 259]}
@@ -149,7 +149,7 @@ def test_another_dtype_is_other_rows_and_training_reads_its_own(run, tmp_path):
         con.execute("UPDATE samples SET prompt_token_ids = [257, 258]")
     for r in (run, rounded):
         scoring = identity.scoring_id(r.profile)
-        request = Request(
+        request = TrainingRequest(
             training_id="t", catalog=run.lake.catalog, data_path=run.lake.data_path, snapshot=run.lake.snapshot(),
             slices=["a"], policy_id=r.policy.model_id, policy_path=r.policy.path,
             storage_id=identity.storage_id(r.profile),
@@ -243,7 +243,7 @@ def test_forward_passes_stay_within_the_budget(run, tiny_models, packed):
     """Of responses that share a prompt of 30 tokens: a batch that is cut among them computes it again."""
     shared = {"prompt_token_ids": [[7] * 30] * 12 + [[9] * 5] * 4, "token_ids": [[65] * n for n in range(1, 17)]}
     samples = pl.DataFrame({"sample_id": [f"{i:02}" for i in range(16)], **shared})
-    scorer = Scorer(run.profile, tiny_models.teacher)
+    scorer = LogprobModel(run.profile, tiny_models.teacher)
     scorer.packed, scorer.batch_tokens = packed, 60
     scored = list(scorer.score(samples))
     inputs = [collate(s.samples["prompt_token_ids"].to_list(), s.samples["token_ids"].to_list(), None if packed else 0)

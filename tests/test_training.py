@@ -475,7 +475,7 @@ def test_the_check_of_rows_is_that_of_a_loop(data):
     tables = {table: data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)) for table in pairing.NOTES}
     tables = {table: [*range(n), *more] if data.draw(st.booleans()) else more for table, more in tables.items()}
     notes = {table: data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)) for table in tables}
-    check = pairing.Check(np.zeros((n, len(tables)), pairing.RECORD))
+    check = pairing.TrainingSetCheck(np.zeros((n, len(tables)), pairing.RECORD))
     for table, numbers in tables.items():
         check.rows(table, np.array(numbers, int), np.array([notes[table][i] for i in numbers], np.uint32))
     both = np.array(data.draw(st.lists(st.tuples(*[st.integers(0, n - 1)] * 2), min_size=k, max_size=k)))

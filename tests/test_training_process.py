@@ -29,7 +29,7 @@ from nbg_core.modeling.loading import load_model
 from nbg_core.training.data import TrainingSet
 from nbg_core.training.launcher import _command
 from nbg_core.training.plan import Plan
-from nbg_core.training.request import Request, TrainingError
+from nbg_core.training.request import TrainingError, TrainingRequest
 from nbg_core.training.stage import materialise
 
 pytestmark = pytest.mark.slow
@@ -37,11 +37,11 @@ pytestmark = pytest.mark.slow
 SETTINGS = dict(global_batch_pairs=8, epochs=2, learning_rate=3e-3)
 
 
-def steps_of(request: Request) -> list[dict]:
+def steps_of(request: TrainingRequest) -> list[dict]:
     return [json.loads(line) for line in request.steps_file.read_text().splitlines()]
 
 
-def start_ranks(n: int, requests: list[Request], module: str = "test_training_process") -> str:
+def start_ranks(n: int, requests: list[TrainingRequest], module: str = "test_training_process") -> str:
     """Run `module`, which takes the requests one after another: on `n` ranks of one launcher, or in one plain process.
     Returns the output."""
     files = []
@@ -63,7 +63,7 @@ def start_ranks(n: int, requests: list[Request], module: str = "test_training_pr
     return ran.stdout
 
 
-def continued(profile, name: str, state_of: Request, **training) -> Request:
+def continued(profile, name: str, state_of: TrainingRequest, **training) -> TrainingRequest:
     """A training that goes on from the state of another."""
     request = request_of(profile, name, **state_of.training.model_dump() | training)
     shutil.copytree(state_of.states, request.states)
@@ -71,11 +71,11 @@ def continued(profile, name: str, state_of: Request, **training) -> Request:
     return request
 
 
-def result(request: Request) -> tuple[list[float], str]:
+def result(request: TrainingRequest) -> tuple[list[float], str]:
     return [s["loss"] for s in steps_of(request)], ids.model_id(request.final)
 
 
-def check_follows(request: Request, expected: Request) -> None:
+def check_follows(request: TrainingRequest, expected: TrainingRequest) -> None:
     """Up to rounding: every metric of every step, and the weights; in bf16 loss and gradient norm, within 1%."""
     bf16 = request.training.precision == "bf16"
     for one, two in zip(steps_of(request), steps_of(expected), strict=True):
@@ -103,7 +103,7 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     alone["untied"] = request_of(other, "untied")
     start_ranks(1, list(alone.values()))
 
-    def fresh(kind: str, stage: int, offload: bool = False) -> Request:
+    def fresh(kind: str, stage: int, offload: bool = False) -> TrainingRequest:
         changed = dict(zero_stage=stage, offload_optimizer=offload, micro_batch_tokens=40)
         of = other if kind == "untied" else profile
         return request_of(of, f"{kind} {stage} {offload}", **alone[kind].training.model_dump() | changed)
@@ -122,7 +122,7 @@ def test_ranks_stages_offload_and_states_all_follow_one_rank(tmp_path):
     for first, second in zip(resumed, again, strict=True):
         assert result(first) == result(second), first.training_id  # bit for bit
 
-    def shared(kind: str, n: int, **changed) -> Request:
+    def shared(kind: str, n: int, **changed) -> TrainingRequest:
         changed = dict(sequence_parallel=n, n_processes=4, micro_batch_tokens=30) | changed
         return request_of(profile, f"{kind} shared by {n}", **alone[kind].training.model_dump() | changed)
 
@@ -176,7 +176,7 @@ def test_every_gradient_at_zero_0_to_3_on_2_to_4_ranks_is_that_of_a_naive_loop_i
                 "list_transform(token_logprobs, x -> (x + hash(sample_id) % 100 / 200)::FLOAT)"
             )
 
-    def ask(profile, n: int, **more) -> Request:
+    def ask(profile, n: int, **more) -> TrainingRequest:
         name = f"{n} ranks {' '.join(map(str, more.values()))}"
         return request_of(profile, name, **changed | dict(n_processes=n) | more)
 
@@ -265,7 +265,7 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_undisturbed_checkpo
     assert lake.sql("SELECT count(*) FROM checkpoints").item() == 1
 
 
-def check_commit(lake: Lake, profile, report: dict, undisturbed: Request) -> None:
+def check_commit(lake: Lake, profile, report: dict, undisturbed: TrainingRequest) -> None:
     """Checkpoint, pairs and steps are there, made by one commit that names all its inputs."""
     checkpoint = lake.sql("SELECT * FROM checkpoints").row(0, named=True)
     assert checkpoint["checkpoint_id"] == checkpoint["path"] == report.checkpoint_id
@@ -296,4 +296,4 @@ if __name__ == "__main__":
     from nbg_core.training.train import train
 
     for file in sys.argv[1:]:
-        train(Request.model_validate_json(Path(file).read_text()))
+        train(TrainingRequest.model_validate_json(Path(file).read_text()))

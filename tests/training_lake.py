@@ -23,7 +23,7 @@ from nbg_core.modeling.loading import load_model
 from nbg_core.reference import stage as reference_stage
 from nbg_core.teacher import stage as teacher_stage
 from nbg_core.training.pair_files import write_pair_files
-from nbg_core.training.request import Request
+from nbg_core.training.request import TrainingRequest
 
 WORDS = 40
 """Tokens of the tokenizer; the output matrix has more rows, as it does in real families."""
@@ -96,7 +96,7 @@ def add_pairs(run: Run, slice_name: str, n: int, rng: np.random.Generator) -> No
     run.commit("filtered_pairs", slice_name, writes, data_version=ids.content_version([p["pair_id"] for p in pairs]))
 
 
-def request_of(profile: Profile, name: str, **training) -> Request:
+def request_of(profile: Profile, name: str, **training) -> TrainingRequest:
     """A request to train on everything in the lake, with its own work folder and changed training settings.
 
     The training set is written, as `launch` does it."""
@@ -105,7 +105,7 @@ def request_of(profile: Profile, name: str, **training) -> Request:
     settings = {**profile.training.model_dump(), **training}
     work = profile.resolve(profile.paths.work) / name
     work.mkdir(parents=True, exist_ok=True)
-    request = Request(
+    request = TrainingRequest(
         training_id=name, catalog=lake.catalog, data_path=lake.data_path, snapshot=lake.snapshot(),
         slices=slice_names(profile), policy_id=policy.model_id, policy_path=policy.path,
         teacher_id=ids.model_id(profile.resolve(profile.models.teacher)), storage_id=identity.storage_id(profile),
@@ -116,12 +116,12 @@ def request_of(profile: Profile, name: str, **training) -> Request:
     return request
 
 
-def where(request: Request) -> dict[str, str]:
+def where(request: TrainingRequest) -> dict[str, str]:
     return dict(teacher_id=request.teacher_id, storage_id=request.storage_id, reference_id=request.policy_id,
                 scoring_id=request.scoring_id)  # fmt: skip
 
 
-def responses_of(request: Request) -> pl.DataFrame:
+def responses_of(request: TrainingRequest) -> pl.DataFrame:
     """What the lake holds of the pairs, two rows a pair, chosen first; read in one query, not as training reads it."""
     return Lake(request.catalog, request.data_path).sql(
         """
@@ -136,7 +136,7 @@ def responses_of(request: Request) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def naive_gradients(request: Request, pairs: np.ndarray) -> dict[str, torch.Tensor]:
+def naive_gradients(request: TrainingRequest, pairs: np.ndarray) -> dict[str, torch.Tensor]:
     """Of the loss of one optimizer step on `pairs` (places in order of pair_id), by parameter, float64: response by
     response, without padding, position by position, from the definitions."""
     model = load_model(request.policy_path, dtype="float64")

@@ -6,9 +6,9 @@ import sys
 
 from rich.text import Text
 
-from nbg_assets.cli import runs, show, sql, upkeep  # noqa: F401  (each adds its commands to the app)
+from nbg_assets.cli import maintenance, runs, show, sql  # noqa: F401  (each adds its commands to the app)
 from nbg_assets.cli.app import app, errors
-from nbg_core.base.errors import is_defect, sentence
+from nbg_core.base.errors import is_defect, user_message
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     except Exception as e:
         if is_defect(e):
             raise
-        errors.print(Text.assemble(("error: ", "red"), sentence(e)), soft_wrap=True)
+        errors.print(Text.assemble(("error: ", "red"), user_message(e)), soft_wrap=True)
         sys.exit(1)
 
 

@@ -21,7 +21,7 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(\w+://[^\s:/@]+:)[^\s@/]+@", r"\1***@", text)
 
 
-def sentence(error: BaseException) -> str:
+def user_message(error: BaseException) -> str:
     """The message to show for an error: without secrets, and with a remedy for a PermissionError."""
     text = redact(str(error)) or type(error).__name__
     if isinstance(error, PermissionError):

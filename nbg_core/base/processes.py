@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 
 import psutil
@@ -18,6 +19,14 @@ START_TOLERANCE = 2.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # from <sys/prctl.h>
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host` (an address of this machine, or "" for all) that is free now; another process may take it
+    before it is used."""
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return s.getsockname()[1]
 
 
 def die_with_parent() -> None:
@@ -37,7 +46,7 @@ def adopt_orphans() -> None:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def process_mark() -> str:
+def process_key() -> str:
     """An identifier of this process, `pid:seconds`, that no other process of this machine shares, even a later one with
     the same pid.
 
@@ -45,8 +54,8 @@ def process_mark() -> str:
     return f"{os.getpid()}:{_start(psutil.Process()):.2f}"
 
 
-def process_is_there(mark: str) -> bool:
-    """Whether the process that a `process_mark` identifies is running. A mark without seconds, which earlier versions
+def process_is_running(mark: str) -> bool:
+    """Whether the process that a `process_key` identifies is running. A mark without seconds, which earlier versions
     wrote, matches any process with that pid."""
     pid, _, seconds = mark.partition(":")
     try:

@@ -13,11 +13,8 @@ from nbg_core.base.ids import model_id
 from nbg_core.base.names import find
 from nbg_core.checks.violations import Subject
 from nbg_core.evaluation.accuracy import latest_summary
-from nbg_core.evaluation.promotion import gate
-from nbg_core.lake.queries import (
-    checkpoint_row,
-    latest_materialisation,
-)
+from nbg_core.evaluation.promotion import gate_refusal
+from nbg_core.lake.queries import checkpoint_row, require_materialisation
 from nbg_core.lineage.policy import checkpoint_folder
 from nbg_core.losses.dpo import DPO_VARIANTS
 from nbg_core.reference import drift
@@ -25,10 +22,7 @@ from nbg_core.reference import drift
 
 def _newest_checkpoint(s: Subject) -> dict:
     """The row of `checkpoints` that the newest materialisation made."""
-    made = latest_materialisation(s.lake, "student_checkpoint", None)
-    if made is None:
-        raise LookupError("student_checkpoint has not been materialised; materialise it first (nbg run, or the UI)")
-    return checkpoint_row(s.lake, made["data_version"])
+    return checkpoint_row(s.lake, require_materialisation(s.lake, "student_checkpoint", None)["data_version"])
 
 
 def not_reference_at_step_0(s: Subject) -> pl.DataFrame:
@@ -90,5 +84,5 @@ def training_set_lost(s: Subject) -> pl.DataFrame:
 def gate_refuses(s: Subject) -> pl.DataFrame:
     """The newest evaluated checkpoint if it may not be promoted, with the reason."""
     checkpoint, summary, _ = latest_summary(s.lake, profile=s.profile.name)
-    refusal = gate(summary, s.profile.evaluation.min_queries)
+    refusal = gate_refusal(summary, s.profile.evaluation.min_queries)
     return pl.DataFrame({"checkpoint_id": [checkpoint], "why": [refusal]}).filter(refusal is not None)

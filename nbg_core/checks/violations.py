@@ -23,7 +23,7 @@ from nbg_core.lake.queries import (
 )
 from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
 from nbg_core.lineage.policy import current_policy
-from nbg_core.modeling.config_file import text_config
+from nbg_core.modeling.config_file import text_config_value
 from nbg_core.reference import drift
 
 MASS_SAMPLE = 200
@@ -102,7 +102,7 @@ def too_few_responses(s: Subject) -> pl.DataFrame:
 def outside_vocabulary(s: Subject) -> pl.DataFrame:
     """Responses without tokens, with another number of log-probs than tokens, or with ids outside the vocabulary."""
     folder = current_policy(s.lake, s.profile).path
-    size = text_config(folder, "vocab_size")
+    size = text_config_value(folder, "vocab_size")
     if size is None:
         return pl.DataFrame({"why": [f"{folder / 'config.json'} does not say vocab_size"]})
     return s.sql(

@@ -33,7 +33,7 @@ def teacher_id(profile: Profile) -> str:
     return model_id(profile.resolve(profile.models.teacher))
 
 
-def engine_version(profile: Profile, engine: str) -> list[str]:
+def engine_identity(profile: Profile, engine: str) -> list[str]:
     """The name of a sampling backend or teacher engine, then the versions and arguments that it computes with.
 
     Raises ValueError for an unknown engine."""
@@ -51,7 +51,7 @@ def sampling_id(profile: Profile) -> str:
     """Hash of the settings that decide a response, besides query, model and index; the number of responses and the
     batch size are not among them. Column `sampling_id` of `samples`."""
     s = profile.sampling
-    engine = engine_version(profile, s.backend)
+    engine = engine_identity(profile, s.backend)
     return digest("sampling", profile.models.dtype, engine, s.temperature, s.top_p, s.max_tokens, s.seed)
 
 
@@ -59,7 +59,7 @@ def storage_id(profile: Profile) -> str:
     """Hash of the settings that decide the stored teacher rows, besides the teacher and the response. Column
     `settings_id` of `teacher_logits`."""
     stored = profile.teacher.model_dump(mode="json", exclude={"batch_tokens", "chunk_samples", "n_processes"})
-    engine = engine_version(profile, profile.teacher.engine)
+    engine = engine_identity(profile, profile.teacher.engine)
     return digest("teacher", STORE_VERSION, profile.models.dtype, engine, stored)
 
 
@@ -72,7 +72,7 @@ def scoring_id(profile: Profile) -> str:
 def answering_id(profile: Profile) -> str:
     """Hash of the settings that decide a model's answer to a held-out query, besides the model. Column `settings_id` of
     `evaluations`."""
-    engine = engine_version(profile, profile.sampling.backend)
+    engine = engine_identity(profile, profile.sampling.backend)
     return digest("evaluation", profile.models.dtype, engine, profile.evaluation.max_tokens)
 
 
@@ -84,7 +84,7 @@ def settings_id(settings: dict) -> str:
 def loglik_engine(profile: Profile) -> list[str] | None:
     """The part of the teacher's engine that `teacher_loglik` depends on: versions and arguments of vLLM; None for
     transformers, whose versions agree up to rounding."""
-    engine = engine_version(profile, profile.teacher.engine)
+    engine = engine_identity(profile, profile.teacher.engine)
     return engine if engine[0] == "vllm" else None
 
 

@@ -24,7 +24,7 @@ class ProfileError(ValueError):
     """A profile that cannot be used: names the file, the key, the value and the remedy."""
 
 
-class _EveryKeyOnce(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a mapping with the same key twice. Plain YAML would keep the second value and say
     nothing."""
 
@@ -50,7 +50,7 @@ def load_profile(which: str | Path | None = None) -> Profile:
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ProfileError(f"no profile {which!r} at {path}; known profiles: {', '.join(known)}, or give a .yaml path")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _EveryKeyOnce) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ProfileError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):

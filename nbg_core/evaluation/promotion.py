@@ -19,7 +19,7 @@ SIGNIFICANCE = 0.05
 """A difference whose p-value is below this counts as real."""
 
 
-def gate(summary: pl.DataFrame, min_queries: int) -> str | None:
+def gate_refusal(summary: pl.DataFrame, min_queries: int) -> str | None:
     """Why a checkpoint may not be promoted. None if it may: it must be better overall and worse on no slice.
 
     `summary` is a frame of `accuracy.summarise`. Differences are tested with McNemar's exact test, which holds at any
@@ -63,7 +63,8 @@ def promotion_blocker(lake: Lake, checkpoint: str, min_queries: int) -> str | No
 
     Raises LookupError for an unknown checkpoint, and for an evaluation whose queries have all changed since."""
     try:
-        return gate(latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"]).summary, min_queries)
+        evaluated = latest_summary(lake, checkpoint_row(lake, checkpoint)["checkpoint_id"])
+        return gate_refusal(evaluated.summary, min_queries)
     except NotEvaluated:
         return None
 

@@ -21,13 +21,13 @@ from nbg_core.base.progress import CommitBuffer
 from nbg_core.config import identity
 from nbg_core.config.slices import slice_names
 from nbg_core.evaluation.accuracy import summarise
-from nbg_core.evaluation.promotion import gate, promotion
+from nbg_core.evaluation.promotion import gate_refusal, promotion
 from nbg_core.lake.queries import checkpoint_row
 from nbg_core.lake.records import Write
 from nbg_core.lineage.policy import checkpoint_folder
 from nbg_core.lineage.run import Report, Run
 from nbg_core.sampling.backends import open_sampler
-from nbg_core.sampling.sampler import Decoding, Request
+from nbg_core.sampling.sampler import Decoding, SamplingRequest
 from nbg_core.scorers.verifiers import scorer_ids, verify
 
 ASSET = "student_eval"
@@ -74,7 +74,7 @@ def materialise(run: Run, slice_name: None = None) -> EvaluationReport:
         for query_id, scorer_id in queries[KEY].iter_rows()
     )
     summary = summarise(run.lake, answering_id, model_ids, snapshot)
-    refusal = gate(summary, run.profile.evaluation.min_queries)
+    refusal = gate_refusal(summary, run.profile.evaluation.min_queries)
     promoted = refusal is None and run.profile.evaluation.auto_promote
     writes = [promotion(run.lake, checkpoint, "passed the promotion gate")] if promoted else []
     commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=version)
@@ -126,7 +126,7 @@ def _evaluate(run: Run, role: str, path: Path, queries: pl.DataFrame, inputs) ->
     greedy = Decoding(temperature=0.0, top_p=1.0, max_tokens=settings.max_tokens)
     with open_sampler(run, path, settings.batch_size) as sampler, CommitBuffer(commit_answers) as buffer:
         progress = run.progress(f"{ASSET}: {role}", unanswered.height)
-        requests = [Request(sampler.encode(messages), [0]) for messages in unanswered["messages"].to_list()]
+        requests = [SamplingRequest(sampler.encode(messages), [0]) for messages in unanswered["messages"].to_list()]
         for start in range(0, len(requests), settings.batch_size):
             chunk = requests[start : start + settings.batch_size]
             for i, _, answer in sampler.stream(chunk, greedy):

@@ -1,6 +1,6 @@
 """Which catalogs keep their files in a data path. Every lake notes it there when it is opened, in `.catalogs`.
 
-Without that, a catalog could not tell the files of another one from those of a killed writer (see `uncommitted`).
+Without that, a catalog could not tell the files of another one from those of a killed writer (see `orphaned_files`).
 """
 
 from __future__ import annotations

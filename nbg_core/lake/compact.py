@@ -4,7 +4,7 @@ What a reader sees stays the same, at every snapshot, including row ids and inse
 neighbouring files into one file, and records the snapshot of each row. A merge adds a snapshot. Replaced files stay for
 KEEP, for readers that have opened them; a later call deletes them.
 
-Files that no commit put into the catalog are deleted by `uncommitted`.
+Files that no commit put into the catalog are deleted by `orphaned_files`.
 
 `teacher_logits` is left as it is: its files are large, and DuckDB would write them without the encoding that makes them
 small (`base.files.write_parquet`).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import polars as pl
 
 from nbg_core.lake import tables
-from nbg_core.lake.conflicts import quietly_rollback, retry_on_conflict
+from nbg_core.lake.conflicts import retry_on_conflict, rollback_quietly
 from nbg_core.lake.lake import Lake
 
 KEEP = "1 day"
@@ -47,7 +47,7 @@ def _merge(lake: Lake, table: str) -> list[tuple[int, int]]:
             con.execute("CALL lake.set_commit_message(?, ?)", [lake.author, f"{table} compacted"])
             con.execute("COMMIT")
         except BaseException:
-            quietly_rollback(con)
+            rollback_quietly(con)
             raise
     return merged
 

@@ -29,7 +29,7 @@ def retry_on_conflict(attempt, *args):
     )(attempt)(*args)
 
 
-def quietly_rollback(con) -> None:
+def rollback_quietly(con) -> None:
     """Roll back, if there is still a transaction to roll back."""
     try:
         con.execute("ROLLBACK")

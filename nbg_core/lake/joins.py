@@ -30,7 +30,7 @@ def bounded_joins(lake: Lake, snapshot: int, spill: Path) -> Iterator[duckdb.Duc
     spilled to the folder `spill`, which is removed at the end.
 
     Joins are not reordered, so a query must name the smaller table last: that one is held in memory. Rows come in no
-    particular order without ORDER BY. `with_room` runs queries that need more than JOIN_MEMORY."""
+    particular order without ORDER BY. `retry_with_more_memory` runs queries that need more than JOIN_MEMORY."""
     shutil.rmtree(spill, ignore_errors=True)  # left by a process that was killed
     spill.parent.mkdir(parents=True, exist_ok=True)  # DuckDB makes the folder, but not its parents
     con = attach(lake.catalog, lake.data_path, read_only=True, snapshot=snapshot)
@@ -50,7 +50,7 @@ def bounded_joins(lake: Lake, snapshot: int, spill: Path) -> Iterator[duckdb.Duc
         shutil.rmtree(spill, ignore_errors=True)
 
 
-def with_room(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: int = JOIN_MEMORY) -> T:
+def retry_with_more_memory(con: duckdb.DuckDBPyConnection, attempt: Callable[[], T], memory: int = JOIN_MEMORY) -> T:
     """Call `attempt` with a memory limit of `memory` bytes, and again with four times as much while that is too little.
 
     Not everything can be spilled to disk: DuckDB decodes 2,048 rows of a file at once, however long they are. Raises

@@ -25,10 +25,10 @@ from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.lake import catalog, tables
 from nbg_core.lake.attach import attach, lake_error
-from nbg_core.lake.conflicts import quietly_rollback, retry_on_conflict
+from nbg_core.lake.conflicts import retry_on_conflict, rollback_quietly
 from nbg_core.lake.records import Commit, Frames, Record, Write
 
-_MEDIUM = re.compile(r"readonly|read-only|IO Error|disk is full|No space", re.IGNORECASE)
+_STORAGE_ERRORS = re.compile(r"readonly|read-only|IO Error|disk is full|No space", re.IGNORECASE)
 """In messages of DuckDB and SQLite: the disk is the problem, not the statement."""
 
 
@@ -100,7 +100,7 @@ class Lake:
             n_rows = retry_on_conflict(attempt)
             return Commit(record.materialisation_id, retry_on_conflict(self._snapshot_of, record), n_rows)
         except (duckdb.Error, OSError) as e:  # a read-only folder or a full disk, say
-            if isinstance(e, duckdb.Error) and not _MEDIUM.search(str(e)):
+            if isinstance(e, duckdb.Error) and not _STORAGE_ERRORS.search(str(e)):
                 raise
             raise lake_error(self.catalog, self.data_path, "written", e) from None
 
@@ -127,7 +127,7 @@ class Lake:
                 )
                 con.execute("COMMIT")
             except BaseException:
-                quietly_rollback(con)
+                rollback_quietly(con)
                 # An interrupt can come after the commit, before its return.
                 if files and retry_on_conflict(self._landed, record) is None:
                     for path in files:

@@ -55,6 +55,16 @@ def latest_materialisation(lake: Lake, asset: str, slice_name: str | None, snaps
     return None if rows.is_empty() else rows.row(0, named=True)
 
 
+def require_materialisation(lake: Lake, asset: str, slice_name: str | None, snapshot: int | None = None) -> dict:
+    """`latest_materialisation`. Raises LookupError if there is none."""
+    row = latest_materialisation(lake, asset, slice_name, snapshot)
+    if row is None:
+        raise LookupError(
+            f"{partition_name(asset, slice_name)} has not been materialised; materialise it first (nbg run, or the UI)"
+        )
+    return row
+
+
 def latest_materialisations(lake: Lake) -> dict[tuple[str, str | None], dict]:
     """(asset, slice name) -> the newest complete materialisation of every partition that has one: data_version,
     settings_id, settings (JSON), inputs (JSON), code_version, snapshot_id."""
@@ -70,12 +80,7 @@ def made_with(lake: Lake, asset: str, slice_name: str | None, snapshot: int | No
     """The settings of a partition's newest complete materialisation, as `assets.settings_of` gave them.
 
     Raises LookupError if it was never materialised."""
-    row = latest_materialisation(lake, asset, slice_name, snapshot)
-    if row is None:
-        raise LookupError(
-            f"{partition_name(asset, slice_name)} has not been materialised; materialise it first (nbg run, or the UI)"
-        )
-    return json.loads(row["settings"])
+    return json.loads(require_materialisation(lake, asset, slice_name, snapshot)["settings"])
 
 
 def sampled_with(lake: Lake, slice_name: str, snapshot: int | None = None) -> SampledWith:
@@ -86,12 +91,9 @@ def sampled_with(lake: Lake, slice_name: str, snapshot: int | None = None) -> Sa
 
 def input_of(lake: Lake, asset: str, slice_name: str | None, snapshot: int) -> Input:
     """The input record for reading a partition at `snapshot`. Raises LookupError if it was not materialised by then."""
-    row = latest_materialisation(lake, asset, slice_name, snapshot)
-    if row is None:
-        raise LookupError(
-            f"{partition_name(asset, slice_name)} has not been materialised; materialise it first (nbg run, or the UI)"
-        )
-    return Input(asset, slice_name, row["data_version"], snapshot)
+    return Input(
+        asset, slice_name, require_materialisation(lake, asset, slice_name, snapshot)["data_version"], snapshot
+    )
 
 
 def current_samples(lake: Lake, slice_name: str, snapshot: int) -> pl.DataFrame:

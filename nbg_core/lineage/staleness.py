@@ -93,7 +93,7 @@ def _changed(before: dict, now: dict) -> list[str]:
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
     return flat

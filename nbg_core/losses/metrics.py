@@ -28,7 +28,7 @@ class Terms:
     Tensors [B] and [B, 2] are of whole pairs. Tensors [T] are of this rank's rows, which with sequence parallelism are
     only some of the rows of these pairs."""
 
-    policy: Tensor
+    policy_logps: Tensor
     """[B, 2]: log-probability of the whole chosen and the whole rejected response under the policy, nats."""
     dpo: DpoTerms
     margin: Tensor
@@ -71,7 +71,7 @@ METRICS: tuple[Metric, ...] = (
            "training.loss.scale_by_temperature_squared",
            lambda t: t.kl.where(~t.is_chosen, 0.0).sum(), "rejected_tokens", of="rows", plot="losses"),
     Metric("nll", "negative log-likelihood, mean over chosen tokens, nats",
-           lambda t: -t.policy[:, 0].sum(), "chosen_tokens"),
+           lambda t: -t.policy_logps[:, 0].sum(), "chosen_tokens"),
     Metric("margin", "mean reward margin, beta included", lambda t: t.margin.sum(), "pairs",
            plot="margin and accuracy"),
     Metric("accuracy", "share of pairs with a positive margin (ties count half)",
@@ -79,9 +79,9 @@ METRICS: tuple[Metric, ...] = (
            plot="margin and accuracy"),
     Metric("chosen_reward", "mean implicit reward of the chosen", lambda t: t.dpo.chosen_reward.sum(), "pairs"),
     Metric("rejected_reward", "mean implicit reward of the rejected", lambda t: t.dpo.rejected_reward.sum(), "pairs"),
-    Metric("chosen_logp", "mean sequence log-probability of the chosen, nats", lambda t: t.policy[:, 0].sum(), "pairs",
-           plot="log-probabilities"),
-    Metric("rejected_logp", "mean sequence log-probability of the rejected, nats", lambda t: t.policy[:, 1].sum(),
+    Metric("chosen_logp", "mean sequence log-probability of the chosen, nats", lambda t: t.policy_logps[:, 0].sum(),
+           "pairs", plot="log-probabilities"),
+    Metric("rejected_logp", "mean sequence log-probability of the rejected, nats", lambda t: t.policy_logps[:, 1].sum(),
            "pairs", plot="log-probabilities"),
     Metric("grad_norm", "global gradient norm before clipping", plot="gradient norm"),
     Metric("learning_rate", "learning rate of this step"),

@@ -15,7 +15,7 @@ TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "gen
 and other names that model families use."""
 
 
-def text_config(folder: Path, key: str) -> Any:
+def text_config_value(folder: Path, key: str) -> Any:
     """The value of `key` for the language model in a folder: in its own section, else at the top level of config.json.
 
     None when neither has it, or it is null. Raises FileNotFoundError without a config.json."""

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nbg_core.modeling.config_file import text_config
+from nbg_core.modeling.config_file import text_config_value
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -61,7 +61,7 @@ def generation_config(path: Path | str, *, trust_remote_code: bool = False) -> G
 
 def context_length(path: Path | str) -> int | None:
     """The longest sequence that the model in a folder takes, in tokens; None if its config does not say."""
-    return text_config(_folder(path), "max_position_embeddings")
+    return text_config_value(_folder(path), "max_position_embeddings")
 
 
 def output_width(path: Path | str, *, trust_remote_code: bool = False) -> int:

@@ -15,8 +15,8 @@ from nbg_core.config import identity
 from nbg_core.lake.queries import samples_of_pairs, scored_samples
 from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Report, Run
+from nbg_core.modeling.scoring import response_logprobs
 from nbg_core.reference import drift
-from nbg_core.teacher.forward import response_logprobs
 
 ASSET = "reference_logprobs"
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nbg_core.assets import BY_NAME, get, partition_name
-from nbg_core.base.errors import is_defect, sentence
+from nbg_core.base.errors import is_defect, user_message
 from nbg_core.base.files import hold, write_json
 from nbg_core.base.names import check_run_id
 from nbg_core.config.load import load_profile
@@ -66,7 +66,7 @@ def main() -> int:
     try:
         report = materialise(args.asset, args.slice, args.run_id)
     except Exception as e:  # the report gives the error in one sentence, the log its traceback
-        report = {"error": sentence(e), "error_type": type(e).__name__}
+        report = {"error": user_message(e), "error_type": type(e).__name__}
         if is_defect(e) or not args.report:
             traceback.print_exc()
         else:

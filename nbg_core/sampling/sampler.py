@@ -13,7 +13,7 @@ from nbg_core.modeling.loading import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Request:
+class SamplingRequest:
     """Asks for `len(seeds)` responses to one prompt, each drawn with its own seed."""
 
     prompt_token_ids: list[int]
@@ -55,7 +55,7 @@ class Sampler(ABC):
         self.vocab = len(self.tokenizer)
 
     @abstractmethod
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
+    def stream(self, requests: Sequence[SamplingRequest], decoding: Decoding) -> Iterator[Drawn]:
         """Draw one response per seed of each request, and yield each as it finishes.
 
         A response depends on its prompt and its seed, not on the other requests."""
@@ -69,7 +69,7 @@ class Sampler(ABC):
         # A list of ids is one text; transformers returns a list of texts for a list of lists.
         return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
+    def sample(self, requests: Sequence[SamplingRequest], decoding: Decoding) -> list[list[Response]]:
         """All responses to each request, in the order of its seeds."""
         drawn = {(i, j): response for i, j, response in self.stream(requests, decoding)}
         return [[drawn[i, j] for j in range(len(request.seeds))] for i, request in enumerate(requests)]

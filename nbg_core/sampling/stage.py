@@ -25,7 +25,7 @@ from nbg_core.lineage.run import Report, Run
 from nbg_core.modeling.chat import encode_prompt
 from nbg_core.modeling.loading import check_same_tokenizer, context_length, load_tokenizer
 from nbg_core.sampling.backends import open_sampler
-from nbg_core.sampling.sampler import Decoding, Request, Sampler
+from nbg_core.sampling.sampler import Decoding, Sampler, SamplingRequest
 
 ASSET = "student_samples"
 
@@ -138,7 +138,7 @@ def _draw(run: Run, sampler: Sampler, path: Path, todo: list[tuple], buffer: Com
                     f"{s.max_tokens} that exceeds the {limit} tokens that {path} takes; shorten the query, or lower "
                     "sampling.max_tokens"
                 )
-            requests.append(Request(prompt, [ids.seed_from(s.seed, sample_id) for _, sample_id in missing]))
+            requests.append(SamplingRequest(prompt, [ids.seed_from(s.seed, sample_id) for _, sample_id in missing]))
         for i, j, response in sampler.stream(requests, decoding):
             query_id, _, missing = chunk[i]
             index, sample_id = missing[j]

@@ -20,7 +20,7 @@ from torch import Tensor
 from nbg_core.config.profile import Profile
 from nbg_core.modeling.chat import stop_ids
 from nbg_core.modeling.loading import load_model
-from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
+from nbg_core.sampling.sampler import Decoding, Drawn, Response, Sampler, SamplingRequest
 
 
 class TransformersSampler(Sampler):
@@ -34,7 +34,7 @@ class TransformersSampler(Sampler):
         self.stop = torch.tensor(sorted(stop), device=self.model.device)
         self.batch_size = batch_size
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
+    def stream(self, requests: Sequence[SamplingRequest], decoding: Decoding) -> Iterator[Drawn]:
         """See Sampler.stream. A batch has consecutive requests with at most `batch_size` responses in all, but at least
         one request."""
         start = 0
@@ -46,7 +46,7 @@ class TransformersSampler(Sampler):
                 start = end
 
     @torch.inference_mode()
-    def _batch(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Response]]:
+    def _batch(self, requests: Sequence[SamplingRequest], decoding: Decoding) -> list[list[Response]]:
         """The responses to each request of one batch."""
         device = self.model.device
         width = max(len(r.prompt_token_ids) for r in requests)
@@ -84,7 +84,7 @@ class TransformersSampler(Sampler):
             logits = out.logits[:, -1]
         return self._responses(requests, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
-    def _responses(self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
+    def _responses(self, requests: Sequence[SamplingRequest], tokens: Tensor, logprobs: Tensor) -> list[list[Response]]:
         """The responses to each request, from tokens [N, S] and logprobs [N, S]; each ends at its first stop token."""
         ends = torch.isin(tokens, self.stop)  # [N, S]
         stopped = ends.any(1)  # [N]

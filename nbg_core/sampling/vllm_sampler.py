@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nbg_core.modeling.chat import stop_ids
 from nbg_core.modeling.loading import generation_config, output_width
-from nbg_core.sampling.sampler import Decoding, Drawn, Request, Response, Sampler
+from nbg_core.sampling.sampler import Decoding, Drawn, Response, Sampler, SamplingRequest
 from nbg_core.vllm.client import BadAnswer, Client
 
 
@@ -29,7 +29,7 @@ class VllmSampler(Sampler):
         width = output_width(path, trust_remote_code=trust_remote_code)
         self._never_drawn = {str(i): -100.0 for i in range(self.vocab, width)}  # logit biases of padding columns
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Drawn]:
+    def stream(self, requests: Sequence[SamplingRequest], decoding: Decoding) -> Iterator[Drawn]:
         """See Sampler.stream."""
         asked = [(i, j) for i, request in enumerate(requests) for j in range(len(request.seeds))]
         bodies = (self._body(requests[i], requests[i].seeds[j], decoding) for i, j in asked)
@@ -40,7 +40,7 @@ class VllmSampler(Sampler):
         for number, response in self.client.complete(bodies, parse):
             yield (*asked[number], response)
 
-    def _body(self, request: Request, seed: int, decoding: Decoding) -> dict:
+    def _body(self, request: SamplingRequest, seed: int, decoding: Decoding) -> dict:
         """The body of the HTTP request for one response.
 
         It sets every sampling parameter, because for a missing one a server may use the model's generation config."""
@@ -51,7 +51,7 @@ class VllmSampler(Sampler):
             "stop_token_ids": sorted(self.stop), "return_token_ids": True, "skip_special_tokens": False,
         } | ({"logit_bias": self._never_drawn} if self._never_drawn else {})  # fmt: skip
 
-    def _response(self, choice: dict, request: Request, decoding: Decoding) -> Response:
+    def _response(self, choice: dict, request: SamplingRequest, decoding: Decoding) -> Response:
         """The response in a server's answer. Raises BadAnswer for what cannot be a response to the request."""
         token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")

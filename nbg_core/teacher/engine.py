@@ -16,7 +16,7 @@ import torch
 from nbg_core.base.names import unknown
 from nbg_core.config.profile import ENGINES, Profile, TeacherSettings
 from nbg_core.lineage.run import Run
-from nbg_core.teacher.forward import Scorer, response_logprobs
+from nbg_core.modeling.scoring import LogprobModel, response_logprobs
 from nbg_core.teacher.store import compress
 
 
@@ -29,11 +29,11 @@ def open_engine(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Itera
     s = run.profile.teacher
     match s.engine:
         case "transformers" if s.n_processes > 1:
-            with _many(run, path) as rows_of:
+            with _process_pool(run, path) as rows_of:
                 yield rows_of
         case "transformers":
-            scorer = Scorer(run.profile, path, run.log)
-            yield lambda samples: _rows(scorer, samples, s)
+            model = LogprobModel(run.profile, path, run.log)
+            yield lambda samples: _compressed_frames(model, samples, s)
         case "vllm":
             from nbg_core.teacher.vllm_scoring import open_vllm
 
@@ -58,10 +58,10 @@ def token_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) -> It
             yield pl.concat(frames)
 
 
-def _rows(scorer: Scorer, samples: pl.DataFrame, s: TeacherSettings) -> Iterator[pl.DataFrame]:
-    for scored in scorer.score(samples):
+def _compressed_frames(model: LogprobModel, samples: pl.DataFrame, s: TeacherSettings) -> Iterator[pl.DataFrame]:
+    for scored in model.score(samples):
         ids = scored.samples["sample_id"].to_list()
-        yield compress(scorer.logits(scored), scored.token_ids, scored.lengths, ids, s)
+        yield compress(model.logits(scored), scored.token_ids, scored.lengths, ids, s)
 
 
 PIECES = 4
@@ -69,12 +69,12 @@ PIECES = 4
 
 
 @contextmanager
-def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
+def _process_pool(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl.DataFrame]]]:
     """`open_engine` with `teacher.n_processes` processes, each with its own copy of the teacher. The function raises
     RuntimeError when one of them dies."""
     n, context = run.profile.teacher.n_processes, multiprocessing.get_context("spawn")
     arguments = (run.profile, path, context.Value("i", 0))
-    with ProcessPoolExecutor(n, mp_context=context, initializer=_start, initargs=arguments) as pool:
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_init_process, initargs=arguments) as pool:
 
         def rows_of(samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
             samples = samples.sort("prompt_token_ids", "sample_id")  # responses that share a prompt stay together
@@ -95,25 +95,25 @@ def _many(run: Run, path: Path) -> Iterator[Callable[[pl.DataFrame], Iterator[pl
             pool.shutdown(cancel_futures=True)
 
 
-_scorer: tuple[Scorer, TeacherSettings] | Exception | None = None  # set in a scoring process
+_model: tuple[LogprobModel, TeacherSettings] | Exception | None = None  # set in a scoring process
 
 
-def _start(profile: Profile, path: Path, turn: Synchronized) -> None:
+def _init_process(profile: Profile, path: Path, turn: Synchronized) -> None:
     """Initialise a scoring process: choose its GPU, in turn, and load the teacher."""
-    global _scorer
+    global _model
     with turn.get_lock():
         number, turn.value = turn.value, turn.value + 1
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     try:
-        _scorer = Scorer(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
+        _model = LogprobModel(profile, path, n_beside=profile.teacher.n_processes), profile.teacher
     except Exception as e:  # `_score_piece` raises it; raised here, it would only break the pool
-        _scorer = e
+        _model = e
 
 
 def _score_piece(samples: pl.DataFrame) -> list[pl.DataFrame]:
-    if isinstance(_scorer, Exception):
-        raise _scorer
-    assert _scorer is not None  # `_start` has run
-    scorer, settings = _scorer
-    return list(_rows(scorer, samples, settings))
+    if isinstance(_model, Exception):
+        raise _model
+    assert _model is not None  # `_init_process` has run
+    model, settings = _model
+    return list(_compressed_frames(model, samples, settings))

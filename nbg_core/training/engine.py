@@ -43,7 +43,7 @@ from nbg_core.modeling.packing import supports_packing
 from nbg_core.modeling.sequence_parallel import check_heads, share
 from nbg_core.training.data import PairBatch
 from nbg_core.training.lora import add_adapters, merge_adapters
-from nbg_core.training.request import Request
+from nbg_core.training.request import TrainingRequest
 
 DTYPES = {precision: dtype for dtype, precision in PRECISIONS.items()}
 
@@ -183,7 +183,7 @@ def zero_stage(settings: TrainingSettings) -> int:
     return max(settings.zero_stage, 1) if settings.precision == "bf16" else settings.zero_stage
 
 
-def build_engine(request: Request) -> tuple[deepspeed.DeepSpeedEngine, int | None]:
+def build_engine(request: TrainingRequest) -> tuple[deepspeed.DeepSpeedEngine, int | None]:
     """The engine, and the token id that batches are padded with, or None for a policy that is packed.
 
     Every rank of the process group calls it, after `init_distributed`. Raises ValueError for a policy whose logits are

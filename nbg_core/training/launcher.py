@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import psutil
 
 from nbg_core.base.errors import redact
+from nbg_core.base.processes import free_port
 from nbg_core.lineage.run import Run
-from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError
+from nbg_core.training.request import ASSET, TIED_TO_STDIN, TrainingError, TrainingRequest
 
 LOG_TAIL = 20
 """Lines from the end of the log that an error shows."""
@@ -22,7 +22,7 @@ REMOTE_GRACE_SECONDS = 5.0
 """Seconds that a launcher with ranks on other machines has to end them, before it is killed."""
 
 
-def launch(run: Run, request: Request) -> None:
+def launch(run: Run, request: TrainingRequest) -> None:
     """Run the launcher to its end. Its output goes to `train.log`; the lines of `train` also go to the run's log."""
     work = request.work
     work.mkdir(parents=True, exist_ok=True)
@@ -58,10 +58,8 @@ def launch(run: Run, request: Request) -> None:
         )
 
 
-def _command(request: Request, file: Path) -> list[str]:
-    with socket.socket() as s:  # a free port; if another process takes it first, training fails and says so
-        s.bind(("", 0))
-        port = s.getsockname()[1]
+def _command(request: TrainingRequest, file: Path) -> list[str]:
+    port = free_port("")
     hostfile = request.training.hostfile
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile) if hostfile else os.devnull,
@@ -70,7 +68,7 @@ def _command(request: Request, file: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _environment(request: Request) -> dict[str, str]:
+def _environment(request: TrainingRequest) -> dict[str, str]:
     env = dict(os.environ)
     if request.threads:
         env["OMP_NUM_THREADS"] = str(max(1, request.threads // request.training.n_processes))

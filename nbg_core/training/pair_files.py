@@ -27,11 +27,11 @@ import polars as pl
 import pyarrow as pa
 
 from nbg_core.base.files import write_json
-from nbg_core.lake.joins import JOIN_MEMORY, bounded_joins, with_room
+from nbg_core.lake.joins import JOIN_MEMORY, bounded_joins, retry_with_more_memory
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.teacher_columns import TRAINED_ON
-from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, Check
-from nbg_core.training.request import ASSET, Request, TrainingError
+from nbg_core.training.pairs import IN_SLICES, NOTES, PAIRS_AT_ONCE, RECORD, TrainingSetCheck
+from nbg_core.training.request import ASSET, TrainingError, TrainingRequest
 
 TABLES: dict[str, dict[str, type[np.generic]]] = {
     "samples": {"prompt_token_ids": np.int32, "token_ids": np.int32},
@@ -63,7 +63,7 @@ PAIR_COLUMNS = 6
 """int32 columns of `pairs.bin`: response numbers, prompt tokens and response tokens, of chosen and rejected each."""
 
 
-def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -> None:
+def write_pair_files(lake: Lake, request: TrainingRequest, log: Callable[[str], None]) -> None:
     """Write the training set of a request into `request.rows_path`, unless it is there.
 
     Raises TrainingError when the lake's rows do not fit together (`pairs`)."""
@@ -80,11 +80,11 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
     with bounded_joins(lake, request.snapshot, folder / "spill") as con:
         [(n_pairs,)] = con.execute(f"SELECT count(*) FROM pairs WHERE {IN_SLICES}", [request.slices]).fetchall()
         room = max(JOIN_MEMORY, JOINED_BYTES * 2 * n_pairs)
-        pairs = with_room(con, lambda: _write_pairs(con, folder, request.slices), room)
+        pairs = retry_with_more_memory(con, lambda: _write_pairs(con, folder, request.slices), room)
         [(n_responses,)] = con.execute("SELECT count(*) FROM responses").fetchall()
         index = _File(folder / "index.bin", np.int64, (n_responses, len(INDEXED), 2))
         notes = _File(folder / "notes.bin", RECORD, (n_responses, len(NOTES)))
-        check = Check(notes.values)
+        check = TrainingSetCheck(notes.values)
         longest = 0
         for table, columns in TABLES.items():
             condition, params = where[table]
@@ -98,7 +98,7 @@ def write_pair_files(lake: Lake, request: Request, log: Callable[[str], None]) -
                 batches = con.execute(query, params).to_arrow_reader(n_rows)
                 return _write_columns(batches, folder, table, index, notes, check)
 
-            longest = max(longest, with_room(con, write, room))
+            longest = max(longest, retry_with_more_memory(con, write, room))
             log(f"{ASSET}: training set: {table} of {n_responses} responses written")
         _add_lengths(pairs, folder, index, notes, check)
         try:
@@ -179,7 +179,7 @@ def _write_pairs(con: duckdb.DuckDBPyConnection, folder: Path, slices: list[str]
 
 
 def _write_columns(
-    batches: pa.RecordBatchReader, folder: Path, table: str, index: _File, notes: _File, check: Check
+    batches: pa.RecordBatchReader, folder: Path, table: str, index: _File, notes: _File, check: TrainingSetCheck
 ) -> int:
     """Write every batch's values to the columns' files and note where each response begins and how long it is.
 
@@ -212,7 +212,7 @@ def _write_columns(
     return longest
 
 
-def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: Check) -> None:
+def _add_lengths(pairs: _File, folder: Path, index: _File, notes: _File, check: TrainingSetCheck) -> None:
     """Check every pair, and write the lengths of its prompts and responses into `pairs`."""
     columns = {"prompt": "prompt_token_ids", "response": "token_ids", "teacher": _FIRST["position"],
                "reference": "token_logprobs"}  # fmt: skip

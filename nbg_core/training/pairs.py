@@ -14,10 +14,10 @@ import duckdb
 import numpy as np
 
 from nbg_core.base.ids import content_version
-from nbg_core.lake.joins import bounded_joins, with_room
+from nbg_core.lake.joins import bounded_joins, retry_with_more_memory
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.teacher_columns import ROW_IS_WHOLE
-from nbg_core.training.request import Request, TrainingError
+from nbg_core.training.request import TrainingError, TrainingRequest
 
 NOTES = {
     "samples": "hash(prompt_token_ids) % 4294967296",
@@ -37,7 +37,7 @@ def count_and_hash_pairs(lake: Lake, snapshot: int, slices: Sequence[str], spill
     """The number of pairs in the slices, and the content version of their ids. What does not fit into memory goes to
     the folder `spill`, which is removed at the end. Raises TrainingError for a pair that appears twice."""
     with bounded_joins(lake, snapshot, spill) as con:
-        n, version, n_twice, twice = with_room(con, lambda: _count_and_hash(con, slices))
+        n, version, n_twice, twice = retry_with_more_memory(con, lambda: _count_and_hash(con, slices))
     if twice:
         pair, one, other = twice
         raise TrainingError(
@@ -73,7 +73,7 @@ def _count_and_hash(con: duckdb.DuckDBPyConnection, slices: Sequence[str]) -> tu
     return n, version, n_twice, twice
 
 
-class Check:
+class TrainingSetCheck:
     """Checks a training set while it is written: first the rows of all responses (`rows`), then the pairs (`pairs`).
     `end` raises the error of the first response that does not fit. Responses are numbered from 0."""
 
@@ -125,7 +125,7 @@ class Check:
         """The first repeated response, else the first that does not fit."""
         return self.first.get("repeated") or self.first.get("unfit")
 
-    def end(self, con: duckdb.DuckDBPyConnection, request: Request) -> None:
+    def end(self, con: duckdb.DuckDBPyConnection, request: TrainingRequest) -> None:
         """Raise TrainingError for the first response with a repeated row, else the first with a row that is missing,
         damaged or of another length, or with another prompt than the other response of its pair."""
         r = self.worst()

@@ -17,7 +17,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on. The message names the place, the value and the remedy."""
 
 
-class Request(Section):
+class TrainingRequest(Section):
     """One training. Everything that decides the result is here or in the lake at `snapshot`."""
 
     training_id: str

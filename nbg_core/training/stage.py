@@ -31,7 +31,7 @@ from nbg_core.training.launcher import launch
 from nbg_core.training.pair_files import PairFiles, write_pair_files
 from nbg_core.training.pairs import count_and_hash_pairs
 from nbg_core.training.plan import Plan
-from nbg_core.training.request import ASSET, Request, TrainingError
+from nbg_core.training.request import ASSET, TrainingError, TrainingRequest
 
 USES_AT_ONCE = 200_000
 """Rows of `checkpoint_pairs` in memory at once: a training may use millions of pairs many times."""
@@ -67,7 +67,7 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
     teacher = ids.model_id(profile.resolve(profile.models.teacher))
     trainings = profile.resolve(profile.paths.work) / "training"
     n_pairs, content = count_and_hash_pairs(lake, snapshot, slices, trainings / "spill")
-    steps = Plan(n_pairs, profile.training)
+    plan = Plan(n_pairs, profile.training)
     training_id = ids.digest(
         "training", identity.settings_id(run.settings(ASSET, None)), content,
         sorted([i.asset, i.slice_name, i.data_version] for i in inputs), CODE_VERSION,
@@ -80,7 +80,7 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
         shutil.rmtree(work, ignore_errors=True)  # left by a kill right after the first commit
         return _report(run, commit, training_id, made, n_pairs, new_rows=0, seconds=None)
     hostfile = profile.training.hostfile
-    request = Request(
+    request = TrainingRequest(
         training_id=training_id, catalog=lake.catalog, data_path=lake.data_path, snapshot=snapshot, slices=slices,
         policy_id=run.policy.model_id, policy_path=run.policy.path, teacher_id=teacher,
         storage_id=identity.storage_id(profile), scoring_id=identity.scoring_id(profile),
@@ -95,13 +95,13 @@ def materialise(run: Run, slice_name: None = None) -> CheckpointReport:
         launch(run, request)
     seconds = time.monotonic() - began
     metrics = pl.read_ndjson(request.steps_file)
-    if metrics["step"].to_list() != list(range(len(steps))):
+    if metrics["step"].to_list() != list(range(len(plan))):
         raise TrainingError(
-            f"{request.steps_file} does not hold the {len(steps)} steps of this training; delete {request.work} and "
+            f"{request.steps_file} does not hold the {len(plan)} steps of this training; delete {request.work} and "
             "materialise student_checkpoint again"
         )
     checkpoint = _place(request, checkpoints)
-    writes = _writes(run, request, checkpoint, steps, metrics)
+    writes = _writes(run, request, checkpoint, plan, metrics)
     commit = run.commit(ASSET, None, writes, inputs=inputs, data_version=checkpoint)
     shutil.rmtree(request.work)
     return _report(run, commit, training_id, checkpoint, n_pairs, new_rows=1, seconds=seconds)
@@ -113,7 +113,7 @@ def _made_before(run: Run, training_id: str, checkpoints: Path) -> str | None:
     return next((c for c in rows["checkpoint_id"] if (checkpoints / c).is_dir()), None)
 
 
-def _place(request: Request, checkpoints: Path) -> str:
+def _place(request: TrainingRequest, checkpoints: Path) -> str:
     """Put the trained model among the checkpoints, under the hash of its content. It also stays where it is: until the
     commit, nothing else knows that this training is done."""
     checkpoint = ids.model_id(request.final)
@@ -122,20 +122,20 @@ def _place(request: Request, checkpoints: Path) -> str:
     return checkpoint
 
 
-def _writes(run: Run, request: Request, checkpoint: str, steps: Plan, metrics: pl.DataFrame) -> list[Write]:
+def _writes(run: Run, request: TrainingRequest, checkpoint: str, plan: Plan, metrics: pl.DataFrame) -> list[Write]:
     rows = PairFiles(request.rows_path)
     row = {
         "checkpoint_id": checkpoint, "training_id": request.training_id, "path": checkpoint,
         "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
-        "input_snapshot": request.snapshot, "n_pairs": rows.n_pairs, "n_steps": len(steps),
+        "input_snapshot": request.snapshot, "n_pairs": rows.n_pairs, "n_steps": len(plan),
         "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
     }  # fmt: skip
     training = pl.lit(request.training_id).alias("training_id")
     at_once = max(1, USES_AT_ONCE // request.training.global_batch_pairs)
 
     def used() -> Iterator[pl.DataFrame]:
-        for i in range(0, len(steps), at_once):
-            some = [steps[j] for j in range(i, min(i + at_once, len(steps)))]
+        for i in range(0, len(plan), at_once):
+            some = [plan[j] for j in range(i, min(i + at_once, len(plan)))]
             n = [len(step.pairs) for step in some]
             yield rows.names(np.concatenate([step.pairs for step in some])).with_columns(
                 training,

@@ -43,7 +43,7 @@ from nbg_core.training import states  # noqa: E402
 from nbg_core.training.data import PairBatch, TrainingSet, prefetch  # noqa: E402
 from nbg_core.training.engine import backward, build_engine, full_weights, learning_rate, take_step  # noqa: E402
 from nbg_core.training.plan import Plan, Step, micro_batches  # noqa: E402
-from nbg_core.training.request import ASSET, TIED_TO_STDIN, Request, TrainingError  # noqa: E402
+from nbg_core.training.request import ASSET, TIED_TO_STDIN, TrainingError, TrainingRequest  # noqa: E402
 from nbg_core.training.weights import write_model  # noqa: E402
 
 
@@ -62,7 +62,7 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at import
 
 
-def train(request: Request) -> None:
+def train(request: TrainingRequest) -> None:
     """Train to the end and write `request.final`; every rank of the process group calls it.
 
     Raises TrainingError for data that does not fit, a policy that is not the reference, or a loss that is not finite;
@@ -73,35 +73,35 @@ def train(request: Request) -> None:
     init_distributed()
     engine, pad_id = build_engine(request)
     data = TrainingSet(request.rows_path, pad_id)
-    steps = Plan(len(data), request.training)
-    rate = learning_rate(request.training, len(steps))
+    plan = Plan(len(data), request.training)
+    rate = learning_rate(request.training, len(plan))
     try:
         start = states.resume(engine, request.states)
         rank = dist.get_rank()
         if rank == 0:
             _truncate(request.steps_file, start)
             if start:
-                print(f"{ASSET}: continuing after step {start} of {len(steps)}", flush=True)
+                print(f"{ASSET}: continuing after step {start} of {len(plan)}", flush=True)
             if request.training.compile:
                 print(f"{ASSET}: the first steps compile the model's layers, which can take a minute", flush=True)
             if pad_id is not None:
                 print(f"{ASSET}: {no_packing(engine.module.policy.config)}", flush=True)
-        progress = Progress(ASSET, len(steps) - start, lambda line: print(line, flush=True))
-        todo = range(start, len(steps))
-        tasks = (partial(data.batch, pairs) for i in todo for pairs in _share(data, steps[i], request.training))
+        progress = Progress(ASSET, len(plan) - start, lambda line: print(line, flush=True))
+        todo = range(start, len(plan))
+        tasks = (partial(data.batch, pairs) for i in todo for pairs in _share(data, plan[i], request.training))
         with closing(prefetch(tasks)) as batches:
-            for step in map(steps.__getitem__, todo):
+            for step in map(plan.__getitem__, todo):
                 metrics = train_step(engine, data, step, request.training, rate(step.index), batches)
                 if rank == 0:
                     with open(request.steps_file, "a") as f:
                         f.write(json.dumps({"step": step.index, **metrics}) + "\n")
                     progress.advance(1, f"loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}")
-                if (step.index + 1) % request.training.save_every == 0 and step.index + 1 < len(steps):
+                if (step.index + 1) % request.training.save_every == 0 and step.index + 1 < len(plan):
                     states.save(engine, request.states, step.index + 1)
         weights = full_weights(engine)
         if rank == 0:
             policy = engine.module.policy
-            write_model(policy, weights, request.policy_path, request.final, _card(request, data, len(steps)))
+            write_model(policy, weights, request.policy_path, request.final, _card(request, data, len(plan)))
         dist.barrier()
     finally:
         engine.destroy()
@@ -208,7 +208,7 @@ def _truncate(steps_file: Path, start: int) -> None:
     temporary.rename(steps_file)
 
 
-def _card(request: Request, data: TrainingSet, n_steps: int) -> dict:
+def _card(request: TrainingRequest, data: TrainingSet, n_steps: int) -> dict:
     return {
         "training_id": request.training_id,
         "parent_model_id": request.policy_id,
@@ -234,7 +234,7 @@ def _end_with_the_worker() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--request", type=Path, required=True)
-    request = Request.model_validate_json(parser.parse_args().request.read_text())
+    request = TrainingRequest.model_validate_json(parser.parse_args().request.read_text())
     if os.environ.get(TIED_TO_STDIN):
         _end_with_the_worker()
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +24,13 @@ import psutil
 
 from nbg_core.base.errors import redact
 from nbg_core.base.ids import model_id
-from nbg_core.base.processes import die_with_parent, is_alive
+from nbg_core.base.processes import GRACE_SECONDS, die_with_parent, free_port, is_alive
 from nbg_core.config.profile import Profile
 from nbg_core.lineage.run import Run
 from nbg_core.modeling.loading import context_length, load_tokenizer
 from nbg_core.vllm.client import Client, ServerFailed
 from nbg_core.vllm.environment import interpreter, missing_environment
 
-GRACE_SECONDS = 10.0
-"""How long a server has to stop by itself before it is killed."""
 CPU_BATCH_TOKENS = 4096
 """Tokens per forward pass of a server on a CPU, or the longest sequence that it takes, if that is more."""
 TAIL_LINES = 25
@@ -77,7 +74,7 @@ class Server:
         if problem := missing_environment(profile):
             raise FileNotFoundError(problem)
         self.path, self.timeout = path, profile.vllm.start_timeout_s
-        port = _free_port()
+        port = free_port("127.0.0.1")
         self.address = f"http://127.0.0.1:{port}"
         self.log_path = logs / f"vllm-{model[:8]}-{port}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,9 +204,3 @@ def server_environment(profile: Profile) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

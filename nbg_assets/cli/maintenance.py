@@ -18,14 +18,14 @@ def compact_files() -> None:
 
     No snapshot changes its content."""
     from nbg_core.lake.compact import KEEP, compact
-    from nbg_core.lake.uncommitted import delete_uncommitted
+    from nbg_core.lake.orphaned_files import delete_orphaned_files
 
     _, lake = open_lake()
     for name, before, after in compact(lake).iter_rows():
         console.print(f"{name}: {before} files are now {after}")
     console.print(f"replaced files are deleted by the next `nbg compact` after {KEEP}")
     try:
-        if deleted := delete_uncommitted(lake):
+        if deleted := delete_orphaned_files(lake):
             console.print(
                 f"{len(deleted)} files deleted that writers left behind when they were killed before their commit"
             )

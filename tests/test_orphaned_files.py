@@ -15,11 +15,11 @@ import pytest
 from fake_worker import write_profile
 from test_lake import record, score, teacher_row
 
-from nbg_assets.cli import upkeep
+from nbg_assets.cli import maintenance
 from nbg_core.config.load import load_profile
 from nbg_core.lake.lake import Lake
+from nbg_core.lake.orphaned_files import KEEP_SECONDS, delete_orphaned_files
 from nbg_core.lake.records import Write
-from nbg_core.lake.uncommitted import KEEP_SECONDS, delete_uncommitted
 
 KILLED = """
 import os, signal, sys
@@ -90,16 +90,16 @@ def test_what_a_killed_writer_left_is_deleted_a_day_later_and_nothing_else(lake)
     half = next(p for p in left if p.parent.name == "teacher_logits").with_suffix(".tmp")
     half.write_bytes(b"half a file")
     age(known, 5)
-    assert delete_uncommitted(lake) == [], "it is young: its writer may be about to commit"
+    assert delete_orphaned_files(lake) == [], "it is young: its writer may be about to commit"
     age([*left, half], 0.9)
-    assert delete_uncommitted(lake) == []
+    assert delete_orphaned_files(lake) == []
     age([*left, half], 1.1)
-    assert set(delete_uncommitted(lake)) == {*left, half}
+    assert set(delete_orphaned_files(lake)) == {*left, half}
     assert files(lake) == known
     fresh = Lake(lake.catalog, lake.data_path)
     assert fresh.sql("SELECT count(*) FROM scores", snapshot=old).item() == 40
     assert fresh.sql("SELECT count(*), sum(len(entry_gaps)) FROM teacher_logits").row(0)[0] == 40
-    assert delete_uncommitted(fresh) == []
+    assert delete_orphaned_files(fresh) == []
 
 
 def test_files_of_another_catalog_in_the_same_place_stay(lake, tmp_path):
@@ -110,10 +110,10 @@ def test_files_of_another_catalog_in_the_same_place_stay(lake, tmp_path):
     age(files(lake), 5)
     for one, name in ((lake, "other.sqlite"), (other, "catalog.sqlite")):
         with pytest.raises(ValueError, match=f"{name} keeps its files in .*; give each lake a lake.data_path"):
-            delete_uncommitted(one)
+            delete_orphaned_files(one)
     assert other.sql("SELECT count(*) FROM teacher_logits").item() == 20
     Path(other.catalog.removeprefix("sqlite:")).unlink()
-    assert len(delete_uncommitted(lake)) == 2, "that lake is gone"
+    assert len(delete_orphaned_files(lake)) == 2, "that lake is gone"
     assert lake.sql("SELECT count(*) FROM teacher_logits").item() == 20
 
 
@@ -126,10 +126,10 @@ def test_files_that_were_there_before_the_lake_and_files_of_other_names_stay(lak
     (before := ours.with_name(f"{'0' * 32}-{'1' * 32}.parquet")).write_bytes(ours.read_bytes())
     age([other, query], 5)
     age([before], 20)
-    assert delete_uncommitted(lake) == []
+    assert delete_orphaned_files(lake) == []
     assert other.exists() and query.exists() and before.exists()
     age([before], 5)
-    assert delete_uncommitted(lake) == [before]
+    assert delete_orphaned_files(lake) == [before]
 
 
 def test_a_lake_that_was_moved_with_its_files_is_alone_there(lake, tmp_path):
@@ -138,7 +138,7 @@ def test_a_lake_that_was_moved_with_its_files_is_alone_there(lake, tmp_path):
     shutil.copy2(tmp_path / "catalog.sqlite", tmp_path / "new" / "catalog.sqlite")
     moved = Lake(f"sqlite:{tmp_path}/new/catalog.sqlite", str(tmp_path / "new" / "files"))
     moved.create()
-    assert delete_uncommitted(moved) == []
+    assert delete_orphaned_files(moved) == []
     assert moved.sql("SELECT count(*) FROM teacher_logits").item() == 20
 
 
@@ -153,9 +153,9 @@ def test_the_command_deletes_them_and_says_so_or_why_not(tmp_path, monkeypatch, 
     age([left], 5)
     other = Lake(f"sqlite:{tmp_path}/other.sqlite", lake.data_path)
     other.create()
-    upkeep.compact_files()
+    maintenance.compact_files()
     assert f"note: files without a commit are not deleted: sqlite:{tmp_path}/other.sqlite" in capsys.readouterr().out
     Path(other.catalog.removeprefix("sqlite:")).unlink()
-    upkeep.compact_files()
+    maintenance.compact_files()
     assert "1 files deleted that writers left behind" in capsys.readouterr().out
     assert not left.exists() and ours.exists()

@@ -34,7 +34,7 @@ class Scored:
     lengths: list[int]
 
 
-class Scorer:
+class LogprobModel:
     """A model, teacher or reference, that gives the log-probs of `samples` (columns sample_id, prompt_token_ids,
     token_ids). The scorers of `preference.weights` are another thing (`scorers.scorers`)."""
 
@@ -105,7 +105,7 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
     Log-probabilities are at temperature 1, in nats, one per response token."""
     if samples.is_empty():
         return
-    scorer = Scorer(run.profile, path, run.log)
+    scorer = LogprobModel(run.profile, path, run.log)
     progress = run.progress(what, samples.height)
     for chunk in samples.sort("sample_id").iter_slices(run.profile.teacher.chunk_samples):
         ids, logprobs = [], []

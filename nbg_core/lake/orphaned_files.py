@@ -29,7 +29,7 @@ _OURS = re.compile(
 writes and registers."""
 
 
-def delete_uncommitted(lake: Lake) -> list[Path]:
+def delete_orphaned_files(lake: Lake) -> list[Path]:
     """Delete the orphaned files of this lake that are older than KEEP_SECONDS. Safe while others write.
 
     Returns what was deleted. Raises ValueError when another catalog keeps its files in the same place, and names it."""
