@@ -73,9 +73,9 @@ def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
     scorers = [find(SCORERS, name, "scorer") for name, weight in profile.preference.weights.items() if weight]
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
-    known = {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in values.items() if value is not None}
     # "teacher" is None, not left out, if no scorer depends on it: so lakes of earlier versions stay fresh.
-    return {**profile.preference.model_dump(), "teacher": None, **known}
+    return {**profile.preference.model_dump(), "teacher": None, **values}
 
 
 def _teacher_logits(profile: Profile, policy_id: str, slice_name: str) -> dict:
