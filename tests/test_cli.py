@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from nbg_assets import assets, driver
 from nbg_assets.cli import maintenance, sql
 from nbg_assets.cli.main import app
+from nbg_core.assets import ASSETS
 from nbg_core.base.files import hold
 from nbg_core.config.profile import PROJECT_ROOT
 from nbg_core.lake.lake import Lake
@@ -298,7 +299,7 @@ def test_status_of_a_new_project(profile):
     (profile.resolve(profile.paths.queries) / "a.jsonl").write_text('{"prompt": "x"}\n')
     result = nbg("status")
     assert result.returncode == 0
-    assert result.stdout.count("never materialised") == 7
+    assert result.stdout.count("never materialised") == len(ASSETS)
 
 
 def test_a_missing_model_folder_is_named(profile, tmp_path, monkeypatch):
