@@ -205,6 +205,9 @@ def test_secrets_are_blanked(monkeypatch):
     assert redact("postgres:dbname=x password='two words' host=h") == "postgres:dbname=x password=*** host=h"
     assert redact("postgresql://me:s3cret@db/x") == "postgresql://me:***@db/x"
     assert redact("http://db:5432/x") == "http://db:5432/x"
+    monkeypatch.setenv("PGPASSWORD", "8letters")
+    monkeypatch.setenv("SHORT_SECRET", "7letter")  # shorter ones occur in text by chance
+    assert redact("8letters and 7letter") == "*** and 7letter"
     lines = []
     run_process(["bash", "-c", "echo $HF_TOKEN"], on_line=lines.append, env={**os.environ})
     assert lines == ["***"]

@@ -336,6 +336,24 @@ def test_split_follows_the_query_id_and_a_row_may_say_otherwise(open_run):
     assert second == first | forced
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer": "5"}, {"verifier": "regex", "verifier_args": {}}, {"verifier_args": {"case_sensitive": False}},
+        {"split": "eval"}, {"prompt": "three"},
+    ],
+    ids=["answer", "verifier", "verifier_args", "split", "prompt"],
+)  # fmt: skip
+def test_whatever_decides_a_score_or_a_split_changes_the_data_version(run, change):
+    one = row("one", answer="4", verifier="exact", verifier_args={"case_sensitive": True}, split="train")
+    put(run, "a", [one, row("two", split="train")])
+    first = queries_stage.materialise(run, "a")
+    put(run, "a", [row("two", split="train"), one])
+    assert queries_stage.materialise(run, "a").data_version == first.data_version, "in another order"
+    put(run, "a", [one | change, row("two", split="train")])
+    assert queries_stage.materialise(run, "a").data_version != first.data_version
+
+
 def test_an_unchanged_file_adds_its_record_and_leaves_the_rows_alone(run):
     put(run, "a", [row("one"), row("two"), row("two")])
     first = queries_stage.materialise(run, "a")

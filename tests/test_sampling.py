@@ -7,12 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from nbg_core.base import ids
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.records import Write
 from nbg_core.lineage.run import Run
-from nbg_core.modeling.chat import encode_prompt
+from nbg_core.modeling.chat import encode_prompt, stop_ids
 from nbg_core.modeling.loading import load_model, load_tokenizer
 from nbg_core.sampling import stage as sampling_stage
 from nbg_core.sampling.sampler import Decoding, SamplingRequest
@@ -121,6 +122,23 @@ def test_only_missing_responses_are_drawn(run):
     assert (again.rows, again.new_rows, again.data_version) == (12, 0, first.data_version)
     add_queries(run, ["four"])
     assert sampling_stage.materialise(run, "a").new_rows == 4
+
+
+def test_more_responses_per_query_get_the_next_numbers(run):
+    add_queries(run, ["one"])
+    sampling_stage.materialise(run, "a")
+    more = run.profile.sampling.model_copy(update={"n_student": 5, "n_teacher": 2})
+    wider = Run(run.profile.model_copy(update={"sampling": more}), run.lake, log=lambda line: None)
+    assert sampling_stage.materialise(wider, "a").new_rows == 3
+    rows = run.lake.sql("SELECT source, sample_index FROM samples ORDER BY ALL").rows()
+    assert rows == [*(("student", i) for i in range(5)), ("teacher", 0), ("teacher", 1)]
+
+
+def test_the_end_tokens_of_the_generation_config_and_of_the_tokenizer_end_a_response(tiny_models):
+    tokenizer = load_tokenizer(tiny_models.student)
+    for configured, expected in ((None, set()), (7, {7}), ([7, 9], {7, 9})):
+        stops = stop_ids(GenerationConfig(eos_token_id=configured), tokenizer)
+        assert stops == expected | {tokenizer.eos_token_id}
 
 
 def test_new_queries_among_old_ones_fill_whole_chunks(run):

@@ -283,6 +283,11 @@ def test_the_servers_arguments(open_run, tiny_models, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     environment = server.server_environment(run.profile)
     assert "PYTHONPATH" not in environment and environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    environment = server.server_environment(run.profile)
+    assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["HF_HUB_OFFLINE"]) == ("8", "1")
 
 
 def test_where_there_is_no_vllm_the_remedy_is_said(open_run):
