@@ -36,7 +36,7 @@ class Scored:
 
 class LogprobModel:
     """A model, teacher or reference, that gives the log-probs of `samples` (columns sample_id, prompt_token_ids,
-    token_ids). The scorers of `preference.weights` are another thing (`scorers.scorers`)."""
+    token_ids)."""
 
     def __init__(self, profile: Profile, path: Path, log: Callable[[str], None] = print, n_beside: int = 1):
         """`n_beside`: number of processes with such a model that share this machine's threads.
@@ -105,12 +105,12 @@ def response_logprobs(run: Run, path: Path, samples: pl.DataFrame, what: str) ->
     Log-probabilities are at temperature 1, in nats, one per response token."""
     if samples.is_empty():
         return
-    scorer = LogprobModel(run.profile, path, run.log)
+    model = LogprobModel(run.profile, path, run.log)
     progress = run.progress(what, samples.height)
     for chunk in samples.sort("sample_id").iter_slices(run.profile.teacher.chunk_samples):
         ids, logprobs = [], []
-        for scored in scorer.score(chunk):
-            values = scorer.logps(scored).split(scored.lengths)
+        for scored in model.score(chunk):
+            values = model.logps(scored).split(scored.lengths)
             ids += scored.samples["sample_id"].to_list()
             logprobs += [v.tolist() for v in values]
             progress.advance(len(values))
