@@ -103,6 +103,21 @@ def test_plots_leave_out_responses_of_earlier_settings_and_count_in_the_lake(ins
         assert draw(made).png.startswith(b"\x89PNG")
         assert counted[-1]["name"].to_list() == names
     assert [df["n"].to_list() for df in counted] == [[6], [3, 3], [3]]
+    scores = Lake.of(profile).sql("SELECT * EXCLUDE (materialisation_id) FROM scores WHERE slice = 'a'")
+    scores = scores.with_columns(scorer_id=pl.lit("corrected"), score=pl.lit(0.25))
+    Lake.of(profile).commit(Record("filtered_pairs", "a", "r", "t", status="chunk"), [Write("scores", scores)])
+    plots.scores(made)
+    assert counted[-1]["n"].to_list() == [6], "the newest score of a response counts"
+
+
+def test_a_partition_that_lost_rows_and_got_none_has_changed(instance, profile, fake, monkeypatch):
+    run_slice(instance, "a")
+    monkeypatch.setattr(assets, "run_worker", lambda *args, **more: fake(*args, **more) | {"new_rows": 0})
+    fake.spoil = {"filtered_pairs": lambda df: df.head(2)}
+    for unchanged in (False, True):
+        result = run_slice(instance, "a", ["filtered_pairs"])
+        (made,) = result.asset_materializations_for_node("filtered_pairs")
+        assert made.metadata["unchanged"].value == unchanged
 
 
 def test_everything_stale_is_materialised_once_and_training_comes_last(instance, profile, fake):

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 
 import dagster as dg
 import pytest
+from dagster import DagsterRunStatus
 from fake_worker import Fake, write_profile
 
-from nbg_assets import partitions, sensors
+from nbg_assets import driver, partitions, schedules, sensors
 from nbg_assets.definitions import build
 from nbg_core.assets import PARTITIONED
 from nbg_core.config.load import load_profile
@@ -85,8 +86,24 @@ def check_schedule(instance, profile):
     assert schedule_tick(instance).skip_message == "no slice is stale"
     (profile.root / "queries" / "b.jsonl").write_text("{}\n{}\n")
     assert asked(schedule_tick(instance)) == {"b": SLICED}
-    instance.create_run_for_job(build().resolve_job_def("refresh_slice"), tags={"dagster/partition": "b"})
-    assert schedule_tick(instance).skip_message == "no stale slice can start; already running: b"
+    run = instance.create_run_for_job(build().resolve_job_def("refresh_slice"), tags={"dagster/partition": "b"})
+    for event, status in (
+        (None, "NOT_STARTED"), (dg.DagsterEventType.PIPELINE_STARTING, "STARTING"),
+        (dg.DagsterEventType.PIPELINE_START, "STARTED"), (dg.DagsterEventType.PIPELINE_CANCELING, "CANCELING"),
+    ):  # fmt: skip
+        if event:
+            instance.report_dagster_event(dg.DagsterEvent(event.value, run.job_name), run.run_id)
+        assert instance.get_run_by_id(run.run_id).status.value == status
+        assert schedule_tick(instance).skip_message == "no stale slice can start; already running: b"
+    instance.report_run_canceled(run)
+    assert asked(schedule_tick(instance)) == {"b": SLICED}
+
+
+def test_a_run_is_unfinished_until_it_has_succeeded_failed_or_been_canceled():
+    ended = {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED, DagsterRunStatus.MANAGED}
+    assert set(schedules.UNFINISHED) == set(DagsterRunStatus) - ended  # MANAGED: Dagster does not run it
+    never_in_process = {DagsterRunStatus.QUEUED, DagsterRunStatus.SUSPENDED}
+    assert set(driver.LEFT_BY_A_KILL) == set(schedules.UNFINISHED) - never_in_process
 
 
 def test_training_is_asked_for_once_all_slices_are_fresh(instance, profile, monkeypatch):

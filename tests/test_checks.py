@@ -31,6 +31,7 @@ SPOILED = {
     "margin_lie": ("filtered_pairs", "margins_wide_enough", pl.lit(0.9).alias("margin")),
     "unknown": ("filtered_pairs", "responses_exist", pl.lit("nobody").alias("rejected_id")),
     "held_out": ("filtered_pairs", "no_held_out_query", pl.lit("held_out-3").alias("query_id")),
+    "removed": ("filtered_pairs", "no_held_out_query", pl.lit("a query that is gone").alias("query_id")),
     "no_pairs": ("filtered_pairs", "has_pairs", pl.lit("elsewhere").alias("slice")),
     "lengths": ("teacher_logits", "lengths_match", pl.lit([0.0]).alias("token_logprobs")),
     "entries": ("teacher_logits", "lengths_match", pl.lit([1, 0]).alias("tail_counts")),

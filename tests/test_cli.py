@@ -271,6 +271,9 @@ def test_sql_at_a_snapshot(profile):
     add_pair(profile)
     result = nbg("sql", "SELECT count(*) AS n FROM pairs", "--format", "json", "--snapshot", str(before))
     assert json.loads(result.stdout) == [{"n": 0}]
+    span = "SELECT count(*) AS n, INTERVAL 1 DAY AS span FROM pairs"  # polars has no type for INTERVAL
+    result = nbg("sql", span, "--format", "json", "--snapshot", str(before))
+    assert json.loads(result.stdout) == [{"n": 0, "span": "1 day"}]
     gone = nbg("sql", "SELECT 1", "--snapshot", "9999")
     assert gone.stderr == f"error: the lake has no snapshot 9999; the newest is {before + 1}\n"
 
@@ -282,7 +285,7 @@ def test_dev_says_that_its_port_is_taken(profile):
         port = str(s.getsockname()[1])
         result = nbg("dev", "--port", port)
     assert result.returncode == 1 and f"port {port} on 127.0.0.1 is not free" in result.stderr
-    assert "error: port 99999 of" in nbg("dev", "--port", "99999").stderr
+    assert "error: port 99999 on" in nbg("dev", "--port", "99999").stderr
 
 
 def test_an_unknown_profile_key_is_one_line(profile, tmp_path, monkeypatch):

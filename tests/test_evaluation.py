@@ -119,6 +119,18 @@ def test_models_answer_once_and_a_corrected_answer_is_judged_from_the_texts_kept
     assert overall(latest_summary(run.lake)[1].to_dicts()) == (0.0, 1.0, 1.0)
 
 
+def test_two_profiles_on_one_lake_see_their_own_evaluations(profile):
+    run = open_run(profile)
+    evaluation_stage.materialise(run)
+    other = Run(profile.model_copy(update={"name": "other"}), run.lake, "run", log=lambda line: None)
+    evaluation_stage.materialise(other)
+    for newest in ("other", profile.name):
+        assert latest_summary(run.lake, profile=profile.name).profile == profile.name
+        assert latest_summary(run.lake, profile="other").profile == "other"
+        assert latest_summary(run.lake, profile="third").profile == latest_summary(run.lake).profile == newest
+        evaluation_stage.materialise(run)
+
+
 def test_a_run_that_was_cut_off_continues_with_the_answers_that_are_missing(profile, monkeypatch):
     run, real = open_run(profile), Parrot.stream
 

@@ -132,6 +132,20 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     assert why["filtered_pairs"] == "changed: scoring_id"
 
 
+def test_another_teacher_makes_the_scores_that_it_gave_stale(run):
+    scored = run.profile.preference.model_copy(update={"weights": {"teacher_loglik": 1.0}})
+    profile = run.profile.model_copy(update={"preference": scored})
+    make_all(Run(profile, run.lake, log=lambda line: None))
+    other = model_folder(run.profile.root / "other", b"other teacher")
+    models = profile.models.model_copy(update={"teacher": other})
+    why = {s.asset: s.why for s in status(run.lake, profile.model_copy(update={"models": models}), ["a"])}
+    assert why["filtered_pairs"] == "changed: teacher"
+    by_verifier = run.profile.model_copy(update={"models": models})
+    make_all(run)
+    why = {s.asset: s.why for s in status(run.lake, by_verifier, ["a"])}
+    assert why["filtered_pairs"] == "" and why["teacher_logits"] == "changed: teacher"
+
+
 def test_another_vllm_makes_the_scores_of_the_teacher_stale_and_another_transformers_does_not(run, monkeypatch):
     def why(profile: Profile) -> str:
         return next(s.why for s in status(run.lake, profile, ["a"]) if s.asset == "filtered_pairs")

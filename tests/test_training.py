@@ -412,6 +412,22 @@ def test_other_rows_that_do_not_fit_are_named_with_a_remedy(profile, table, chan
     assert not list(rows.iterdir())
 
 
+def test_rows_of_other_models_and_other_settings_are_not_trained_on(profile):
+    whole = TrainingSet(request_of(profile, "whole").rows_path)
+    lake = Lake.of(profile)
+    for table in ("teacher_logits", "reference_logprobs"):
+        rows = lake.sql(f"SELECT * EXCLUDE (materialisation_id) FROM {table}")
+        for column in ("model_id", "settings_id"):
+            other = rows.with_columns(pl.lit(f"another {column}").alias(column))
+            lake.commit(
+                Record(table, "alpha", "test", "test"), [Write(table, other, as_file=table == "teacher_logits")]
+            )
+    check_same_training_set(TrainingSet(request_of(profile, "beside others").rows_path), whole)
+    with lake.connect(read_only=False) as con:
+        for table in ("teacher_logits", "reference_logprobs"):
+            con.execute(f"DELETE FROM {table} WHERE model_id LIKE 'another %' OR settings_id LIKE 'another %'")
+
+
 LISTS = ("token_logprobs", "tail_logmass", "head_counts", "tail_counts", "entry_gaps", "entry_logprobs")
 
 

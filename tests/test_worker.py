@@ -96,6 +96,9 @@ def test_a_second_worker_of_a_partition_is_told_who_is_at_it(place):
     run, env = place("busy")
     with only_worker(run.profile, "student_samples", "a", "run-1"):
         second = subprocess.run(command("student_samples"), env=env, capture_output=True, text=True, timeout=60)
+        for other in (("student_samples", "b"), ("queries", "a")):
+            with only_worker(run.profile, *other, "run-2"):
+                pass  # it is free
     assert second.returncode == 1
     assert f"student_samples[a] is being materialised by run run-1, process {os.getpid()}" in second.stdout
     assert run.lake.sql("SELECT count(*) FROM samples").item() == 0
