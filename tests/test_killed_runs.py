@@ -65,7 +65,7 @@ def test_runs_of_a_killed_command_are_ended_though_its_pid_is_in_use(tmp_path, m
         runs = {
             (tag, status): instance.create_run_for_job(job, tags={driver.PROCESS_TAG: tag}, status=status)
             for tag in cases
-            for status in (driver.UNFINISHED if tag == f"{host}:{gone}" else started)
+            for status in (driver.LEFT_BY_A_KILL if tag == f"{host}:{gone}" else started)
         }
         untagged = instance.create_run_for_job(job)
         driver._end_killed_runs(instance)
