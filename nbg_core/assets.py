@@ -9,7 +9,7 @@ of them makes the asset stale. A setting that only changes how the work is done 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from nbg_core.config import identity
 from nbg_core.config.profile import Profile
 from nbg_core.config.slices import check_slice_name, query_file
 from nbg_core.losses import metrics
-from nbg_core.scorers.scorers import SCORERS
+from nbg_core.scorers.scorers import SCORERS, Scorer
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,19 @@ class Asset:
     """Whether its stage may load a model. Such stages run one after the other (Dagster pool `model`)."""
 
 
+def _merge(section: dict, **more: object) -> dict:
+    """`section` and `more` as one dict. Raises ValueError for a name that both have: one value would hide the other."""
+    if both := section.keys() & more.keys():
+        raise ValueError(f"two settings of an asset have the name {', '.join(sorted(both))}; give one another name")
+    return section | more
+
+
 def _queries(profile: Profile, policy_id: str, slice_name: str) -> dict:
     # A prompt must fit the student's context together with the longest response: this decides what is dropped.
     longest = max(profile.sampling.max_tokens, profile.evaluation.max_tokens)
     file_id = query_file_id(query_file(profile, slice_name))
     student_id = identity.student_id(profile)
-    return {**profile.queries.model_dump(), "file": file_id, "max_tokens": longest, "student": student_id}
+    return _merge(profile.queries.model_dump(), file=file_id, max_tokens=longest, student=student_id)
 
 
 def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
@@ -69,13 +76,18 @@ def _student_samples(profile: Profile, policy_id: str, slice_name: str) -> dict:
             "n_teacher": sampling.n_teacher, "student": policy_id, "teacher": teacher_id}  # fmt: skip
 
 
+def _versions(scorers: Iterable[Scorer]) -> dict:
+    """The versions of scorers that have been raised. Version 1 is left out: lakes of earlier versions stay fresh."""
+    return {f"version of {scorer.name}": scorer.version for scorer in scorers if scorer.version != "1"}
+
+
 def _filtered_pairs(profile: Profile, policy_id: str, slice_name: str) -> dict:
     scorers = [find(SCORERS, name, "scorer") for name, weight in profile.preference.weights.items() if weight]
     needed = [name for scorer in scorers for name in scorer.depends_on]
     values = {name: find(identity.IDENTITIES, name, "identity")(profile) for name in needed}
-    values = {name: value for name, value in values.items() if value is not None}
     # "teacher" is None, not left out, if no scorer depends on it: so lakes of earlier versions stay fresh.
-    return {**profile.preference.model_dump(), "teacher": None, **values}
+    values = {"teacher": None} | {name: value for name, value in values.items() if value is not None}
+    return _merge(profile.preference.model_dump(), **values, **_versions(scorers))
 
 
 def _teacher_logits(profile: Profile, policy_id: str, slice_name: str) -> dict:
@@ -87,12 +99,13 @@ def _reference_logprobs(profile: Profile, policy_id: str, slice_name: str) -> di
 
 
 def _student_checkpoint(profile: Profile, policy_id: str, slice_name: None) -> dict:
-    return {**profile.training.identity_fields(), "initial": policy_id, "teacher": identity.teacher_id(profile),
-            "storage_id": identity.storage_id(profile)}  # fmt: skip
+    teacher_id, storage_id = identity.teacher_id(profile), identity.storage_id(profile)
+    return _merge(profile.training.identity_fields(), initial=policy_id, teacher=teacher_id, storage_id=storage_id)
 
 
 def _student_eval(profile: Profile, policy_id: str, slice_name: None) -> dict:
-    return {"answering_id": identity.answering_id(profile), "teacher": identity.teacher_id(profile)}
+    values = {"answering_id": identity.answering_id(profile), "teacher": identity.teacher_id(profile)}
+    return values | _versions([SCORERS["verifier"]])
 
 
 ASSETS: tuple[Asset, ...] = (

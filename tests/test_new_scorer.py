@@ -12,12 +12,12 @@ from nbg_assets.definitions import build
 from nbg_core.config.load import load_profile
 from nbg_core.lake.lake import Lake
 from nbg_core.runtime import worker
-from nbg_core.scorers.scorers import SCORERS, Scorer, by_response, one_id
+from nbg_core.scorers.scorers import SCORERS, Scorer, by_response
 
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
-    scorer = Scorer("last_digit", "points", "the last character as a number", one_id("last_digit", "1"),
+    scorer = Scorer("last_digit", "points", "the last character as a number",
                     by_response(lambda row: float(row["text"][-1])))  # fmt: skip
     monkeypatch.setitem(SCORERS, scorer.name, scorer)
     path = write_profile(tmp_path / "p", ("a",), preference={"weights": {"last_digit": 2.0}})

@@ -84,7 +84,7 @@ def test_parquet_and_jsonl_say_the_same(tmp_path):
         (b'{"prompt": "x", "verifier_args": {"a": NaN}}', "line 2: .*NaN is not a JSON value"),
         (b"[" * 100_000, "line 2: not usable JSON: .*recursion"),
         (b'{"prompt": "\\ud800"}', "line 2, prompt: contains an unpaired surrogate at character 1"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', r"line 2, messages\[0\].content: contains an unpaired"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', r"messages\[0\].content: contains an unpaired"),
         ({"prompt": "a\0"}, r"line 2, prompt: contains a null character \(U\+0000\) at character 2"),
         ({"prompt": "x", "promt": "x"}, "line 2, 'promt': unknown key; did you mean 'prompt'"),
         ({}, "line 2, prompt: missing; give 'prompt', or 'messages'"),

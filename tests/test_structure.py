@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from nbg_assets.plots import PLOTS
-from nbg_core.assets import ASSETS, BY_NAME
+from nbg_core.assets import ASSETS, BY_NAME, settings_of
 from nbg_core.checks.checks import CHECKS
 from nbg_core.config import identity
 from nbg_core.config.load import load_profile
@@ -27,11 +29,10 @@ from nbg_core.lineage.run import Report
 from nbg_core.losses.metrics import METRICS
 from nbg_core.scorers.scorers import SCORERS
 
-ROOMS = (
-    "base", "losses", "scorers", "config", "assets", "lake", "lineage", "modeling", "vllm", "queries", "sampling",
-    "teacher", "reference", "preference", "training", "evaluation", "checks", "runtime", "nbg_assets",
-)  # fmt: skip
-"""In the order of their arrows: a room imports those before it, and itself. `assets` is nbg_core/assets.py."""
+PACKAGES = (PROJECT_ROOT / "docs" / "architecture.md").read_text().partition("\n## Packages\n")[2].partition("\n#")[0]
+ROOMS = re.findall(r"`(?:nbg_core/)?(\w+)(?:\.py|/)`", " ".join(re.findall(r"^\| (`.*?`) \|", PACKAGES, re.MULTILINE)))
+"""The packages in the order of the table in docs/architecture.md: each imports those before it, and itself. `assets` is
+nbg_core/assets.py."""
 
 FOR_TYPES_ALONE = {
     ("nbg_assets.plots", "nbg_assets.metadata"),
@@ -101,8 +102,8 @@ def room(module: str) -> str:
     return first if first == "nbg_assets" or not rest else rest[0]
 
 
-def test_every_module_is_in_a_room_of_the_list():
-    assert {room(m) for m in MODULES} - {"nbg_core"} == set(ROOMS)
+def test_every_module_is_in_a_package_of_the_table_in_the_documentation():
+    assert {room(m) for m in MODULES} - {"nbg_core"} == set(ROOMS) and len(ROOMS) == len(set(ROOMS)) > 15
 
 
 def test_no_arrow_points_upwards():
@@ -218,20 +219,16 @@ def test_scorers_have_names_that_no_column_beside_them_has():
     assert not beside & set(SCORERS)
 
 
-def test_no_setting_of_an_asset_hides_another_of_its_name():
-    """A dict may be made of sections and of names of its own; only a None may be replaced, by an identity."""
+def test_no_setting_of_an_asset_hides_another_of_its_name(monkeypatch):
     profile = load_profile("embedded")
-    scope = {"profile": profile, "values": identity.IDENTITIES}
     for asset in ASSETS:
-        tree = ast.parse(inspect.getsource(asset.settings))
-        (made,) = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-        names = []
-        for key, value in zip(made.keys, made.values, strict=True):
-            if key is None:
-                names += list(eval(ast.unparse(value), scope))
-            elif not (isinstance(value, ast.Constant) and value.value is None):
-                names.append(key.value)
-        assert len(names) == len(set(names)) > 0, asset.name
+        assert isinstance(settings_of(asset.name, profile, "policy", "addition" if asset.partitioned else None), dict)
+    monkeypatch.setitem(identity.IDENTITIES, "min_margin", lambda profile: "value")
+    scorer = dataclasses.replace(SCORERS["teacher_loglik"], depends_on=("min_margin",))
+    monkeypatch.setitem(SCORERS, "teacher_loglik", scorer)
+    profile.preference.weights["teacher_loglik"] = 1.0
+    with pytest.raises(ValueError, match="two settings of an asset have the name min_margin; give one another name"):
+        settings_of("filtered_pairs", profile, "policy", "addition")
 
 
 def test_a_file_of_more_than_300_lines_says_why():

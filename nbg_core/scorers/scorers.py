@@ -50,43 +50,60 @@ class Scorer:
     unit: str
     """Unit of the score."""
     meaning: str
-    ids: Callable[[Context, pl.DataFrame], pl.DataFrame]
-    """(context, samples) -> frame (sample_id, scorer_id) of those responses that the scorer applies to."""
+    """How the score is made, in words."""
     compute: Callable[[Context, pl.DataFrame], Iterator[pl.DataFrame]]
     """(context, samples) -> frames (sample_id, score), a chunk at a time; each is committed before the next is made."""
+    version: str = "1"
+    """Raise it when the scorer gives other scores than before: responses are then scored again."""
     depends_on: Sequence[str] = ()
     """Names in `config.identity.IDENTITIES`: models and settings that a score depends on. A change of their values
     makes `filtered_pairs` stale."""
+    ids_of_queries: Callable[[pl.DataFrame], pl.DataFrame] | None = None
+    """For a score that depends on the response's query too: samples -> frame (sample_id, scorer_id) of those responses
+    that the scorer applies to. Without it, it applies to all, with one scorer_id."""
 
-
-def one_id(*parts: object) -> Callable[[Context, pl.DataFrame], pl.DataFrame]:
-    """Make the `ids` of a scorer that applies to every response and has a single scorer_id. The id is the hash of
-    `parts`: the scorer's name, its version and the values that it depends on."""
-    return lambda context, samples: samples.select("sample_id", scorer_id=pl.lit(digest(*parts)))
+    def ids(self, context: Context, samples: pl.DataFrame) -> pl.DataFrame:
+        """Frame (sample_id, scorer_id) of the responses that the scorer applies to."""
+        if self.ids_of_queries is not None:
+            return self.ids_of_queries(samples)
+        version = [self.version] if self.version != "1" else []
+        values = [value for name in self.depends_on if (value := context.identity(name)) is not None]
+        return samples.select("sample_id", scorer_id=pl.lit(digest(self.name, *version, *values)))
 
 
 def by_response(score: Callable[[dict], float]) -> Callable[[Context, pl.DataFrame], Iterator[pl.DataFrame]]:
-    """Make the `compute` of a scorer that looks at one response at a time: `score` gets a row of `samples`.
-
-    Responses to the same query with the same text are scored once in a chunk."""
+    """Make the `compute` of a scorer that looks at one response at a time: `score` gets a row of `samples`."""
 
     def compute(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
         progress = context.progress(samples.height)
         for chunk in samples.iter_slices(CHUNK):
-            known: dict[tuple[str, str], float] = {}  # (query_id, text) -> score
-            scores = []
-            for row in chunk.iter_rows(named=True):
-                key = (row["query_id"], row["text"])
-                if key not in known:
-                    known[key] = score(row)
-                scores.append(known[key])
+            scores = [score(row) for row in chunk.iter_rows(named=True)]
             yield chunk.select("sample_id").with_columns(pl.Series("score", scores, dtype=pl.Float64))
             progress.advance(chunk.height)
 
     return compute
 
 
-def _verifier_ids(context: Context, samples: pl.DataFrame) -> pl.DataFrame:
+def once_per_text(score: Callable[[dict], float]) -> Callable[[Context, pl.DataFrame], Iterator[pl.DataFrame]]:
+    """`by_response` for a score that depends on nothing but query and text: equal texts in a chunk are scored once."""
+
+    def compute(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        known: dict[tuple[str, str], float] = {}  # (query_id, text) -> score
+
+        def once(row: dict) -> float:
+            key = (row["query_id"], row["text"])
+            if key not in known:
+                known[key] = score(row)
+            return known[key]
+
+        for frame in by_response(once)(context, samples):
+            yield frame
+            known.clear()
+
+    return compute
+
+
+def _verifier_ids(samples: pl.DataFrame) -> pl.DataFrame:
     verified = samples.filter(pl.col("verifier").is_not_null())
     return verified.select("sample_id").with_columns(verifiers.scorer_ids(verified))
 
@@ -103,12 +120,6 @@ def _verify(row: dict) -> float:
 LEAST_LOGLIK = -1e4
 """Lowest score, in nats per token: that of a response with a token that the teacher rules out, since the table takes no
 infinities."""
-LOGLIK_DEPENDS_ON = ("teacher", "scoring_id", "loglik_engine")
-
-
-def _loglik_ids(context: Context, samples: pl.DataFrame) -> pl.DataFrame:
-    parts = [context.identity(name) for name in LOGLIK_DEPENDS_ON]
-    return one_id("teacher_loglik", *(part for part in parts if part is not None))(context, samples)
 
 
 def _loglik(context: Context, samples: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -121,8 +132,8 @@ SCORERS: dict[str, Scorer] = {
     s.name: s
     for s in (
         Scorer("verifier", "share right, 0 to 1", "score by the query's verifier; a query without one has none",
-               _verifier_ids, by_response(_verify)),
+               once_per_text(_verify), version=verifiers.VERSION, ids_of_queries=_verifier_ids),
         Scorer("teacher_loglik", "nats per token", "mean teacher log-probability of the response's tokens",
-               _loglik_ids, _loglik, depends_on=LOGLIK_DEPENDS_ON),
+               _loglik, depends_on=("teacher", "scoring_id", "loglik_engine")),
     )
 }  # fmt: skip
