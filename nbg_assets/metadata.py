@@ -123,4 +123,5 @@ def _value(value: object) -> dg.MetadataValue:
             return dg.MetadataValue.md(table(pl.DataFrame(value), rows=len(value)))
         case dict() | list():
             return dg.MetadataValue.json(value)
-    return dg.MetadataValue.text(str(value))
+        case _:  # text, paths, None
+            return dg.MetadataValue.text(str(value))

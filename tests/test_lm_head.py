@@ -195,11 +195,30 @@ def test_equal_rows_have_equal_logps_whatever_is_beside_them(lengths, vocab, hid
     assert torch.equal(one, two) and torch.equal(one[start:stop], some)
 
 
+@pytest.mark.parametrize("tile_bytes", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("s", [SETTINGS[0], SETTINGS[3], SETTINGS[7]], ids=str)
+def test_with_the_rows_of_pairs_known_no_value_of_a_tensor_is_waited_for(monkeypatch, s, tile_bytes):
+    """On a GPU, reading a value on the CPU waits for all work before it, in every micro-batch."""
+    batch = hidden_batch(temperature=s.temperature)
+    expected = fused(batch, s, tile_bytes)
+    pair_rows = [c + r for c, r in LENGTHS]
+
+    def read(self, *args):
+        raise AssertionError("a value was read")
+
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    found = fused(batch, s, tile_bytes, pair_rows=pair_rows)
+    monkeypatch.undo()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+
+
 @given(st.lists(st.integers(1, 9), max_size=7), st.integers(1, 30))
 @settings(max_examples=300, deadline=None)
 def test_chunks_are_whole_pairs_the_fewest_and_of_these_the_most_even(lengths, rows):
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-    got = [c.stop - c.start for c in lm_head._chunks(index, rows)]
+    assert lm_head._rows_of_pairs(index) == lengths
+    got = [c.stop - c.start for c in lm_head._chunks(lengths, rows)]
 
     def ways(rest: list[int]) -> list[list[int]]:
         """All sums of consecutive lengths that fit, or are of one that does not."""

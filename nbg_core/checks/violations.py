@@ -204,11 +204,11 @@ def mass_not_one(s: Subject) -> pl.DataFrame:
     return s.sql(
         f"WITH t AS (FROM teacher_logits SEMI JOIN {RESPONSES} USING (sample_id) WHERE {where} "
         f"ORDER BY sample_id LIMIT {MASS_SAMPLE}), "
-        "head AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
+        "top AS (SELECT sample_id, position, sum(exp(logprob)) AS mass FROM teacher_entries "
         f"WHERE is_head AND {where} AND sample_id IN (SELECT sample_id FROM t) GROUP BY ALL), "
         "tail AS (SELECT sample_id, unnest(range(len(tail_logmass))) AS position, unnest(tail_logmass) AS logmass "
         "FROM t) "
-        "SELECT sample_id, position, coalesce(mass, 0) + exp(logmass) AS total FROM tail LEFT JOIN head "
+        "SELECT sample_id, position, coalesce(mass, 0) + exp(logmass) AS total FROM tail LEFT JOIN top "
         "USING (sample_id, position) WHERE NOT abs(total - 1) <= 1e-3 ORDER BY ALL",
         s.slice_name,
         *params,

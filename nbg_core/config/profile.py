@@ -120,7 +120,7 @@ class PreferenceSettings(Section):
     @model_validator(mode="after")
     def _something_scores(self):
         if not any(self.weights.values()):
-            raise ValueError("weights has no scorer with a weight; set verifier or teacher_loglik above 0")
+            raise ValueError(f"weights has no scorer with a weight; set one of {', '.join(SCORERS)} above 0")
         return self
 
 

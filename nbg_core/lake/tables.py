@@ -15,7 +15,7 @@ import polars as pl
 from polars.datatypes import DataTypeClass
 
 from nbg_core.base.ids import digest
-from nbg_core.base.names import find
+from nbg_core.base.names import find, unknown
 from nbg_core.lake import teacher_columns
 from nbg_core.lake.teacher_columns import TEACHER_COLUMNS, TeacherColumn
 from nbg_core.losses.metrics import METRICS
@@ -118,7 +118,9 @@ class Rejections(Produced):
 def _teacher_column(column: TeacherColumn) -> dy.List:
     if column.dtype is np.int32:
         return _ints(column.meaning)
-    return _floats(column.meaning, allow_inf=column.may_be_inf)
+    if column.dtype is np.float32:
+        return _floats(column.meaning, allow_inf=column.may_be_inf)
+    raise unknown(f"dtype of the stored teacher column {column.name}", column.dtype.__name__, ("int32", "float32"))
 
 
 TeacherLogits = _schema(

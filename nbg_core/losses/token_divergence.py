@@ -60,7 +60,9 @@ def divergence_of(entries: Tensor, tail: Tensor | None, targets: TeacherTargets,
     log_p = targets.logprobs.to(entries.dtype)  # [T, K]
     match settings.estimator:
         case "sampled_tail":
-            assert divergence.of_samples is not None  # LossSettings refuses the other divergences
+            if divergence.of_samples is None:
+                able = [name for name, d in DIVERGENCES.items() if d.of_samples is not None]
+                raise unknown("divergence for estimator 'sampled_tail'", settings.divergence, able)
             return divergence.of_samples(targets.weights().to(entries.dtype), log_p, entries)
         case "bucket":
             assert tail is not None  # callers compute it for this estimator

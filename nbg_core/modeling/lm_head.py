@@ -23,8 +23,8 @@ reductions and the sum of the weight's gradient are float32, or float64 for floa
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -61,13 +61,15 @@ def lm_head_joint_loss(
     denominators: Denominators,
     group: dist.ProcessGroup | None = None,
     tile_bytes: int | None = None,
+    pair_rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """`losses.joint_loss` of the logits hidden @ weight[:vocab].T: loss, sums, and the tokens' log-probs [T], detached.
 
     hidden [T, H] (already shifted: row t predicts token_ids[t]) and weight [at least vocab, H] have one dtype; the
     other arguments are those of `joint_loss`. hidden and weight get gradients if they require them, in one backward
     pass only; rows of the weight from `vocab` on get 0. Without rows the loss is 0 and can still be differentiated. If
-    all rows are in order of pair_index, a pair that fits the tile costs one GEMM less.
+    all rows are in order of pair_index, a pair that fits the tile costs one GEMM less. `pair_rows` are then the rows of
+    each pair; without it they are read from pair_index, and on a GPU that waits for all work before.
 
     With a group (sequence parallelism), every rank of it must call this, each with its share of the rows of the same
     pairs. Loss and sums are then this rank's shares, to be added over ranks, and rows are projected twice unless all of
@@ -79,7 +81,10 @@ def lm_head_joint_loss(
     check_rows("hidden", hidden, token_ids, pair_index, is_chosen, reference_logps, targets)
     n, bucket = len(hidden), settings.estimator == "bucket"
     lm_head = LmHeadTiles(hidden.detach(), weight.detach(), vocab, tile_bytes)
-    chunks = _chunks(pair_index, lm_head.rows) if group is None else [slice(0, n)]
+    if group is None:
+        chunks = _chunks(_rows_of_pairs(pair_index) if pair_rows is None else pair_rows, lm_head.rows)
+    else:
+        chunks = [slice(0, n)]
     tiles_of = lm_head.allocate(chunks)
     dtype = lm_head.tile.dtype
     wants_hidden, wants_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
@@ -202,12 +207,17 @@ def _derivatives(loss_of, rows: slice, stats: LogitStats) -> tuple[Tensor, Tenso
         return by_token, by_entries, by_tail
 
 
-def _chunks(pair_index: Tensor, rows: int) -> list[slice]:
-    """Consecutive rows that hold whole pairs: as few chunks as possible of at most `rows` rows each, and these as even
-    as possible. A longer pair is a chunk by itself. Rows that are not in order of pair are one chunk."""
-    steps, n = pair_index.diff(), len(pair_index)
-    ends = [] if (steps < 0).any() else (steps.nonzero()[:, 0] + 1).tolist()
-    pairs = [slice(*bounds) for bounds in pairwise([0, *ends, n])] if n else []
+def _rows_of_pairs(pair_index: Tensor) -> list[int]:
+    """Number of rows of each pair that has any. Rows that are not in order of pair count as one pair."""
+    if (pair_index.diff() < 0).any():
+        return [len(pair_index)]
+    return pair_index.unique_consecutive(return_counts=True)[1].tolist()
+
+
+def _chunks(pair_rows: Sequence[int], rows: int) -> list[slice]:
+    """Consecutive rows that hold whole pairs, of `pair_rows` rows each: as few chunks as possible of at most `rows`
+    rows, and these as even as possible. A longer pair is a chunk by itself."""
+    pairs = [slice(end - n, end) for n, end in zip(pair_rows, accumulate(pair_rows), strict=True)]
 
     def filled(limit: int) -> list[slice]:
         chunks: list[slice] = []

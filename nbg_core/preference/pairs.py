@@ -31,8 +31,8 @@ class Reason:
 
 REASONS: dict[str, Reason] = {
     "unscored": Reason(
-        "no scorer with a weight applies: the query has no verifier, and teacher_loglik has weight 0",
-        "give the queries a verifier, or teacher_loglik a weight in preference.weights",
+        "no scorer with a weight applies: the query has no verifier, and no scorer that needs none has a weight",
+        "give the queries a verifier, or a scorer that needs none (teacher_loglik) a weight in preference.weights",
     ),
     "single_response": Reason("there are not two scored responses", "raise sampling.n_student or n_teacher"),
     "all_correct": Reason(

@@ -62,7 +62,7 @@ def materialise(run: Run, slice_name: str) -> QueriesReport:
     if n_unverified := sum(row.verifier is None for row in rows):
         run.log(
             f"{ASSET}[{slice_name}]: {n_unverified} of {len(rows)} rows have no verifier: they are not evaluated, "
-            "and give pairs only if preference.weights gives teacher_loglik a weight"
+            "and give pairs only if preference.weights has a scorer that needs no verifier, such as teacher_loglik"
         )
     drops = _too_long(run, slice_name, rows)
     lock = run.profile.resolve(run.profile.paths.work) / "locks" / "queries.lock"

@@ -61,11 +61,11 @@ def _score_missing(
         )
         return run.commit(ASSET, slice_name, [Write(ASSET, rows, as_file=True)], inputs=inputs).n_rows
 
-    with open_engine(run, path) as rows_of, CommitBuffer(commit) as finished:
+    with open_engine(run, path) as rows_of, CommitBuffer(commit) as buffer:
         progress = run.progress(f"{ASSET}[{slice_name}]", missing.height)
         for chunk in missing.iter_slices(run.profile.teacher.chunk_samples):
             for frame in rows_of(chunk):
-                finished.add(frame)
+                buffer.add(frame)
                 progress.advance(frame.height)
-            finished.flush()
-    return finished.new_rows
+            buffer.flush()
+    return buffer.new_rows

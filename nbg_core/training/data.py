@@ -50,6 +50,8 @@ class PairBatch:
     targets: TeacherTargets
     """The stored teacher distributions, T rows."""
     n_pairs: int
+    pair_rows: tuple[int, ...] | None = None
+    """Rows of each pair, known without reading a tensor; None after `take`."""
 
     def to(self, device: torch.device | str) -> PairBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -69,7 +71,7 @@ class PairBatch:
     def take(self, rows: slice) -> PairBatch:
         """The batch with some of its T rows only; inputs and n_pairs stay."""
         taken: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, targets=self.targets.take(rows), **taken)
+        return replace(self, targets=self.targets.take(rows), pair_rows=None, **taken)
 
 
 class TrainingSet:
@@ -117,6 +119,7 @@ class TrainingSet:
             reference_logps=reference,
             targets=decode(found),
             n_pairs=len(pairs),
+            pair_rows=tuple(n.reshape(-1, 2).sum(1).tolist()),
         ).pin()
 
 

@@ -96,7 +96,7 @@ class _LmHeadLoss(nn.Module):
         return lm_head_joint_loss(
             hidden, self.weight, batch.token_ids, batch.pair_index, batch.is_chosen, batch.reference_logps,
             batch.targets, batch.n_pairs, vocab=self.vocab, settings=self.settings, denominators=denominators,
-            group=group,
+            group=group, pair_rows=batch.pair_rows,
         )  # fmt: skip
 
 

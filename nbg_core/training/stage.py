@@ -123,11 +123,11 @@ def _place(request: TrainingRequest, checkpoints: Path) -> str:
 
 
 def _writes(run: Run, request: TrainingRequest, checkpoint: str, plan: Plan, metrics: pl.DataFrame) -> list[Write]:
-    rows = PairFiles(request.rows_path)
+    pair_files = PairFiles(request.rows_path)
     row = {
         "checkpoint_id": checkpoint, "training_id": request.training_id, "path": checkpoint,
         "parent_model_id": request.policy_id, "teacher_model_id": request.teacher_id,
-        "input_snapshot": request.snapshot, "n_pairs": rows.n_pairs, "n_steps": len(plan),
+        "input_snapshot": request.snapshot, "n_pairs": pair_files.n_pairs, "n_steps": len(plan),
         "settings": json.dumps(run.settings(ASSET, None), sort_keys=True, default=str), "created_at": datetime.now(UTC),
     }  # fmt: skip
     training = pl.lit(request.training_id).alias("training_id")
@@ -137,7 +137,7 @@ def _writes(run: Run, request: TrainingRequest, checkpoint: str, plan: Plan, met
         for i in range(0, len(plan), at_once):
             some = [plan[j] for j in range(i, min(i + at_once, len(plan)))]
             n = [len(step.pairs) for step in some]
-            yield rows.names(np.concatenate([step.pairs for step in some])).with_columns(
+            yield pair_files.names(np.concatenate([step.pairs for step in some])).with_columns(
                 training,
                 pl.lit(checkpoint).alias("checkpoint_id"),
                 pl.Series("step", np.repeat([step.index for step in some], n), pl.Int64),
