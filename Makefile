@@ -10,7 +10,7 @@ ifneq ($(shell cat .venv/made-in 2>/dev/null),$(CURDIR))
 $(shell rm -f .venv/python .venv/installed*)
 endif
 
-.PHONY: demo run test dev lint bench-train bench-store bench-serve bench-gpu vllm clean
+.PHONY: demo run test dev lint docs bench-train bench-store bench-serve bench-gpu vllm clean
 
 demo: .venv/installed
 	$(BIN)/nbg demo
@@ -29,6 +29,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_docs.py
+
+# The table of settings in docs/profile.md, which a test compares with the code.
+docs: .venv/installed
+	sed -i '/^| key | default |/,$$d' docs/profile.md
+	$(BIN)/nbg profile --reference >> docs/profile.md
 
 bench-train: .venv/installed-bench
 	$(BIN)/python benchmarks/train_step.py --growth

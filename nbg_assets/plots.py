@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from nbg_core.evaluation import accuracy
 from nbg_core.lake.queries import CURRENT_SAMPLES, sampled_with
 from nbg_core.losses.metrics import METRICS
 from nbg_core.losses.metrics import PLOTS as METRIC_PLOTS
 from nbg_core.reference import drift
+from nbg_core.scorers.scorers import SCORERS
 
 if TYPE_CHECKING:
     from nbg_assets.metadata import Made
@@ -67,7 +67,9 @@ def scores(made: Made) -> Plot | None:
         f"WHERE samples.slice = $1 AND {CURRENT_SAMPLES} "
         "QUALIFY row_number() OVER (PARTITION BY sample_id, scorer ORDER BY scores.snapshot_id DESC) = 1"
     )
-    return _histogram(made, query, _current_params(made), "score", "scores of all responses")
+    used = [name for name, weight in made.profile.preference.weights.items() if weight]
+    label = "score; " + ", ".join(f"{name}: {SCORERS[name].unit}" for name in used)
+    return _histogram(made, query, _current_params(made), label, "scores of all responses")
 
 
 def margins(made: Made) -> Plot | None:
@@ -137,7 +139,7 @@ def accuracies(made: Made) -> Plot | None:
         below = [max(row[role] - row[f"{role}_low"], 0) for row in rows]
         above = [max(row[f"{role}_high"] - row[role], 0) for row in rows]
         axes.bar(x, value, 0.25, yerr=[below, above], label=role, color=_colour(role, i), capsize=3)
-    labels = [row["slice"] or accuracy.OVERALL for row in rows]
+    labels = [row["slice"] for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=20 if len(rows) > 5 else 0)
     axes.set_ylim(0, 1)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

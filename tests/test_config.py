@@ -53,7 +53,7 @@ def test_the_environment_chooses_the_profile(tmp_path, monkeypatch):
         (MODELS + "training: {adam_betas: [2, 5]}", "training.adam_betas.0 = 2: .*less than 1; training.adam_betas.1"),
         (MODELS + "preference: {weights: {verifier: -1}}", "preference.weights.verifier = -1: .*equal to 0"),
         (MODELS + "lake: {catalog: 'mysql:x'}", "lake.catalog = 'mysql:x': .*sqlite:PATH or postgres:"),
-        (MODELS + "preference: {weights: {}}", "no scorer with a weight; set verifier or teacher_loglik above 0"),
+        (MODELS + "preference: {weights: {}}", "no scorer with a weight; set one of verifier, teacher_loglik above 0"),
         (MODELS + "preference: {weights: {verifier: 0}}", "no scorer with a weight"),
         (MODELS + "refresh: {cron: nonsense}", "cron 'nonsense' does not have the fields minute, hour, day, month"),
         (MODELS + "refresh: {cron: 0 24 * * *}", "'24' is not a hour; use .* numbers from 0 to 23"),
@@ -199,5 +199,5 @@ def test_ranks_that_share_sequences_are_whole_groups():
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code():
-    assert (PROJECT_ROOT / "docs" / "profile.md").read_text().endswith(reference())
+    assert (PROJECT_ROOT / "docs" / "profile.md").read_text().endswith(reference()), "run `make docs`"
     assert all(line.startswith("| `") and line.endswith(" |") for line in reference().splitlines()[2:])

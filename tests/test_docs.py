@@ -192,6 +192,23 @@ def test_the_readme_is_short():
     assert len((PROJECT_ROOT / "README.md").read_text().splitlines()) < 200
 
 
+def test_the_page_on_data_says_of_verifiers_and_reasons_what_the_code_says():
+    text = (PROJECT_ROOT / "docs" / "data.md").read_text()
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # of a link, its text
+
+    def rows(heading: str) -> dict[str, list[str]]:
+        section = re.sub(r"[`*]", "", text.partition(f"## {heading}\n")[2].partition("\n## ")[0])
+        cells = [row.split(" | ") for row in re.findall(r"^\| (.*) \|$", section, re.MULTILINE)]
+        return {first: rest for first, *rest in cells}
+
+    verifiers, reasons, dropped = map(rows, ("Verifiers", "Why a query has no pair", "What is dropped"))
+    assert {name: verifiers[name][0] for name in VERIFIERS} == {v.name: v.meaning for v in VERIFIERS.values()}
+    assert {name: reasons[name] for name in REASONS} == {name: [r.meaning, r.remedy] for name, r in REASONS.items()}
+    assert {name: dropped[name][-1] for name in REMEDY} == {
+        name: remedy.replace("`", "") for name, remedy in REMEDY.items()
+    }
+
+
 def test_the_page_on_data_names_every_key_verifier_and_reason():
     text = (PROJECT_ROOT / "docs" / "data.md").read_text()
 

@@ -1,5 +1,6 @@
 """Staleness, tracing and the policy, on a lake filled by hand (nothing here needs a model that runs)."""
 
+import dataclasses
 from datetime import UTC, datetime
 
 import polars as pl
@@ -20,6 +21,7 @@ from nbg_core.lineage.policy import current_policy
 from nbg_core.lineage.run import Run
 from nbg_core.lineage.staleness import status
 from nbg_core.lineage.trace import trace
+from nbg_core.scorers.scorers import SCORERS
 
 
 def model_folder(path, weights: bytes):
@@ -130,6 +132,18 @@ def test_another_dtype_makes_stale_whatever_a_model_computed(run):
     rounded = scored.model_copy(update={"models": models})
     why = {s.asset: s.why for s in status(run.lake, rounded, ["a"])}
     assert why["filtered_pairs"] == "changed: scoring_id"
+
+
+def test_a_raised_version_of_a_scorer_makes_what_it_scored_stale(run, monkeypatch):
+    make_all(run)
+    assert not_fresh(run) == set()
+    raised = dataclasses.replace(SCORERS["teacher_loglik"], version="2")
+    monkeypatch.setitem(SCORERS, "teacher_loglik", raised)
+    assert not_fresh(run) == set(), "it has no weight"
+    monkeypatch.setitem(SCORERS, "verifier", dataclasses.replace(SCORERS["verifier"], version="2"))
+    why = {s.asset: s.why for s in status(run.lake, run.profile, ["a"])}
+    assert why["filtered_pairs"] == "changed: version of verifier" == why["student_eval"]
+    assert why["student_samples"] == ""
 
 
 def test_another_teacher_makes_the_scores_that_it_gave_stale(run):

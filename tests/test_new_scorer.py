@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import dagster as dg
 import polars as pl
 import pytest
@@ -66,3 +69,14 @@ def test_a_plot_that_cannot_be_drawn_is_said_and_fails_nothing(profile, monkeypa
     assert made.metadata["scores"].value == "could not be drawn: KeyError: 'last_digit'"
     assert made.metadata["margins"].value.startswith("![margins]")
     assert isinstance(Lake.of(profile).sql("FROM pairs"), pl.DataFrame)
+
+
+def test_responses_with_one_text_may_have_other_scores_and_a_version_changes_the_id():
+    samples = pl.DataFrame(
+        {"sample_id": ["s1", "s2"], "query_id": ["q", "q"], "text": ["a", "a"], "length": [1.0, 2.0]}
+    )
+    scorer = Scorer("length", "tokens", "its length", by_response(lambda row: row["length"]))
+    context = SimpleNamespace(progress=lambda total: SimpleNamespace(advance=lambda n: None), identity=lambda name: 7)
+    assert pl.concat(scorer.compute(context, samples))["score"].to_list() == [1.0, 2.0]
+    others = (dataclasses.replace(scorer, **change) for change in ({"version": "2"}, {"depends_on": ("x",)}))
+    assert len({one.ids(context, samples)["scorer_id"].unique().item() for one in (scorer, *others)}) == 3

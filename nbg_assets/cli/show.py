@@ -61,6 +61,8 @@ def tables() -> None:
     for name, schema in TABLES.items():
         n = lake.sql(f"SELECT count(*) AS n FROM {name}")["n"][0]
         writers = ", ".join(asset.name for asset in ASSETS if name in asset.tables) or "every commit"
+        if name == "promotions":
+            writers += " and `nbg promote`"
         title = f"{name}: {n} rows, written by {writers}"
         table = Table("column", "type", "meaning", title=title, title_justify="left")
         for column, spec in schema.columns().items():

@@ -105,8 +105,9 @@ def reference() -> str:
             section = _section(field.annotation)
             if (section is None or field.default is None) and prefix + name != "root":
                 default = "required" if field.is_required() else f"`{_plain(field.default)}`"
-                choices = [c for m in field.metadata if isinstance(m, OneOf) for c in m.table]
-                known = f" One of {', '.join(choices)}." if choices else ""
+                entries = [entry for m in field.metadata if isinstance(m, OneOf) for entry in m.table.items()]
+                choices = "; ".join(f"`{name}`: {getattr(entry, 'meaning', '')}" for name, entry in entries)
+                known = f" {choices}.".replace("|", "\\|") if choices else ""
                 yield f"| `{prefix}{name}` | {default} | {' '.join((field.description or '').split())}{known} |"
             if section is not None:
                 yield from rows(section, f"{prefix}{name}.")

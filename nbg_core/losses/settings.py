@@ -32,14 +32,14 @@ class LossConfig(Section):
     """Inverse temperature of DPO, which scales the margins. `sigmoid_norm` divides them by the length and needs a
     larger one (5, say)."""
     dpo_variant: Annotated[str, OneOf("DPO variant", DPO_VARIANTS)] = "sigmoid"
-    """DPO loss, by its name in DPO_VARIANTS."""
+    """DPO loss, a name in DPO_VARIANTS."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (cDPO)."""
     nll_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of chosen responses (RPO's term), mean over the chosen tokens of the
     step."""
     divergence: Annotated[str, OneOf("divergence", DIVERGENCES)] = "forward"
-    """Token-level divergence, by its name in DIVERGENCES."""
+    """Token-level divergence, a name in DIVERGENCES."""
     estimator: Estimator = "sampled_tail"
     """How the divergence is computed from stored entries. `sampled_tail`: forward KL only; unbiased, apart from
     rounding and from what teacher.epsilon leaves out. `bucket`: all tokens outside the top entries count as one

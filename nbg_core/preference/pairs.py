@@ -32,27 +32,28 @@ class Reason:
 REASONS: dict[str, Reason] = {
     "unscored": Reason(
         "no scorer with a weight applies: the query has no verifier, and no scorer that needs none has a weight",
-        "give the queries a verifier, or a scorer that needs none (teacher_loglik) a weight in preference.weights",
+        "give the queries a verifier, or give a scorer that needs none, such as teacher_loglik, a weight in "
+        "preference.weights",
     ),
-    "single_response": Reason("there are not two scored responses", "raise sampling.n_student or n_teacher"),
+    "single_response": Reason(
+        "there are fewer than two scored responses", "raise sampling.n_student or sampling.n_teacher"
+    ),
     "all_correct": Reason(
-        "every verifier score is at its upper end, and other scores give no pair",
-        "use harder queries, or raise sampling.temperature or n_student",
+        "every response has the verifier score 1, and the other scorers give no wide enough margin",
+        "use harder queries, or raise sampling.temperature or sampling.n_student",
     ),
     "all_wrong": Reason(
-        "every verifier score is at its lower end, and other scores give no pair",
+        "every response has the verifier score 0, and the other scorers give no wide enough margin",
         "use easier queries, take positives from the teacher (sampling.n_teacher), or check the verifier",
     ),
     "identical": Reason(
-        "all responses, or those far enough apart, have the same text", "raise sampling.temperature or n_student"
+        "all responses have the same text, or those whose scores are far enough apart do",
+        "raise sampling.temperature or sampling.n_student",
     ),
-    "truncated_positive": Reason(
-        "only truncated responses (finish reason `length`) are good enough to be positives",
-        "raise sampling.max_tokens",
-    ),
+    "truncated_positive": Reason("only truncated responses are good enough to be chosen", "raise sampling.max_tokens"),
     "no_margin": Reason(
-        "the widest margin is below min_margin",
-        "lower preference.min_margin, or raise sampling.n_student or temperature",
+        "the widest margin is below preference.min_margin",
+        "lower preference.min_margin, or raise sampling.n_student or sampling.temperature",
     ),
 }
 """Value of column `reason` in `rejections` of stage 'pairs' -> what it means."""

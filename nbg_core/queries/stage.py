@@ -31,7 +31,7 @@ from nbg_core.queries.readers import QueryFileError, QueryRow, read_rows
 ASSET = "queries"
 
 REMEDY = {
-    "too_long": "shorten the prompts, or raise the limit that `detail` names, as far as the student's context goes",
+    "too_long": "shorten the prompt, or raise the limit that `detail` names",
     "duplicate": "remove the copies, or the other slice that has them",
     "near_duplicate": "raise queries.near_duplicate_jaccard",
     "contaminated": "remove one of the two rows; or, if `detail` says words in a row, raise "

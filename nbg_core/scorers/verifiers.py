@@ -221,15 +221,15 @@ def _dataset_scorer(dataset: str) -> Callable[[str | None, dict], float]:
 VERIFIERS: dict[str, Verifier] = {
     v.name: v
     for v in (
-        Verifier("exact", "the stripped response equals the stripped answer; `case_sensitive` (default true)",
+        Verifier("exact", "it equals the answer, apart from leading and trailing white space",
                  _exact, {"case_sensitive": bool}, needs_answer=True),
-        Verifier("regex", "the stripped response matches all of `pattern` (default: the answer)",
+        Verifier("regex", "the pattern matches all of it (Python's re.fullmatch)",
                  _regex, {"pattern": str}, check=lambda answer, args, prompt: _pattern(answer, args)),
-        Verifier("math_verify", "it equals the answer mathematically, read as LaTeX (`$` around it is optional)",
+        Verifier("math_verify", "math-verify finds an expression in it that equals the answer",
                  _math_verify, needs_answer=True, check=lambda answer, args, prompt: _gold(answer),
                  load=_load_math_verify),
-        Verifier("reasoning_gym", "the scorer of the reasoning-gym dataset `dataset` accepts it; partial credit is "
-                 "kept; `metadata` is the entry's own", _reasoning_gym, {"dataset": str, "metadata": dict},
+        Verifier("reasoning_gym", "the scorer of a reasoning-gym dataset says so; its partial scores are kept",
+                  _reasoning_gym, {"dataset": str, "metadata": dict},
                  required=("dataset",), check=lambda answer, args, prompt: _reasoning_gym(answer, answer, args, prompt),
                  load=lambda args: _dataset_scorer(args["dataset"]),
                  remedy="give the entry's own answer and its whole metadata"),
