@@ -29,6 +29,13 @@ def _without_first(choice: dict) -> None:
     choice["logprobs"]["token_logprobs"] = choice["logprobs"]["token_logprobs"][:1]
 
 
+def _cut(choice: dict) -> None:
+    """Without its end token, and as if it had reached the longest length."""
+    choice["token_ids"].pop()
+    choice["logprobs"]["token_logprobs"].pop()
+    choice["finish_reason"] = "length"
+
+
 def _set(key: str, value: object) -> Callable[[dict], None]:
     return lambda choice: choice.update({key: value})
 
@@ -45,6 +52,7 @@ FAULTS: dict[str, Callable[[dict], None]] = {
     "too few log-probs": lambda choice: choice["logprobs"]["token_logprobs"].pop(),
     "unknown token": lambda choice: choice["token_ids"].__setitem__(0, VOCABULARY),
     "another prompt": _set("prompt_token_ids", [1]),
+    "cut": _cut,
     "aborted": _set("finish_reason", "abort"),
     "no log-probs": _set("logprobs", None),
 }

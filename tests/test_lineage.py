@@ -227,8 +227,17 @@ def test_promotion_changes_the_policy_and_makes_samples_stale(run):
     promote(run.lake, run.profile, identity[:8], "test")
     assert states(run)["student_samples", "a"] == ("stale", "changed: student")
     assert states(run)["queries", "a"][0] == "fresh"
+    promote(run.lake, run.profile, "sft", "back")
+    trained.rename(trained.with_name("elsewhere"))
+    with pytest.raises(
+        FileNotFoundError, match=f"the checkpoint {identity} is not at .*; restore the folder, or promote"
+    ):
+        promote(run.lake, run.profile, identity[:8], "gone")
+    assert current_policy(run.lake, run.profile).model_id == before.model_id, "nothing was promoted"
+    trained.with_name("elsewhere").rename(trained)
+    promote(run.lake, run.profile, identity[:8], "test")
     (trained / "model.safetensors").write_bytes(b"tampered")
-    with pytest.raises(ValueError, match="is no longer .*; restore it"):
+    with pytest.raises(ValueError, match="is no longer .*; restore the folder"):
         current_policy(run.lake, run.profile)
 
 

@@ -62,11 +62,14 @@ def test_a_jsonl_row_becomes_messages_answer_verifier_and_split(tmp_path):
 
 def test_parquet_and_jsonl_say_the_same(tmp_path):
     args = {"dataset": "number_sorting", "metadata": {"direction": "ascending"}}
+    other = {"dataset": "number_sorting", "metadata": {"direction": "ascending", "difficulty": {"numbers": 2}}}
     rows = [{"prompt": "Sort: 3 1", "answer": '["1", "3"]', "verifier": "reasoning_gym", "verifier_args": args},
+            {"prompt": "Sort: 2 1", "answer": '["1", "2"]', "verifier": "reasoning_gym", "verifier_args": other},
             {"prompt": "Say yes", "answer": "yes", "verifier": "exact", "verifier_args": {"case_sensitive": False}},
             {"prompt": "Say anything"}]  # fmt: skip
     expected = read_rows(write(tmp_path, "a.jsonl", rows))
-    assert [(r.line, r.verifier) for r in expected] == [(1, "reasoning_gym"), (2, "exact"), (3, None)]
+    verifiers = ["reasoning_gym", "reasoning_gym", "exact", None]
+    assert [(r.line, r.verifier) for r in expected] == list(enumerate(verifiers, 1))
     assert read_rows(write(tmp_path, "struct.parquet", rows)) == expected
     as_text = [r | {"verifier_args": json.dumps(r["verifier_args"]) if "verifier_args" in r else None} for r in rows]
     assert read_rows(write(tmp_path, "text.parquet", as_text)) == expected
@@ -389,6 +392,10 @@ def test_a_long_prompt_is_dropped_with_the_limit_that_it_passes(open_run):
     put(run, "a", [row("x" * 54), row("y")])
     queries_stage.materialise(run, "a")
     detail = "line 1: 57 prompt tokens, limit 56 (the student's context of 256 less 200 for the response)"
+    assert rejections(run, "a") == [("too_long", detail)]
+    answers = {"evaluation": {"max_tokens": 200}, "sampling": {"max_tokens": 8}}  # the longer one counts
+    run = open_run(queries={"eval_fraction": 0.0, "max_prompt_tokens": 1000}, **answers)
+    queries_stage.materialise(run, "a")
     assert rejections(run, "a") == [("too_long", detail)]
     with pytest.raises(ValueError, match="no prompt fits: .* lower sampling.max_tokens"):
         queries_stage.materialise(open_run(sampling={"max_tokens": 256}), "a")

@@ -90,7 +90,8 @@ def test_what_may_pass_is_tried_again(start, open_run, fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [("500", "status 500: .*EngineCore"), ("nan", "log-probs that are not numbers"), ("hang", "nothing within 0.2 s"),
-     ("too few tokens", "tokens of at most 8, finish reason 'stop', end tokens at"), ("no choice", "0 choices")],
+     ("too few tokens", "tokens of at most 8, finish reason 'stop', end tokens at"), ("no choice", "0 choices"),
+     ("cut", "tokens of at most 8, finish reason 'length'")],
 )  # fmt: skip
 def test_what_does_not_pass_is_an_error_and_what_was_finished_is_kept(start, open_run, fault, message):
     fake = start()

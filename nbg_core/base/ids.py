@@ -78,10 +78,10 @@ def model_id(path: Path | str) -> str:
     """Hash of a model folder's weights, config and tokenizer; its path and its card do not matter.
 
     A file is hashed again only when its size or modification time has changed since this process hashed it.
-    Raises FileNotFoundError naming the folder when it holds no safetensors weights."""
+    Raises FileNotFoundError naming the folder when it holds no config.json or no safetensors weights."""
     folder = Path(path)
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not weights:
+    if not weights or not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no model at {folder}: expected a folder with config.json, *.safetensors and tokenizer files; "
             "check `models` in the profile"

@@ -13,7 +13,7 @@ from nbg_core.evaluation.intervals import mcnemar_p_value
 from nbg_core.lake.lake import Lake
 from nbg_core.lake.queries import checkpoint_row
 from nbg_core.lake.records import Record, Write
-from nbg_core.lineage.policy import SFT
+from nbg_core.lineage.policy import SFT, check_checkpoint
 
 SIGNIFICANCE = 0.05
 """A difference whose p-value is below this counts as real."""
@@ -72,10 +72,12 @@ def promotion_blocker(lake: Lake, checkpoint: str, min_queries: int) -> str | No
 def promote(lake: Lake, profile: Profile, checkpoint: str, reason: str, run_id: str = "local") -> None:
     """Promote a checkpoint by hand; 'sft' makes the profile's SFT student the policy again.
 
-    Raises LookupError for an unknown checkpoint."""
+    Raises LookupError for an unknown checkpoint, FileNotFoundError and ValueError as `check_checkpoint` does."""
     if checkpoint == SFT:
         row = {"model_id": model_id(profile.resolve(profile.models.student)), "path": SFT}
         write = Write("promotions", pl.DataFrame([row | {"promoted_at": datetime.now(UTC), "reason": reason}]))
     else:
+        row = checkpoint_row(lake, checkpoint)
+        check_checkpoint(profile, row["path"], row["checkpoint_id"])  # a policy that is not there would stop everything
         write = promotion(lake, checkpoint, reason)
     lake.commit(Record("promotion", None, run_id, profile.name), [write])

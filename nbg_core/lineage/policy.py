@@ -43,7 +43,19 @@ def current_policy(lake: Lake, profile: Profile) -> Policy:
         path = profile.resolve(profile.models.student)
         return Policy(model_id(path), path, False)
     row = rows.row(0, named=True)
-    path = checkpoint_folder(profile, row["path"])
-    if model_id(path) != row["model_id"]:
-        raise ValueError(f"the promoted model at {path} is no longer {row['model_id']}; restore it or promote another")
-    return Policy(row["model_id"], path, True)
+    return Policy(row["model_id"], check_checkpoint(profile, row["path"], row["model_id"]), True)
+
+
+def check_checkpoint(profile: Profile, name: str, checkpoint: str) -> Path:
+    """The folder of a checkpoint, which holds its weights.
+
+    Raises FileNotFoundError when it is missing, ValueError when it holds another model."""
+    path = checkpoint_folder(profile, name)
+    remedy = "restore the folder, or promote another checkpoint (`nbg promote sft` goes back to the student)"
+    try:
+        found = model_id(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the checkpoint {checkpoint} is not at {path}; {remedy}") from None
+    if found != checkpoint:
+        raise ValueError(f"the checkpoint at {path} is no longer {checkpoint}; {remedy}")
+    return path

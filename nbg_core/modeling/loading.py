@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,10 +37,15 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> PreT
 
 
 def load_model(path: Path | str, *, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model in a folder, for inference, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(
-        _folder(path), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    """The causal language model in a folder, for inference, on the GPU if there is one.
+
+    Raises FileNotFoundError without a folder, ValueError for weights that cannot be read."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            _folder(path), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except SafetensorError as e:  # names no file
+        raise ValueError(f"the weights in {path} cannot be read: {e}; restore its *.safetensors files") from e
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # its decorator loses the type
     return model.eval()
 
