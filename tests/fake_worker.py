@@ -90,8 +90,10 @@ class Fake:
         new_rows = 0 if before and before["data_version"] == version else main.height
         commit = run.commit(asset, slice_name, writes, inputs=inputs, data_version=version)
         summary = latest_summary(run.lake)[1].to_dicts() if asset == "student_eval" else []
-        training = {"training_id": TRAINING} if asset == "student_checkpoint" else {}
-        return training | {"asset": asset, "slice": slice_name, "snapshot": commit.snapshot, "data_version": version,
+        more = {"training_id": TRAINING} if asset == "student_checkpoint" else {}
+        if asset == "teacher_logits":
+            more = {"storage_id": main["settings_id"][0], "teacher_model_id": main["model_id"][0]}
+        return more | {"asset": asset, "slice": slice_name, "snapshot": commit.snapshot, "data_version": version,
                 "rows": main.height, "new_rows": new_rows, "counts": {"kept": main.height},
                 "summary": summary, "share": 0.5}  # fmt: skip
 
